@@ -1,0 +1,91 @@
+"""Writing files and folders so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evatune.errors import EvaError
+
+
+def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Check that `path` can become a new file or folder, before any long work is done for it.
+
+    Args:
+        path: where something is to be written.
+        overwrite: allow that it exists already.
+
+    Returns:
+        The path, absolute.
+
+    Raises:
+        EvaError: the path exists and `overwrite` is false, or its nearest existing parent is not a writable folder.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.exists() and not overwrite:
+        raise EvaError(f"{path} exists already; choose another output or allow overwriting (--overwrite).")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise EvaError(f"cannot write {path}: {parent} is not a writable folder; choose another output.")
+    return path
+
+
+@contextmanager
+def replace_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
+
+    Args:
+        path: the folder to write.
+        overwrite: replace a folder that exists; it stays untouched until the new one is complete.
+
+    Raises:
+        EvaError: see `check_writable`.
+    """
+    path = check_writable(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        # mkdtemp makes a private folder; what replaces `path` gets the permissions of any other new folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file beside its final place and rename it.
+
+    Args:
+        path: the file to write; its folder is made if needed.
+        text: the content.
+
+    Returns:
+        The path.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
