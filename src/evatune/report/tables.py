@@ -1,0 +1,128 @@
+"""Tables and bars as plain text, for terminals, logs and Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from evatune.errors import EvaError
+
+__all__ = ["bar", "markdown_table", "text_table"]
+
+_NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
+_MISSING = "–"
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None) -> str:
+    """Return a table with aligned columns for a terminal.
+
+    Args:
+        headers: one title a column.
+        rows: the cells; `None` is shown as a dash, whole numbers get thousands separators, other numbers four
+            significant digits. Give a string where another form is wanted.
+        align: one letter a column, "l" or "r"; by default columns of numbers go right and the others left.
+
+    Returns:
+        The lines joined by newlines, without a newline at the end.
+
+    Raises:
+        EvaError: a row or `align` does not fit the headers.
+
+    Example:
+        >>> print(text_table(["matrix", "ranks"], [["q_proj", 480], ["down_proj", 12]]))
+        matrix     ranks
+        ─────────  ─────
+        q_proj       480
+        down_proj     12
+    """
+    titles, cells, align = _layout(headers, rows, align)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(_pad(*cell) for cell in zip(row, widths, align, strict=True)).rstrip()
+
+    return "\n".join([line(titles), "  ".join("─" * width for width in widths), *map(line, cells)])
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None) -> str:
+    """Return the same table in Markdown; see `text_table` for arguments, cells and errors.
+
+    Example:
+        >>> print(markdown_table(["matrix", "ranks"], [["q_proj", 480]]))
+        | matrix | ranks |
+        | ------ | ----: |
+        | q_proj |   480 |
+    """
+    titles, cells, align = _layout(headers, rows, align)
+    titles, *cells = [[cell.replace("|", "\\|") for cell in row] for row in [titles, *cells]]
+    widths = [max(3, *map(len, column)) for column in zip(titles, *cells, strict=True)]
+    ruler = ["-" * width if how == "l" else "-" * (width - 1) + ":" for width, how in zip(widths, align, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(_pad(*cell) for cell in zip(row, widths, align, strict=True)) + " |"
+
+    return "\n".join([line(titles), line(ruler), *map(line, cells)])
+
+
+def bar(value: float, largest: float, *, width: int = 20) -> str:
+    """Return a horizontal bar of `width` characters at most, in steps of an eighth of a character.
+
+    Args:
+        value: what the bar shows; negative and undefined values give an empty bar.
+        largest: the value of a full bar.
+        width: characters of a full bar.
+
+    Returns:
+        The bar, without blanks behind it.
+
+    Example:
+        >>> bar(3, 4, width=2)
+        '█▌'
+    """
+    if not (largest > 0 and value > 0 and math.isfinite(value)):
+        return ""
+    full, eighths = divmod(round(8 * width * min(1.0, value / largest)), 8)
+    return (_BLOCKS[8] * full + _BLOCKS[eighths]).rstrip()
+
+
+def cell_text(value: object) -> str:
+    """Return how a cell is shown: see `text_table`."""
+    if value is None:
+        return _MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:,.0f}"
+    return " ".join(str(value).split())
+
+
+def alignment(headers: Sequence[str], cells: Sequence[Sequence[str]], align: str | None = None) -> str:
+    """Return one letter a column: "r" where every cell that is not missing is a number, otherwise "l"."""
+    if align is None:
+        columns = list(zip(*cells, strict=True)) or [()] * len(headers)
+        filled = [[cell for cell in column if cell and cell != _MISSING] for column in columns]
+        align = "".join("r" if column and all(map(_NUMBER.match, column)) else "l" for column in filled)
+    if len(align) != len(headers) or set(align) - set("lr"):
+        raise EvaError(f"align is {align!r} for {len(headers)} columns; give one letter a column, 'l' or 'r'.")
+    return align
+
+
+def _layout(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], align: str | None
+) -> tuple[list[str], list[list[str]], str]:
+    """Return titles, cells as text, and the alignment, after a check that all rows have the same length."""
+    if not headers:
+        raise EvaError("a table needs at least one column; headers is empty.")
+    for number, row in enumerate(rows):
+        if len(row) != len(headers):
+            raise EvaError(f"row {number} of the table has {len(row)} cells, the header has {len(headers)}: {row!r}.")
+    cells = [[cell_text(cell) for cell in row] for row in rows]
+    return [cell_text(title) for title in headers], cells, alignment(headers, cells, align)
+
+
+def _pad(cell: str, width: int, how: str) -> str:
+    return cell.rjust(width) if how == "r" else cell.ljust(width)

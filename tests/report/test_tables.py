@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.report import tables
+from evatune.report.tables import bar, markdown_table, text_table
+
+
+def test_examples_in_the_docstrings_run():
+    result = doctest.testmod(tables)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_numbers_go_right_and_words_left_and_columns_line_up():
+    lines = text_table(["method", "parameters", "loss"], [["EVA", 1234567, 0.123456], ["LoRA", 12, None]]).splitlines()
+    assert lines[0].split() == ["method", "parameters", "loss"]
+    assert lines[2] == "EVA      1,234,567  0.1235"
+    assert lines[3] == "LoRA            12       –"
+    assert [len(part) for part in lines[1].split("  ")] == [6, 10, 6]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(True, "yes"), (None, "–"), (12345, "12,345"), (math.nan, "nan"), (-math.inf, "-inf"), (1e6, "1,000,000")],
+)
+def test_cells(value, shown):
+    assert text_table(["x"], [[value]]).splitlines()[-1] == shown
+
+
+def test_a_line_break_in_a_cell_does_not_break_the_table():
+    assert text_table(["a", "b"], [["one\ntwo", 1]]).splitlines()[-1] == "one two  1"
+
+
+def test_markdown_escapes_bars_and_marks_columns_of_numbers():
+    lines = markdown_table(["a|b", "n"], [["x|y", 3]]).splitlines()
+    assert lines == [r"| a\|b |   n |", r"| ---- | --: |", r"| x\|y |   3 |"]
+
+
+def test_a_table_without_rows_keeps_its_header():
+    assert text_table(["a", "b"], []) == "a  b\n─  ─"
+    assert markdown_table(["a"], []).splitlines() == ["| a   |", "| --- |"]
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(EvaError, match="row 1 of the table has 1 cells, the header has 2"):
+        text_table(["a", "b"], [[1, 2], [3]])
+    with pytest.raises(EvaError, match="one letter a column"):
+        text_table(["a", "b"], [[1, 2]], align="rc")
+    with pytest.raises(EvaError, match="at least one column"):
+        text_table([], [])
+
+
+@pytest.mark.parametrize(
+    ("value", "drawn"), [(0, ""), (-1, ""), (math.nan, ""), (math.inf, ""), (10, "████"), (99, "████"), (5, "██")]
+)
+def test_bars(value, drawn):
+    assert bar(value, 10, width=4) == drawn
+
+
+def test_a_bar_of_nothing_is_empty():
+    assert bar(1, 0) == ""
