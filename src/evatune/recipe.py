@@ -1,0 +1,414 @@
+"""The recipe: everything that one fine-tuning run depends on, as plain dataclasses.
+
+A recipe comes from a YAML file, from the options of the command line, or from Python; each of the three builds the same
+objects, which check themselves. The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from evatune.errors import EvaError, near_misses
+from evatune.settings import Section, field_docs, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """The pretrained model."""
+
+    section: ClassVar[str] = "model"
+
+    name: str = ""
+    """Hub id, local folder, `.gguf` file, or `package:NAME` for the GGUF file inside an installed Python package."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside the folder or hub repository that `name` points to."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the frozen base weights are held in."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """The training data and the held-out data."""
+
+    section: ClassVar[str] = "data"
+
+    train: tuple[str, ...] = ()
+    """Training files (.jsonl, .json, .csv, .tsv, .parquet; several are mixed) or one hub data set id."""
+    eval: tuple[str, ...] = ()
+    """Held-out files or hub data set id, evaluated before and after training."""
+    format: Literal["auto", "commonsense", "gsm8k", "metamath", "completion", "messages", "text"] = "auto"
+    """How a row becomes a prompt and a completion; `auto` goes by the names of its fields."""
+    hub_config: str | None = None
+    """Name of the configuration of a hub data set, for example `main`."""
+    train_split: str = "train"
+    """Split of a hub data set that `train` means."""
+    eval_split: str = "test"
+    """Split of a hub data set that `eval` means."""
+    max_train_examples: int | None = number(None, low=1)
+    """Keep this many training examples, drawn with the seed."""
+    max_eval_examples: int | None = number(200, low=1)
+    """Keep this many held-out examples, drawn with the seed."""
+    max_length: int = number(512, low=8)
+    """Longest sequence in tokens; longer prompts lose their beginning, longer completions their end."""
+    train_on_prompt: bool = False
+    """Also learn the tokens of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Section):
+    """The adapter and how it starts."""
+
+    section: ClassVar[str] = "adapter"
+
+    method: Literal["eva", "lora"] = "eva"
+    """`eva` measures activations and redistributes ranks, `lora` starts at random with uniform ranks."""
+    rank: int = number(16, low=1)
+    """Average rank; the budget is this times the number of targets."""
+    rho: float = number(2.0, low=1)
+    """No target gets more than rho times the average rank; 1 keeps the ranks uniform."""
+    metric: Literal["ratio", "paper", "raw", "max", "sum"] = "ratio"
+    """Explained-variance metric by which components compete for the budget."""
+    lora_alpha: float = number(1.0, above=0)
+    """Scale of the adapter; the paper uses 1 throughout."""
+    lora_dropout: float = number(0.0, low=0, high=1)
+    """Share of the adapter's inputs that is zeroed in training."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the adapted modules, a regular expression for them, or `all-linear`."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Names of modules, or a regular expression for them, that stay without adapter."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA)."""
+    whiten: bool = False
+    """Divide each component by the square root of its singular value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(Section):
+    """How the activations are measured (EVA)."""
+
+    section: ClassVar[str] = "measure"
+
+    batch_size: int = number(4, low=1)
+    """Examples in one measured batch."""
+    max_batches: int = number(64, low=1)
+    """Stop after this many batches, converged or not."""
+    n_components: int | None = number(None, low=1)
+    """Components kept of each input; by default rank times rho."""
+    stopping: Literal["tau", "accuracy"] = "tau"
+    """`tau` is the paper's rule, `accuracy` goes by the captured variance of rows not yet seen."""
+    tau: float = number(0.99, above=0, high=1)
+    """A component has converged when its cosine with itself one update before is at least this."""
+    delta: float = number(1.0, above=0, high=1)
+    """Share of the components that must have converged."""
+    backend: Literal["auto", "exact", "sketch", "incremental"] = "auto"
+    """Streaming PCA algorithm."""
+    center: bool = True
+    """Subtract the mean of the activations."""
+    use_label_mask: bool = False
+    """Leave out the positions that the loss ignores (for example prompts)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Section):
+    """How the adapter is trained."""
+
+    section: ClassVar[str] = "train"
+
+    steps: int | None = number(None, low=1)
+    """Optimizer steps; overrides `epochs`."""
+    epochs: float = number(1.0, above=0)
+    """Passes over the training data."""
+    batch_size: int = number(8, low=1)
+    """Examples in one forward pass."""
+    gradient_accumulation: int = number(1, low=1)
+    """Forward passes in one optimizer step."""
+    learning_rate: float = number(5e-4, above=0)
+    """Highest learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the learning rate does after the warm-up."""
+    warmup_ratio: float = number(0.03, low=0, high=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = number(0.0, low=0)
+    """Weight decay of AdamW."""
+    max_grad_norm: float = number(1.0, low=0)
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` is autocast; `auto` uses it where this machine computes it fast."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations twice."""
+    logging_steps: int = number(5, low=1)
+    """Log every so many steps."""
+    eval_steps: int | None = number(None, low=1)
+    """Also evaluate the held-out data every so many steps."""
+    save_steps: int | None = number(None, low=1)
+    """Write a checkpoint every so many steps; without it only an interruption writes one."""
+    keep_checkpoints: int = number(1, low=1)
+    """Newest checkpoints that stay on disk."""
+    seed: int = number(0, low=0)
+    """Seed of data order, sampling, dropout and random initialization."""
+    threads: int | None = number(None, low=1)
+    """Processor threads; by default what PyTorch chooses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Section):
+    """One fine-tuning run.
+
+    Example:
+        >>> recipe = Recipe(adapter=AdapterSettings(rank=8), output="runs/first")
+        >>> recipe.adapter.rho
+        2.0
+    """
+
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    """The pretrained model."""
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    """The training data and the held-out data."""
+    adapter: AdapterSettings = dataclasses.field(default_factory=AdapterSettings)
+    """The adapter and how it starts."""
+    measure: MeasureSettings = dataclasses.field(default_factory=MeasureSettings)
+    """How the activations are measured (EVA)."""
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    """How the adapter is trained."""
+    output: str = ""
+    """Folder that the run writes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kept, needed = self.measure.n_components, round(self.adapter.rank * self.adapter.rho)
+        if kept is not None and kept < needed:
+            raise EvaError(
+                f"measure.n_components is {kept}, but adapter.rank {self.adapter.rank} with adapter.rho "
+                f"{self.adapter.rho:g} needs at least {needed}."
+            )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from nested mappings; missing keys take their defaults.
+
+        A section may also be given as a plain value, which then is its first setting: `model: some/name`.
+
+        Raises:
+            EvaError: an unknown key, a wrong type or a value out of range.
+        """
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            if key not in _field_names(cls):
+                raise EvaError(f"a recipe has no section {key!r}{near_misses(str(key), _field_names(cls))}.")
+            kind = hints[key]
+            if not dataclasses.is_dataclass(kind):
+                values[key] = value
+                continue
+            if not isinstance(value, Mapping):
+                value = {} if value is None else {_field_names(kind)[0]: value}
+            for name in value:
+                if name not in _field_names(kind):
+                    hint = near_misses(str(name), _field_names(kind))
+                    raise EvaError(f"the recipe's section {key!r} has no setting {name!r}{hint}.")
+            values[key] = typing.cast(Any, kind)(**value)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values, ready for JSON and YAML; `from_dict` restores the recipe."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML; `load_recipe` restores it."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def require(self, *names: str) -> None:
+        """Check that settings without a default were given.
+
+        Args:
+            names: of `model`, `data` and `output`.
+
+        Raises:
+            EvaError: one of them is missing.
+        """
+        given = {"model": self.model.name, "data": self.data.train, "output": self.output}
+        for name in names:
+            if not given[name]:
+                raise EvaError(f"no {name} was given; set `{name}` in the recipe or pass --{name}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One leaf of the recipe, as the command line shows it."""
+
+    path: str
+    """Dotted name, for example `train.learning_rate`."""
+    option: str
+    """Shortest option that names it alone, for example `--learning-rate`."""
+    kind: Any
+    """Its type annotation."""
+    default: Any
+    """Its default value."""
+    help: str
+    """The text under the field."""
+
+
+@cache
+def all_settings() -> tuple[Setting, ...]:
+    """Return every leaf of the recipe in its order."""
+    leaves = list(_leaves())
+    names = [field.name for _, field, _ in leaves]
+    settings = []
+    for section, field, kind in leaves:
+        path = f"{section.section}.{field.name}".lstrip(".")
+        short = field.name if names.count(field.name) == 1 else path
+        # The first setting of model and data is what people mean by `--model` and `--data`.
+        short = {"model.name": "model", "data.train": "data"}.get(path, short)
+        settings.append(
+            Setting(
+                path=path,
+                option="--" + short.replace("_", "-"),
+                kind=kind,
+                default=field.default,
+                help=field_docs(section)[field.name],
+            )
+        )
+    return tuple(settings)
+
+
+def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: YAML file; relative paths inside it are taken from its own folder. None starts from the defaults.
+        overrides: setting -> value or text. A setting is named by its leaf (`rank`) where that is unique, else by its
+            dotted path (`train.batch_size`); hyphens and underscores are the same.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        EvaError: the file is missing or no YAML, or a key, type or value in it is wrong.
+    """
+    content = _read_yaml(Path(path)) if path is not None else {}
+    paths = {setting.path: setting for setting in all_settings()}
+    for name, value in (overrides or {}).items():
+        section, _, leaf = _resolve(name).rpartition(".")
+        if not section:
+            content[leaf] = value
+            continue
+        if not isinstance(content.get(section), dict):
+            first = next(known for known in paths if known.startswith(section + ".")).rpartition(".")[2]
+            content[section] = {} if content.get(section) is None else {first: content[section]}
+        content[section][leaf] = value
+    try:
+        return Recipe.from_dict(_expand(content))
+    except EvaError as error:
+        if path is None:
+            raise
+        raise EvaError(f"{path}: {error}") from None
+
+
+def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            inner = typing.get_type_hints(kind)
+            for leaf in dataclasses.fields(kind):
+                yield typing.cast(type[Section], kind), leaf, inner[leaf.name]
+        else:
+            yield Recipe, field, kind
+
+
+def _field_names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _resolve(name: str) -> str:
+    """Return the dotted path that an override means."""
+    wanted = name.strip("-").replace("-", "_")
+    matches = [s.path for s in all_settings() if wanted in (s.path, s.option.strip("-").replace("-", "_"))]
+    if matches:
+        return matches[0]
+    ambiguous = [s.path for s in all_settings() if s.path.endswith("." + wanted)]
+    if ambiguous:
+        raise EvaError(
+            f"setting {name!r} could mean {' or '.join(repr(path) for path in ambiguous)}; write one of them."
+        )
+    known = [s.path for s in all_settings()] + [s.path.rpartition(".")[2] for s in all_settings()]
+    raise EvaError(f"there is no setting {name!r}{near_misses(wanted, dict.fromkeys(known))}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        near = near_misses(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise EvaError(f"there is no recipe file {path}{near}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise EvaError(f"{path} must hold sections such as `model:` and `data:`, not a {type(content).__name__}.")
+    return _relative_to(path.parent, content)
+
+
+def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with its relative paths made relative to `folder` instead of the current folder."""
+
+    def local(value: Any) -> Any:
+        if isinstance(value, list):
+            return [local(item) for item in value]
+        if not isinstance(value, str) or not value or value.startswith(("~", "$", "package:")):
+            return value
+        # A hub id looks like a relative path: what is there as a file is a file.
+        return os.path.normpath(folder / value) if (folder / value).exists() else value
+
+    content = dict(content)
+    for section, keys in {"model": ("name",), "data": ("train", "eval")}.items():
+        value = content.get(section)
+        if isinstance(value, dict):
+            content[section] = {key: local(item) if key in keys else item for key, item in value.items()}
+        else:
+            content[section] = local(value)
+    output = content.get("output")
+    if isinstance(output, str) and output and not output.startswith(("~", "$")):
+        content["output"] = os.path.normpath(folder / output)
+    return content
+
+
+def _expand(value: Any) -> Any:
+    """Return the value with ${VARIABLES} of the environment filled in."""
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_expand(item) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise EvaError(f"{value!r} needs the environment variable {match[1]}; set it or override the path.")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", fill, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
