@@ -281,7 +281,7 @@ def all_settings() -> tuple[Setting, ...]:
                 option="--" + short.replace("_", "-"),
                 kind=kind,
                 default=field.default,
-                help=field_docs(section)[field.name],
+                help=field_docs(typing.cast(Any, section))[field.name],
             )
         )
     return tuple(settings)

@@ -1,0 +1,144 @@
+"""From examples to token ids, labels and padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from evatune.errors import EvaError
+from evatune.tasks.generation.formats import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a position that the loss leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedExamples(Dataset[dict[str, list[int]]]):
+    """Token ids and labels, ready for a data loader."""
+
+    rows: tuple[dict[str, list[int]], ...]
+    """`input_ids` and `labels` of each example."""
+    truncated: int
+    """Examples that were longer than the longest allowed sequence."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    train_on_prompt: bool = False,
+) -> EncodedExamples:
+    """Tokenize examples; labels are -100 wherever nothing is learned.
+
+    Prompt and completion are tokenized as one text, as the model will see them; a token belongs to the piece that its
+    last character stands in. A learned end is closed by the tokenizer's end token. What is too long loses the
+    beginning of its prompt, then the end of its completion.
+
+    Args:
+        examples: what to tokenize.
+        tokenizer: a fast tokenizer (it must know which characters a token covers).
+        max_length: longest sequence in tokens.
+        train_on_prompt: learn the prompts too.
+
+    Raises:
+        EvaError: the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise EvaError(
+            f"{type(tokenizer).__name__} cannot tell which characters a token covers; use the model's fast tokenizer."
+        )
+    rows: list[dict[str, list[int]]] = [{} for _ in examples]
+    truncated = 0
+    for special in (True, False):
+        chosen = [index for index, example in enumerate(examples) if example.special_tokens is special]
+        if not chosen:
+            continue
+        tokens = tokenizer(
+            [examples[index].text for index in chosen],
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for index, ids, offsets in zip(chosen, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            labels = _labels(examples[index], ids, offsets, train_on_prompt=train_on_prompt)
+            if special and examples[index].pieces[-1][1] and tokenizer.eos_token_id is not None:
+                ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+                if ids[-2:-1] == ids[-1:] and labels[-2] == IGNORED:  # the tokenizer had closed the text itself
+                    ids, labels = ids[:-1], [*labels[:-2], labels[-1]]
+            truncated += len(ids) > max_length
+            rows[index] = _shorten({"input_ids": ids, "labels": labels}, max_length)
+    return EncodedExamples(rows=tuple(rows), truncated=truncated)
+
+
+def _labels(
+    example: Example, ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, train_on_prompt: bool
+) -> list[int]:
+    learned = [part for text, part in example.pieces for part in [part] * len(text)]
+    return [
+        token if start < end and (train_on_prompt or learned[end - 1]) else IGNORED
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
+
+
+def _shorten(row: dict[str, list[int]], max_length: int) -> dict[str, list[int]]:
+    excess = len(row["input_ids"]) - max_length
+    if excess <= 0:
+        return row
+    first = next((index for index, label in enumerate(row["labels"]) if label != IGNORED), 0)
+    # The first token stays: for most models it is the begin token. So does one token of prompt before what is learned.
+    cut = max(0, min(excess, first - 2))
+    return {key: (values[:1] + values[1 + cut :])[:max_length] for key, values in row.items()}
+
+
+class Collator:
+    """Pads examples to the longest of a batch, on the right."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id = 0 if pad is None else pad  # the attention mask hides it, whatever it is
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each of shape (examples, longest)."""
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+            return torch.tensor([[*line, *[fill] * (longest - len(line))] for line in values])
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], IGNORED),
+        }
+
+
+def batches(
+    encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int | None = None
+) -> DataLoader[Any]:
+    """Return a loader of padded batches.
+
+    Args:
+        encoded: the examples.
+        tokenizer: names the padding token.
+        batch_size: examples in a batch; the last may be smaller.
+        seed: shuffles the examples, the same way in every pass; None keeps their order.
+    """
+    order = list(range(len(encoded)))
+    if seed is not None:
+        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed)).tolist()
+    return DataLoader(encoded, batch_size=batch_size, sampler=order, collate_fn=Collator(tokenizer))

@@ -1,0 +1,190 @@
+"""Evaluation on held-out examples: loss of the completions, and accuracy where the answers are choices.
+
+The head of a language model costs as much as many layers, so logits are computed for the last positions of a batch
+only; examples of like length share a batch, which keeps that part short and the padding small.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
+from evatune.tasks.generation.formats import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model does on held-out examples."""
+
+    loss: float
+    """Mean negative log-likelihood of a completion token, in nats."""
+    tokens: int
+    """Completion tokens."""
+    examples: int
+    """Examples."""
+    accuracy: float | None
+    """Share of the multiple-choice questions answered right; None without such questions."""
+    questions: int
+    """Multiple-choice questions."""
+    seconds: float
+    """Time that it took."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    batch_tokens: int = 2048,
+    bf16: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure the loss of completions and the accuracy of choices.
+
+    The choices of a question mostly begin alike (`the correct answer is answer`...); where they part in one token, one
+    pass gives the probabilities of all of them. Otherwise each choice is scored by the log-likelihood of its tokens.
+
+    Args:
+        model: a causal language model, with or without adapter; its mode is restored.
+        examples: held-out examples.
+        tokenizer: the model's tokenizer.
+        max_length: longest sequence in tokens.
+        batch_tokens: padded tokens in a batch.
+        bf16: compute in bfloat16 autocast.
+        progress: show a progress bar on a terminal.
+    """
+    started = time.perf_counter()
+    rows = _rows(examples, tokenizer, max_length=max_length)
+    total, tokens, right, questions = 0.0, 0, 0, 0
+    scores: dict[int, dict[int, float]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(rows), desc="evaluate", unit="row", leave=False, disable=None if progress else True) as bar:
+            for batch in _bucketed(rows, batch_tokens):
+                for row, log_likelihood, picked in _score(model, batch, Collator(tokenizer), bf16=bf16):
+                    if row["choice"] is not None:
+                        scores.setdefault(row["example"], {})[row["choice"]] = log_likelihood
+                        continue
+                    total -= log_likelihood
+                    tokens += _learned(row["labels"])
+                    if picked is not None:
+                        questions += 1
+                        right += picked == examples[row["example"]].answer
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    for example, by_choice in scores.items():
+        questions += 1
+        right += max(by_choice, key=lambda choice: by_choice[choice]) == examples[example].answer
+    return Evaluation(
+        loss=total / max(tokens, 1),
+        tokens=tokens,
+        examples=len(examples),
+        accuracy=right / questions if questions else None,
+        questions=questions,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[dict[str, Any]]:
+    """Return what must be run: each example with its true completion, and with others where choices need it."""
+    encoded = encode_examples(examples, tokenizer, max_length=max_length)
+    rows: list[dict[str, Any]] = []
+    for index, example in enumerate(examples):
+        row: dict[str, Any] = {**encoded[index], "example": index, "choice": None, "fork": None}
+        rows.append(row)
+        if example.answer is None:
+            continue
+        variants = [
+            Example(pieces=(*example.pieces[:-1], (choice, True)), special_tokens=example.special_tokens)
+            for choice in example.choices
+        ]
+        alternatives = encode_examples(variants, tokenizer, max_length=max_length).rows
+        columns = zip(*(alternative["input_ids"] for alternative in alternatives), strict=False)
+        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+        forks = [alternative["input_ids"][shared : shared + 1] for alternative in alternatives]
+        lengths = {len(alternative["input_ids"]) for alternative in alternatives}
+        if len({tuple(fork) for fork in forks}) == len(forks) and all(forks) and len(lengths) == 1:
+            row["fork"] = (shared, [fork[0] for fork in forks])
+        else:
+            rows += [
+                {**alternative, "example": index, "choice": choice, "fork": None}
+                for choice, alternative in enumerate(alternatives)
+            ]
+    return rows
+
+
+def _bucketed(rows: list[dict[str, Any]], batch_tokens: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield batches of rows of like length, the longest first (so that memory runs out at once or never)."""
+    batch: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        if batch and (len(batch) + 1) * len(batch[0]["input_ids"]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _score(
+    model: torch.nn.Module, batch: list[dict[str, Any]], collate: Collator, *, bf16: bool
+) -> list[tuple[dict[str, Any], float, int | None]]:
+    """Return for each row its log-likelihood and, where its choices fork at one token, the most probable choice."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
+    labels = inputs.pop("labels")
+    first = min(_first_learned(row) for row in batch)
+    kept = labels.shape[1] - first + 1  # logits of position p - 1 tell of token p
+    if takes_logits_to_keep(model):
+        inputs["logits_to_keep"] = kept  # type: ignore[assignment]
+    with autocast(device, bf16=bf16):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    logits = logits[:, -kept:].float()  # [:, j] tells of token first + j
+    targets = labels[:, first:]
+    chosen = logits[:, :-1].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    log_probs = chosen - logits[:, :-1].logsumexp(dim=-1)
+    sums = log_probs.masked_fill(targets == IGNORED, 0).sum(dim=-1).tolist()
+    picks: list[int | None] = []
+    for index, row in enumerate(batch):
+        position, tokens = row["fork"] or (None, None)
+        picks.append(None if position is None else int(logits[index, position - first, tokens].argmax()))
+    return list(zip(batch, sums, picks, strict=True))
+
+
+def _learned(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _first_learned(row: dict[str, Any]) -> int:
+    return next((index for index, label in enumerate(row["labels"]) if label != IGNORED and index), 1)
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Return whether the model can compute the logits of the last positions only."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def autocast(device: torch.device, *, bf16: bool) -> AbstractContextManager[Any]:
+    """Return a context of bfloat16 autocast, or one that does nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
