@@ -100,6 +100,20 @@ def cell_text(value: object) -> str:
     return " ".join(str(value).split())
 
 
+def table_cells(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Return the cells of a table as text.
+
+    Raises:
+        EvaError: there are no headers, or a row does not fit them.
+    """
+    if not headers:
+        raise EvaError("a table needs at least one column; headers is empty.")
+    for number, row in enumerate(rows):
+        if len(row) != len(headers):
+            raise EvaError(f"row {number} of the table has {len(row)} cells, the header has {len(headers)}: {row!r}.")
+    return [[cell_text(cell) for cell in row] for row in rows]
+
+
 def alignment(headers: Sequence[str], cells: Sequence[Sequence[str]], align: str | None = None) -> str:
     """Return one letter a column: "r" where every cell that is not missing is a number, otherwise "l"."""
     if align is None:
@@ -114,13 +128,8 @@ def alignment(headers: Sequence[str], cells: Sequence[Sequence[str]], align: str
 def _layout(
     headers: Sequence[str], rows: Sequence[Sequence[object]], align: str | None
 ) -> tuple[list[str], list[list[str]], str]:
-    """Return titles, cells as text, and the alignment, after a check that all rows have the same length."""
-    if not headers:
-        raise EvaError("a table needs at least one column; headers is empty.")
-    for number, row in enumerate(rows):
-        if len(row) != len(headers):
-            raise EvaError(f"row {number} of the table has {len(row)} cells, the header has {len(headers)}: {row!r}.")
-    cells = [[cell_text(cell) for cell in row] for row in rows]
+    """Return titles, cells as text, and the alignment."""
+    cells = table_cells(headers, rows)
     return [cell_text(title) for title in headers], cells, alignment(headers, cells, align)
 
 

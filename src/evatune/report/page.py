@@ -1,0 +1,186 @@
+"""One HTML file with text, tables and figures that needs nothing else: no script, font or picture from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evatune.files import write_text
+from evatune.report.tables import alignment, table_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "Section", "Table", "Verbatim", "write_page"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of a page."""
+
+    headers: Sequence[str]
+    """One title a column."""
+    rows: Sequence[Sequence[object]]
+    """The cells, shown as `evatune.report.tables.text_table` shows them; the first of a row is its title."""
+    caption: str = ""
+    """A sentence below it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure of a page."""
+
+    figure: Figure
+    """What to draw."""
+    alt: str
+    """What it shows, in words, for those who cannot see it."""
+    caption: str = ""
+    """A sentence below it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbatim:
+    """Text whose line breaks and spaces stay, such as the output of a program."""
+
+    text: str
+    """The text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page under a heading of its own."""
+
+    title: str
+    """The heading."""
+    content: Sequence[str | Table | Picture | Verbatim]
+    """Texts (blank lines part paragraphs, `backticks` mark code), tables and pictures, in order."""
+
+
+def write_page(path: str | Path, *, title: str, sections: Sequence[Section], lead: str = "") -> Path:
+    """Write a page as one self-contained HTML file.
+
+    Args:
+        path: the file; it appears only when it is complete.
+        title: title and first heading.
+        sections: the parts, in order.
+        lead: what stands under the title, as a text of a section.
+
+    Returns:
+        The path.
+    """
+    body = [f"<h1>{_escape(title)}</h1>", _paragraphs(lead, kind="lead")]
+    for number, section in enumerate(sections, start=1):
+        content = "\n".join(_html(block) for block in section.content)
+        body.append(
+            f'<section aria-labelledby="part-{number}">\n<h2 id="part-{number}">{_escape(section.title)}</h2>\n'
+            f"{content}\n</section>"
+        )
+    return write_text(path, _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, body))))
+
+
+def _html(block: str | Table | Picture | Verbatim) -> str:
+    match block:
+        case Table():
+            return _table(block)
+        case Picture():
+            return _picture(block)
+        case Verbatim():
+            return f'<pre tabindex="0">{_escape(block.text)}</pre>'
+        case _:
+            return _paragraphs(block)
+
+
+def _table(table: Table) -> str:
+    cells = table_cells(table.headers, table.rows)
+    sides = [' class="number"' if side == "r" else "" for side in alignment(table.headers, cells)]
+    head = "".join(f'<th scope="col"{side}>{_inline(t)}</th>' for t, side in zip(table.headers, sides, strict=True))
+    lines = []
+    for row in cells:
+        first, *rest = zip(row, sides, strict=True)
+        others = "".join(f"<td{side}>{_inline(cell)}</td>" for cell, side in rest)
+        lines.append(f'<tr><th scope="row"{first[1]}>{_inline(first[0])}</th>{others}</tr>')
+    return (
+        f'<figure><div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + f"\n</tbody></table></div>{_caption(table.caption)}</figure>"
+    )
+
+
+def _picture(picture: Picture) -> str:
+    from evatune.report.style import render
+
+    data = base64.b64encode(render(picture.figure, "svg")).decode("ascii")
+    width, height = (round(96 * inches) for inches in picture.figure.get_size_inches())
+    image = (
+        f'<img src="data:image/svg+xml;base64,{data}" alt="{_escape(picture.alt)}" width="{width}" height="{height}">'
+    )
+    return f"<figure>{image}{_caption(picture.caption)}</figure>"
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{_inline(text)}</figcaption>" if text else ""
+
+
+def _paragraphs(text: str, *, kind: str = "") -> str:
+    mark = f' class="{kind}"' if kind else ""
+    parts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return "\n".join(f"<p{mark}>{_inline(part)}</p>" for part in parts)
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --paper: #ffffff; --ink: #22272e; --muted: #5b6470; --line: #d9dde3; --shade: #f5f6f8; --accent: #b34a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16191d; --ink: #e4e7eb; --muted: #a3acb8; --line: #363c44; --shade: #20252b; --accent: #f0a06a; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+p { margin: .75rem 0; max-width: 42rem; }
+.lead { font-size: 1.1rem; color: var(--muted); }
+figure { margin: 1.25rem 0; }
+figcaption { color: var(--muted); font-size: .9rem; margin-top: .5rem; max-width: 42rem; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #ffffff; border-radius: 6px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
+tbody th { font-weight: 600; }
+.number { text-align: right; white-space: nowrap; }
+code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
+code { background: var(--shade); padding: .1em .3em; border-radius: 4px; }
+pre { background: var(--shade); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; line-height: 1.4; }
+"""

@@ -1,0 +1,139 @@
+"""How figures look, in one place, and how they are written to files."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evatune.errors import EvaError
+
+__all__ = ["FORMATS", "colours", "fresh_axes", "render", "save", "styled"]
+
+FORMATS = ("svg", "png", "pdf")
+INK, MUTED, GRID, EMPTY = "#22272e", "#5b6470", "#d9dde3", "#eceef1"
+
+# Okabe and Ito's palette stays distinct under every common kind of colour blindness; its yellow is too pale for lines.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#22272e")
+_METHODS = {"eva": "#d55e00", "lora": "#0072b2", "pissa": "#009e73", "dora": "#cc79a7", "olora": "#e69f00"}
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same picture
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "evatune",  # the same figure gives the same file
+}
+
+P = ParamSpec("P")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a drawing function run with our style, and leave the caller's settings of matplotlib as they were."""
+
+    @wraps(draw)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def fresh_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of this size in inches with one axes; it belongs to no window and no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def colours(labels: Iterable[str]) -> dict[str, str]:
+    """Give each label a colour: known methods always their own, others the rest of the palette in turn."""
+    labels = list(labels)
+    chosen: dict[str, str] = {}
+    for label in labels:
+        own = _METHODS.get(label.lower().split()[0] if label.split() else "")
+        if own and own not in chosen.values():
+            chosen[label] = own
+    free = [colour for colour in PALETTE if colour not in chosen.values()] or list(PALETTE)
+    rest = [label for label in labels if label not in chosen]
+    return chosen | {label: free[number % len(free)] for number, label in enumerate(rest)}
+
+
+def render(figure: Figure, kind: str = "svg") -> bytes:
+    """Return a figure as the bytes of a file of this kind, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with _style():
+        figure.savefig(buffer, format=kind, metadata=undated)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | Path | None) -> Figure:
+    """Write a figure to `path`, if there is one; the suffix says in which format.
+
+    Args:
+        figure: the figure.
+        path: where to write it; a file that exists is replaced when the new one is complete.
+
+    Returns:
+        The figure.
+
+    Raises:
+        EvaError: the suffix is none of `FORMATS`.
+    """
+    if path is None:
+        return figure
+    path = Path(path).expanduser()
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise EvaError(f"a figure cannot be written as {path.name!r}; end its name with .{', .'.join(FORMATS)}.")
+    content = render(figure, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return figure
