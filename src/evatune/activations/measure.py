@@ -1,0 +1,363 @@
+"""`measure`: pass batches through a model and learn the spectrum of every input of its targets (Algorithm 1)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from evatune.activations.batches import forward_arguments
+from evatune.activations.capture import Capture
+from evatune.activations.preserve import measuring_state, preserved_random_state
+from evatune.activations.rows import IGNORED_LABEL, RowMasks
+from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor, StoppingRule, is_check
+from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
+from evatune.allocation import max_components
+from evatune.errors import EvaError, EvaWarning
+from evatune.pca import StreamingPCA
+from evatune.pca.products import has_fast_bfloat16
+from evatune.spectra import Spectra, Spectrum, Target
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    n_components: int | None = None,
+    rank: int | None = None,
+    rho: float = 2.0,
+    metric: str = "ratio",
+    max_batches: int = 64,
+    tau: float | None = 0.99,
+    delta: float = 1.0,
+    min_gain: float | None = 0.01,
+    use_label_mask: bool = False,
+    label_mask_value: int = IGNORED_LABEL,
+    backend: str = "auto",
+    center: bool = True,
+    dtype: str | torch.dtype | None = None,
+    forward: Forward | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Spectra:
+    """Measure the activations that enter the targets of a model while batches of downstream data pass through it.
+
+    Every input is followed by a `StreamingPCA`; targets that receive the very same tensor share one. Measuring ends
+    when every input is done by one of the two stopping rules, at `max_batches`, or when the data end; all inputs go on
+    accumulating until then. The model, its mode, hooks, adapters and the random number generators are left as they
+    were. Ctrl-C ends with what has been measured so far.
+
+    Args:
+        model: a torch model, bare or wrapped by PEFT (adapters are switched off while measuring).
+        batches: any iterable of mappings, tensors or tuples that start with one of these; gone through once.
+        target_modules: which modules, by the rules of PEFT's `LoraConfig`: names or name endings, one regular
+            expression, or "all-linear".
+        exclude_modules: what is left out of these.
+        layers_to_transform: only layers with these numbers.
+        layers_pattern: name of the list of layers.
+        n_components: how many components to keep of each input; by default round(rho * rank), or 32 without a rank.
+        rank: rank r of the later plan. The stopping rules then look only at the components that a plan from the
+            present spectra would need, as the paper does.
+        rho: of the later plan.
+        metric: of the later plan.
+        max_batches: the most batches to pass, whatever the stopping rules say.
+        tau: cosine of a component with itself one batch before that counts as converged (the paper's rule); None
+            switches the rule off.
+        delta: share of the components of an input that must have converged.
+        min_gain: an input is also done when doubling the data gained less than this share of captured variance on
+            rows not yet seen; None switches the rule off.
+        use_label_mask: leave out positions whose label the loss ignores. With short answers few rows remain
+            (Appendix F.3 of the paper).
+        label_mask_value: the label that the loss ignores.
+        backend: of `StreamingPCA`.
+        center: subtract the mean, as Algorithm 2 does.
+        dtype: run the forward pass under autocast in this dtype; "auto" takes bfloat16 where it is fast; None runs the
+            model as it is.
+        forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
+        progress: show a bar on standard error.
+        seed: of the sketches.
+
+    Returns:
+        Spectra by target name; `stopped` of each says why measuring ended.
+
+    Raises:
+        EvaError: no batch, no matching target, all rows masked, fewer rows than components, a NaN or infinite
+            activation (with the target's name and the batch), or a setting out of range.
+
+    Cost: the forward passes up to the last target, and for each batch two thin matrix products per input
+    (`evatune.pca.sketch`).
+    """
+    n_components = _check_settings(n_components, rank, rho, max_batches)
+    rule = StoppingRule(tau=tau, delta=delta, min_gain=min_gain)
+    rules = TargetRules(
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+    )
+    targets = find_targets(model, rules)
+    base = unwrap(model)
+    measurement = _Measurement(
+        targets=targets,
+        new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed),
+        n_components=n_components,
+        monitor=StoppingMonitor(rule),
+    )
+    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    autocast = _autocast(base, dtype)
+    started = time.perf_counter()
+    stopped, n_batches = EXHAUSTED, 0
+    capture = Capture(targets, measurement.consume)
+    bar = tqdm(total=max_batches, unit="batch", desc="measuring", disable=not progress, dynamic_ncols=True)
+    # The loader runs inside, so that its shuffling does not advance the caller's generators either.
+    with torch.no_grad(), preserved_random_state(), measuring_state(base), capture, autocast, bar:
+        try:
+            for batch in batches:
+                masks = RowMasks.of(
+                    batch,
+                    encoder_decoder=encoder_decoder,
+                    use_label_mask=use_label_mask,
+                    label_mask_value=label_mask_value,
+                )
+                if forward is not None:
+                    run = partial(forward, model, batch)
+                else:
+                    args, kwargs = forward_arguments(base, batch, keep_labels=encoder_decoder)
+                    run = partial(base, *args, **kwargs)
+                measurement.begin_batch(n_batches, masks, rank=rank, rho=rho, metric=metric)
+                if not capture.run(run):
+                    measurement.forget()
+                    capture.run(run)
+                n_batches += 1
+                measurement.end_batch(capture.input_of, seconds=time.perf_counter() - started)
+                bar.update()
+                bar.set_postfix_str(measurement.progress_text())
+                if measurement.all_done() or n_batches == max_batches:
+                    stopped = BATCH_CAP
+                    break
+        except KeyboardInterrupt:
+            if not measurement.pcas:
+                raise
+            stopped = INTERRUPTED
+    settings = {
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "n_components": n_components,
+        "rank": rank,
+        "rho": rho,
+        "metric": metric,
+        "max_batches": max_batches,
+        "n_batches": n_batches,
+        "tau": tau,
+        "delta": delta,
+        "min_gain": min_gain,
+        "use_label_mask": use_label_mask,
+        "backend": backend,
+        "center": center,
+        "dtype": str(dtype) if dtype is not None else None,
+        "seed": seed,
+    }
+    return Spectra(
+        targets=measurement.target_table(capture.input_of, n_batches=n_batches),
+        inputs=measurement.spectra(stopped, n_batches=n_batches),
+        model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
+        settings=settings,
+        versions={name: metadata.version(name) for name in ("evatune", "torch")},
+        seconds=time.perf_counter() - started,
+        history=measurement.history,
+    )
+
+
+class _Measurement:
+    """The state of one call of `measure`: a streaming PCA per input, and the checks."""
+
+    def __init__(
+        self,
+        *,
+        targets: Sequence[TargetModule],
+        new_pca: Callable[[int], StreamingPCA],
+        n_components: int,
+        monitor: StoppingMonitor,
+    ) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.new_pca = new_pca
+        self.n_components = n_components
+        self.monitor = monitor
+        self.pcas: dict[str, StreamingPCA] = {}
+        self.history: list[dict[str, Any]] = []
+        self._n_batches = 0
+        self._checking = False
+        self._masks = RowMasks()
+        self._needed: dict[str, int] = {}
+        self._input_of: dict[str, str] = {}
+        self._plan_settings: dict[str, Any] = {}
+
+    def begin_batch(self, n_batches: int, masks: RowMasks, *, rank: int | None, rho: float, metric: str) -> None:
+        """Prepare for the batch after `n_batches`."""
+        self._n_batches, self._masks = n_batches, masks
+        self._checking = is_check(n_batches)
+        if self._checking and rank is not None:
+            self._needed = self._components_needed(rank=rank, rho=rho, metric=metric)
+
+    def consume(self, key: str, activation: Tensor) -> None:
+        """Take the input of a target."""
+        target = self.targets[key]
+        if not isinstance(activation, Tensor) or activation.shape[-1] != target.in_features:
+            found = tuple(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
+            raise EvaError(f"target {key!r} takes {target.in_features} features, but its input is {found}.")
+        rows_nd = self._masks.select(activation, in_decoder="decoder" in key.split("."))
+        pca = self.pcas.get(key)
+        if pca is None:
+            pca = self.pcas[key] = self.new_pca(min(self.n_components, target.in_features))
+        checking = self._checking and key not in self.monitor.done and hasattr(pca, "n_samples_seen_")
+        n_needed = self._needed.get(key, self.n_components)
+        if checking:
+            self.monitor.before_update(key, pca, rows_nd, n_needed)
+        try:
+            pca.partial_fit(rows_nd)
+        except EvaError as error:
+            raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
+        if checking and key not in self.monitor.done:
+            self.monitor.after_update(key, pca, n_needed)
+
+    def end_batch(self, input_of: Mapping[str, str], *, seconds: float) -> None:
+        """Note how far things are."""
+        self._input_of = dict(input_of)
+        if self._checking:
+            gains = list(self.monitor.gains.values())
+            self.history.append(
+                {
+                    "batch": self._n_batches + 1,
+                    "rows": self._most_rows(),
+                    "done": len(self.monitor.done),
+                    "inputs": len(self.pcas),
+                    "mean_gain": sum(gains) / len(gains) if gains else None,
+                    "seconds": seconds,
+                }
+            )
+
+    def forget(self) -> None:
+        """Drop what the probe pass has shown, to take the same batch again."""
+        self.pcas.clear()
+
+    def all_done(self) -> bool:
+        """Tell whether every input is done."""
+        return bool(self.pcas) and len(self.monitor.done) == len(self.pcas)
+
+    def progress_text(self) -> str:
+        """Return what the bar shows beside the batches and the time left."""
+        return f"{len(self.monitor.done)}/{len(self.pcas)} inputs converged, {self._most_rows():,} rows"
+
+    def target_table(self, input_of: Mapping[str, str], *, n_batches: int) -> dict[str, Target]:
+        """Return the targets that were reached, in the order of the model."""
+        if n_batches == 0:
+            raise EvaError(
+                "there was no batch to measure: the iterable is empty, or a generator that is used up already."
+            )
+        unreached = [name for name in self.targets if name not in input_of]
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} of {len(self.targets)} targets got no input in {n_batches} batches and have no "
+                f"spectrum, the first is {unreached[0]!r}; leave them out with exclude_modules.",
+                EvaWarning,
+                stacklevel=3,
+            )
+        return {
+            name: Target(
+                name=name, input=input_of[name], in_features=target.in_features, out_features=target.out_features
+            )
+            for name, target in self.targets.items()
+            if name in input_of
+        }
+
+    def spectra(self, stopped: str, *, n_batches: int) -> dict[str, Spectrum]:
+        """Return the spectrum of every input, in the order of the model."""
+        n_rows = self._most_rows()
+        if n_rows == 0:
+            raise EvaError(
+                f"all rows of all {n_batches} batches are masked; check attention_mask"
+                " and labels, or measure without use_label_mask."
+            )
+        if n_rows < self.n_components:
+            raise EvaError(
+                f"{n_rows} rows in {n_batches} batches are fewer than the {self.n_components} components asked for; "
+                "give more or longer batches, or a smaller rank, rho or n_components."
+            )
+        spectra = {}
+        for key in self.targets:
+            if key not in self.pcas:
+                continue
+            pca = self.pcas[key]
+            if not hasattr(pca, "n_samples_seen_"):
+                raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
+            spectra[key] = Spectrum(
+                components=pca.components_.float().cpu(),
+                singular_values=pca.singular_values_.float().cpu(),
+                mean=pca.mean_.float().cpu(),
+                total_variance=pca.total_variance_,
+                n_rows=pca.n_samples_seen_,
+                n_batches=n_batches,
+                stopped=self.monitor.done.get(key, stopped),
+                backend=pca.backend_,
+            )
+        return spectra
+
+    def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
+        """Return how many components of each input a plan from the present spectra would use."""
+        spectra = Spectra(
+            targets=self.target_table(self._input_of, n_batches=self._n_batches),
+            inputs=self.spectra(BATCH_CAP, n_batches=self._n_batches),
+        )
+        plan = spectra.plan(rank, rho, metric=metric)
+        needed: dict[str, int] = {}
+        for name, n_used in plan.ranks.items():
+            key = self._input_of[name]
+            needed[key] = max(needed.get(key, 0), n_used)
+        return needed
+
+    def _most_rows(self) -> int:
+        return max((pca.n_samples_seen_ for pca in self.pcas.values() if hasattr(pca, "n_samples_seen_")), default=0)
+
+
+def _check_settings(n_components: int | None, rank: int | None, rho: float, max_batches: int) -> int:
+    """Return how many components to keep."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise EvaError(f"rank must be a whole number of at least 1, got {rank!r}.")
+    if not rho >= 1:
+        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+    if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
+        raise EvaError(f"max_batches must be a whole number of at least 1, got {max_batches!r}.")
+    if n_components is None:
+        return 32 if rank is None else max_components(rank, rho)
+    if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
+        raise EvaError(f"n_components must be a whole number of at least 1, got {n_components!r}.")
+    if rank is not None and n_components < max_components(rank, rho):
+        raise EvaError(
+            f"n_components={n_components} is less than rank {rank} with rho {rho:g} needs, {max_components(rank, rho)}."
+        )
+    return n_components
+
+
+def _autocast(model: nn.Module, dtype: str | torch.dtype | None) -> Any:
+    """Return the context in which the forward pass runs."""
+    if dtype is None:
+        return nullcontext()
+    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if dtype == "auto":
+        return torch.autocast(device_type, torch.bfloat16) if has_fast_bfloat16(device_type) else nullcontext()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise EvaError(f"dtype must be a float torch.dtype, 'auto' or None, got {dtype!r}.")
+    return torch.autocast(device_type, dtype)

@@ -1,0 +1,65 @@
+"""Leave a model and the random number generators as they were found, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from evatune.errors import EvaError
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore the generators of Python, NumPy and torch (all devices) on exit."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
+
+
+@contextmanager
+def measuring_state(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without cache and with its adapters switched off; restore each part on exit.
+
+    Adapters are switched by the flag alone: PEFT's own `disable_adapter` also rewrites which parameters require
+    gradients.
+
+    Raises:
+        EvaError: an adapter is merged into the weights, so the base model's activations cannot be had.
+    """
+    modules: list[Any] = list(model.modules())
+    merged = [module for module in modules if hasattr(module, "_disable_adapters") and getattr(module, "merged", False)]
+    if merged:
+        raise EvaError(
+            f"adapters are merged into {len(merged)} layers of the model; call unmerge_adapter() before measuring."
+        )
+    training = [(module, module.training) for module in modules]
+    adapters = [(module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")]
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        model.eval()
+        for module, _ in adapters:
+            module._disable_adapters = True
+        for config, _ in caches:
+            config.use_cache = False
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for module, disabled in adapters:
+            module._disable_adapters = disabled
+        for config, use_cache in caches:
+            config.use_cache = use_cache

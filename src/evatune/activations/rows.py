@@ -1,0 +1,92 @@
+"""Which rows of an activation count: not padding, and on request not what the loss ignores (Appendix F.3 of the paper).
+
+Shapes: B sequences in a batch, T positions, d features, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evatune.errors import EvaError
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMasks:
+    """Boolean masks of one batch; each concerns activations that have one vector per position of its sequence."""
+
+    encoder_bt: Tensor | None = None
+    """Positions of the input sequence that count, (B, T)."""
+    decoder_bt: Tensor | None = None
+    """Positions of the target sequence of an encoder-decoder model that count, (B, T')."""
+
+    @classmethod
+    def of(
+        cls, batch: Any, *, encoder_decoder: bool, use_label_mask: bool = False, label_mask_value: int = IGNORED_LABEL
+    ) -> RowMasks:
+        """Read the masks from a batch.
+
+        Args:
+            batch: a mapping with `attention_mask` (B, T), `decoder_attention_mask` (B, T') and `labels`, any of which
+                may be missing; anything else has no masks.
+            encoder_decoder: whether labels belong to a second, decoder sequence.
+            use_label_mask: drop positions whose label is `label_mask_value`. Labels that are not per position, as in
+                classification, mask nothing.
+            label_mask_value: the label that the loss ignores.
+
+        Raises:
+            EvaError: `use_label_mask` is set, but the batch has no labels.
+        """
+        if not isinstance(batch, Mapping):
+            batch = {}
+        masks = {False: _matrix(batch.get("attention_mask")), True: _matrix(batch.get("decoder_attention_mask"))}
+        labels = batch.get("labels")
+        if use_label_mask and not isinstance(labels, Tensor):
+            raise EvaError("use_label_mask=True needs batches with 'labels', and this batch has none.")
+        reference = masks[False] if masks[False] is not None else batch.get("input_ids")
+        if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+            per_position = encoder_decoder or (reference is not None and labels.shape == reference.shape[:2])
+            # In an encoder-decoder model, padding of the decoder sequence shows in the labels only.
+            if per_position and (use_label_mask or (encoder_decoder and masks[True] is None)):
+                counted = labels != label_mask_value
+                present = masks[encoder_decoder]
+                masks[encoder_decoder] = counted if present is None else counted & present.to(counted.device)
+        return cls(encoder_bt=masks[False], decoder_bt=masks[True])
+
+    def select(self, activation: Tensor, *, in_decoder: bool = False) -> Tensor:
+        """Return the rows of an activation that count.
+
+        Args:
+            activation: (..., d); its leading shape is compared with the masks.
+            in_decoder: it belongs to the decoder of an encoder-decoder model, so where both masks fit in shape, the
+                decoder's is meant.
+
+        Returns:
+            Rows, (n, d). All rows where no mask fits: pooled vectors, image patches, batches without a mask.
+        """
+        rows_nd = activation.reshape(-1, activation.shape[-1])
+        order = (self.decoder_bt, self.encoder_bt) if in_decoder else (self.encoder_bt, self.decoder_bt)
+        for mask_bt in order:
+            if mask_bt is not None and _fits(mask_bt, activation):
+                if mask_bt.all():
+                    return rows_nd
+                # Positions are found where the mask lives, which for a loader's batch is the CPU.
+                kept_n = mask_bt.reshape(-1).nonzero().squeeze(1)
+                return rows_nd.index_select(0, kept_n.to(rows_nd.device, non_blocking=True))
+        return rows_nd
+
+
+def _matrix(mask: Any) -> Tensor | None:
+    """Return a (B, T) mask as booleans; masks of other shapes (packed or 4-d attention) say nothing about rows."""
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _fits(mask_bt: Tensor, activation: Tensor) -> bool:
+    leading = activation.shape[:-1]
+    return leading == mask_bt.shape or (leading == torch.Size([mask_bt.numel()]) and mask_bt.shape[1] > 1)

@@ -1,0 +1,166 @@
+"""Which modules are targets, by the rules of PEFT's `LoraConfig`, on bare and on already wrapped models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from evatune.errors import EvaError, near_misses
+
+ALL_LINEAR = "all-linear"
+CLASSIFIER_NAMES = ("score", "classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRules:
+    """The settings of PEFT's `LoraConfig` that say which modules get an adapter, with the same meaning."""
+
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    """Names or name endings, one regular expression for the whole name, or "all-linear"."""
+    exclude_modules: str | Sequence[str] | None = None
+    """What is left out of these: names or name endings, or one regular expression."""
+    layers_to_transform: int | Sequence[int] | None = None
+    """Only layers with these numbers, where `target_modules` are names."""
+    layers_pattern: str | Sequence[str] | None = None
+    """Name of the list of layers, where it is not the first numbered one."""
+
+    def match(self, name: str) -> bool:
+        """Tell whether the module of this name is a target."""
+        excluded = self.exclude_modules
+        if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, name) is not None
+        if name in self.target_modules:
+            return True
+        return _ends_with(name, self.target_modules) and self._match_layer(name)
+
+    def _match_layer(self, name: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or (not isinstance(wanted, int) and not wanted):
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else (self.layers_pattern or [])
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for expression in expressions if (match := re.match(expression, name))), None)
+        return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetModule:
+    """A target and the module whose input is measured."""
+
+    name: str
+    """Name in the base model, without the prefixes that PEFT and compilation add."""
+    module: nn.Module
+    """The module to hook: the target itself, or the base layer inside a PEFT layer."""
+    in_features: int
+    """Width of its input."""
+    out_features: int
+    """Width of its output."""
+
+
+def unwrap(model: Any) -> nn.Module:
+    """Return the base model inside `torch.compile`, data-parallel and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
+    """Return the targets of a model in its own order.
+
+    Args:
+        model: a model, bare or wrapped by PEFT, `torch.compile` or data parallelism.
+        rules: which modules are targets.
+
+    Returns:
+        At least one target.
+
+    Raises:
+        EvaError: nothing matches (with the nearest names), or something matches that is not a linear layer.
+    """
+    base = unwrap(model)
+    candidates = dict(_adaptable(base))
+    if isinstance(rules.target_modules, str) and rules.target_modules.lower() == ALL_LINEAR:
+        heads = _head_names(base)
+        names = [name for name, module in candidates.items() if _features(module) and name not in heads]
+        rules = TargetRules(target_modules=names, exclude_modules=rules.exclude_modules)
+    matched = {name: module for name, module in candidates.items() if rules.match(name)}
+    if not matched:
+        raise EvaError(_nothing_matches(rules, [name for name, module in candidates.items() if _features(module)]))
+    targets = []
+    for name, module in matched.items():
+        features = _features(module)
+        if features is None:
+            raise EvaError(
+                f"target {name!r} is a {type(module).__name__}, which has no matrix that EVA can measure; "
+                "leave it out of target_modules or name it in exclude_modules."
+            )
+        targets.append(TargetModule(name=name, module=module, in_features=features[0], out_features=features[1]))
+    return targets
+
+
+def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module that could be a target, with what PEFT put into and around it left out."""
+    hidden: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if name.startswith(hidden) and hidden:
+            continue
+        if hasattr(module, "base_layer"):
+            hidden += (name + ".",)
+            while hasattr(module, "base_layer"):
+                module = module.base_layer
+        elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+            hidden += (name + ".",)
+            continue
+        if name:
+            yield name, module
+
+
+def _features(module: Any) -> tuple[int, int] | None:
+    """Return (in_features, out_features) of a linear layer or of the Conv1D of GPT-2, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def _head_names(base: nn.Module) -> set[str]:
+    """Return the names of the output head, which "all-linear" leaves out: it is new, or as wide as the vocabulary."""
+    get_output = getattr(base, "get_output_embeddings", None)
+    head = get_output() if get_output else None
+    heads = [head] if head is not None else [getattr(base, name, None) for name in CLASSIFIER_NAMES][:2]
+    roots = {id(head) for head in heads if head is not None}
+    names = [name for name, module in base.named_modules() if id(module) in roots]
+    return {
+        name for name, _ in base.named_modules() if any(name == root or name.startswith(root + ".") for root in names)
+    }
+
+
+def _ends_with(name: str, endings: Iterable[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _nothing_matches(rules: TargetRules, names: Sequence[str]) -> str:
+    wanted = [rules.target_modules] if isinstance(rules.target_modules, str) else list(rules.target_modules)
+    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    hints = "".join(near_misses(name.rsplit(".", 1)[-1], leaves) for name in wanted[:1])
+    shown = ", ".join(wanted[:3]) + (", …" if len(wanted) > 3 else "")
+    limits = [
+        f"{name}={value!r}" for name in ("exclude_modules", "layers_to_transform") if (value := getattr(rules, name))
+    ]
+    return (
+        f"no module of the model matches target_modules={shown!r}{' with ' + ', '.join(limits) if limits else ''}{hints}; "
+        f"its linear layers are {', '.join(list(leaves)[:12]) or 'none'}."
+    )

@@ -1,0 +1,270 @@
+"""Rank allocation: redistribute a budget of LoRA ranks over all targets by explained variance (Section 3.3, Algorithm 1).
+
+Shapes: k components of one target, N targets. This module knows numbers only, neither models nor tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evatune.errors import EvaError, near_misses
+from evatune.report.tables import text_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentVariances:
+    """What allocation needs to know of one target."""
+
+    explained_variance: Array
+    """λ = σ² / (M - 1) of each kept component of its input, descending, (k,)."""
+    total_variance: float
+    """Sum of the variances of all features of its input."""
+    n_rows: int
+    """M, how many rows its input had."""
+    in_features: int
+    """Width of its input."""
+    out_features: int
+    """Width of its output."""
+
+
+def _ratio(target: ComponentVariances) -> Array:
+    """Share of the input's total variance: σ² / ((M - 1) · total variance), the authors' code."""
+    return target.explained_variance / target.total_variance
+
+
+def _paper(target: ComponentVariances) -> Array:
+    """Equation 3 to the letter: σ² / ((M - 1) · ‖σ‖₁) with the ℓ1 norm of the kept singular values below."""
+    singular_values = np.sqrt(target.explained_variance * (target.n_rows - 1))
+    return target.explained_variance / singular_values.sum()
+
+
+def _raw(target: ComponentVariances) -> Array:
+    """The eigenvalues λ themselves (EVA-Raw, Table 20)."""
+    return target.explained_variance
+
+
+def _max(target: ComponentVariances) -> Array:
+    """Eigenvalues over the largest of the same input (EVA-Max, Table 20)."""
+    return target.explained_variance / target.explained_variance.max()
+
+
+def _sum(target: ComponentVariances) -> Array:
+    """Eigenvalues over the sum of the kept ones of the same input."""
+    return target.explained_variance / target.explained_variance.sum()
+
+
+METRICS: dict[str, Callable[[ComponentVariances], Array]] = {
+    "ratio": _ratio,
+    "paper": _paper,
+    "raw": _raw,
+    "max": _max,
+    "sum": _sum,
+}
+"""How components of different targets are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """How many components each target gets, and the alpha that keeps its scale."""
+
+    ranks: dict[str, int]
+    """Rank of each target, in the order of the model; a target with rank 0 gets no adapter."""
+    alphas: dict[str, float]
+    """lora_alpha of each target: alpha · r_new / r, under rsLoRA alpha · √(r_new / r) (Section 4.1 of the paper)."""
+    base_ranks: dict[str, int]
+    """What uniform LoRA would have given each target."""
+    explained: dict[str, float]
+    """Share of the variance of its input that the components of each target explain."""
+    in_features: dict[str, int]
+    """Width of the input of each target."""
+    out_features: dict[str, int]
+    """Width of the output of each target."""
+    rho: float
+    """A target gets at most round(rho * r) components."""
+    metric: str
+    """How components were compared."""
+    use_rslora: bool = False
+    """Whether scale is alpha / √r instead of alpha / r."""
+
+    @property
+    def budget(self) -> int:
+        """How many components there were to give away."""
+        return sum(self.base_ranks.values())
+
+    @property
+    def total(self) -> int:
+        """How many were given; less than the budget only where targets are too narrow to take more."""
+        return sum(self.ranks.values())
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters of the adapter, Σ r (in + out)."""
+        return self._count(self.ranks)
+
+    @property
+    def uniform_parameters(self) -> int:
+        """Trainable parameters of uniform LoRA with the same budget."""
+        return self._count(self.base_ranks)
+
+    def _count(self, ranks: Mapping[str, int]) -> int:
+        return sum(rank * (self.in_features[name] + self.out_features[name]) for name, rank in ranks.items())
+
+    def table(self) -> str:
+        """Return a table with one line for each kind of matrix, and the totals below."""
+        groups: dict[str, list[str]] = {}
+        for name in self.ranks:
+            groups.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+        rows = []
+        for kind, names in groups.items():
+            ranks = [self.ranks[name] for name in names]
+            change = sum(ranks) - sum(self.base_ranks[name] for name in names)
+            explained = float(np.mean([self.explained[name] for name in names]))
+            rows.append(
+                [kind, len(names), min(ranks), f"{np.mean(ranks):.1f}", max(ranks), f"{change:+d}", f"{explained:.3f}"]
+            )
+        headers = ["matrix", "targets", "least", "mean rank", "most", "change", "explained"]
+        relative = self.n_parameters / self.uniform_parameters - 1
+        n_without = Counter(self.ranks.values())[0]
+        lines = [
+            text_table(headers, rows),
+            "",
+            f"{self.total:,} of {self.budget:,} components over {len(self.ranks)} targets"
+            f" (rho {self.rho:g}, metric {self.metric}), {n_without} targets without an adapter",
+            f"{self.n_parameters:,} trainable parameters, {relative:+.1%} against uniform ranks",
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan for programs; `from_json` reads it."""
+        return asdict(self) | {
+            "budget": self.budget,
+            "total": self.total,
+            "n_parameters": self.n_parameters,
+            "uniform_parameters": self.uniform_parameters,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RankPlan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            EvaError: an entry is missing.
+        """
+        try:
+            return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        except KeyError as error:
+            raise EvaError(f"this is not a rank plan: the entry {error} is missing.") from None
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw ranks and their changes as layers × matrices (Figures 12 and 13 of the paper), and save it to `path`."""
+        from evatune.report.figures import rank_heatmap
+
+        return rank_heatmap(self, path=path)
+
+
+def max_components(rank: int, rho: float) -> int:
+    """Return how many components a target of rank r may get at most: round(rho * r), halves up."""
+    return int(rho * rank + 0.5)
+
+
+def allocate(
+    targets: Mapping[str, ComponentVariances],
+    *,
+    rank: int | Mapping[str, int] = 16,
+    rho: float = 2.0,
+    metric: str = "ratio",
+    lora_alpha: float | Mapping[str, float] = 1.0,
+    use_rslora: bool = False,
+) -> RankPlan:
+    """Give the Σ r components that explain most to their targets, at most round(rho * r) to one.
+
+    Ties are broken by component number, then by the order of targets, so that equal targets get equal ranks as far as
+    the budget allows. Components of an input that never varies come last.
+
+    Args:
+        targets: variances by target name, in the order of the model.
+        rank: rank r of uniform LoRA, for all or by target name.
+        rho: how uneven ranks may become; 1 keeps them uniform.
+        metric: a name from `METRICS`.
+        lora_alpha: alpha of uniform LoRA, for all or by target name.
+        use_rslora: whether scale is alpha / √r.
+
+    Returns:
+        The plan.
+
+    Raises:
+        EvaError: no targets, a value out of range, a target missing from a mapping, or too few components kept.
+
+    Cost: O(N k log(N k)).
+    """
+    if not targets:
+        raise EvaError("there are no targets to allocate ranks to.")
+    if metric not in METRICS:
+        raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
+    if not rho >= 1 or rho == float("inf"):
+        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+    base_ranks = {name: value for name, value in _per_target(rank, targets, "rank").items()}
+    base_alphas = _per_target(lora_alpha, targets, "lora_alpha")
+    for name, value in base_ranks.items():
+        if isinstance(value, bool) or value != int(value) or value < 1:
+            raise EvaError(f"rank must be a whole number of at least 1, got {value!r} for {name}.")
+
+    caps = {name: min(max_components(base_ranks[name], rho), target.in_features) for name, target in targets.items()}
+    for name, target in targets.items():
+        n_kept = len(target.explained_variance)
+        if n_kept < caps[name]:
+            raise EvaError(
+                f"rank {base_ranks[name]} with rho {rho:g} needs {caps[name]} components, but {n_kept} were kept of "
+                f"{name}; measure with n_components={caps[name]} or plan with a smaller rank or rho."
+            )
+    scores = np.concatenate([_scores(metric, target)[: caps[name]] for name, target in targets.items()])
+    component = np.concatenate([np.arange(cap) for cap in caps.values()])
+    owner = np.repeat(np.arange(len(caps)), list(caps.values()))
+    order = np.lexsort((owner, component, -scores))
+    counts = np.bincount(owner[order[: sum(base_ranks.values())]], minlength=len(caps))
+    ranks = {name: int(count) for name, count in zip(targets, counts, strict=True)}
+
+    explained = {}
+    for name, target in targets.items():
+        share = _ratio(target)[: ranks[name]].sum() if target.total_variance > 0 else 0.0
+        explained[name] = float(min(share, 1.0))
+    power = 0.5 if use_rslora else 1.0
+    return RankPlan(
+        ranks=ranks,
+        alphas={name: float(base_alphas[name] * (ranks[name] / base_ranks[name]) ** power) for name in targets},
+        base_ranks={name: int(value) for name, value in base_ranks.items()},
+        explained=explained,
+        in_features={name: target.in_features for name, target in targets.items()},
+        out_features={name: target.out_features for name, target in targets.items()},
+        rho=float(rho),
+        metric=metric,
+        use_rslora=use_rslora,
+    )
+
+
+def _scores(metric: str, target: ComponentVariances) -> Array:
+    """Return the scores of one target, non-increasing; zeros where its input never varies."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = np.nan_to_num(METRICS[metric](target), nan=0.0, posinf=0.0, neginf=0.0)
+    # Rounding must not let a later component win over an earlier one of the same target: ranks are prefixes.
+    return np.minimum.accumulate(np.maximum(scores, 0.0))
+
+
+def _per_target(value: Any, targets: Mapping[str, Any], what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(targets, value)
+    missing = [name for name in targets if name not in value]
+    if missing:
+        raise EvaError(f"{what} names no value for {len(missing)} targets, the first {missing[0]!r}.")
+    return {name: value[name] for name in targets}

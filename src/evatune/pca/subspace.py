@@ -1,0 +1,133 @@
+"""Small linear algebra on subspaces: signs, completion, low-rank sums, angles and captured variance.
+
+Shapes: n rows, d features, k components, l sketch columns. Components are rows (k, d), bases are columns (d, l).
+Everything here works on matrices with few columns and is called at refreshes and checks, never once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run small factorizations on one processor thread: with more, LAPACK waits for threads longer than it works."""
+    n_threads = torch.get_num_threads()
+    if n_threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if n_threads > 1:
+            torch.set_num_threads(n_threads)
+
+
+def solver_copy(matrix: Tensor) -> Tensor:
+    """Return a float64 copy for a factorization, on the CPU where the device has no float64."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
+
+
+def fix_signs(components_kd: Tensor) -> Tensor:
+    """Flip each component so that its largest entry in magnitude is positive; equal data give equal signs.
+
+    Args:
+        components_kd: components in rows, (k, d).
+
+    Returns:
+        A new tensor, (k, d).
+    """
+    largest_k1 = components_kd.abs().argmax(dim=1, keepdim=True)
+    signs_k1 = torch.sign(components_kd.gather(1, largest_k1))
+    return components_kd * torch.where(signs_k1 == 0, torch.ones_like(signs_k1), signs_k1)
+
+
+def complete_basis(basis_dl: Tensor, n_columns: int, *, seed: int) -> Tensor:
+    """Add random orthonormal columns to an orthonormal basis until it has `n_columns`.
+
+    A test matrix must keep its width even where the data so far span fewer directions, or it could never pick up new
+    ones.
+
+    Args:
+        basis_dl: orthonormal columns, (d, l) with l <= n_columns <= d.
+        n_columns: the width wanted.
+        seed: of the random columns.
+
+    Returns:
+        Orthonormal columns, (d, n_columns); the first l are `basis_dl`.
+    """
+    n_features, n_present = basis_dl.shape
+    if n_present >= n_columns:
+        return basis_dl[:, :n_columns]
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(n_features, n_columns - n_present, generator=generator, dtype=torch.float64)
+    random = random.to(basis_dl)
+    for _ in range(2):  # twice is enough (Parlett)
+        random = random - basis_dl @ (basis_dl.T @ random)
+        random = torch.linalg.qr(random).Q
+    return torch.cat([basis_dl, random], dim=1)
+
+
+def eigenpairs_of_factor(factor_dm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenpairs of F Fᵀ through the small Gram matrix FᵀF.
+
+    Args:
+        factor_dm: the factor F, (d, m) in float64 with few columns.
+
+    Returns:
+        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p <= min(m, d) leaves out
+        what is zero to rounding. Cost O(d m² + m³).
+    """
+    values_m, vectors_mm = torch.linalg.eigh(factor_dm.T @ factor_dm)
+    values_m, vectors_mm = values_m.flip(0), vectors_mm.flip(1)
+    keep = values_m > values_m[:1].clamp_min(0.0) * 1e-13
+    keep[factor_dm.shape[0] :] = False
+    values_p, vectors_mp = values_m[keep], vectors_mm[:, keep]
+    return (factor_dm @ vectors_mp) / values_p.sqrt(), values_p
+
+
+def captured_variance(rows_nd: Tensor, components_kd: Tensor, mean_d: Tensor | None = None) -> Tensor:
+    """Share of the variance of rows that lies in the span of components: ‖(X - m)Vᵀ‖² / ‖X - m‖² (Theorem 3.1).
+
+    Args:
+        rows_nd: rows, (n, d); for an honest figure, rows that the components were not made from.
+        components_kd: orthonormal components, (k, d).
+        mean_d: what is subtracted, (d,); nothing if None.
+
+    Returns:
+        A scalar tensor between 0 and 1; 1 where the rows do not vary at all.
+    """
+    centred_nd = rows_nd if mean_d is None else rows_nd - mean_d.to(rows_nd)
+    total = centred_nd.square().sum()
+    captured = (centred_nd @ components_kd.to(rows_nd).T).square().sum()
+    return torch.where(total > 0, captured / total, torch.ones_like(total))
+
+
+def component_cosines(new_kd: Tensor, old_kd: Tensor) -> Tensor:
+    """Absolute cosine of each component with itself one update before (Section 3.2 of the paper).
+
+    Args:
+        new_kd: components now, (k, d), orthonormal.
+        old_kd: components before, (k, d), orthonormal.
+
+    Returns:
+        Cosines between 0 and 1, (k,). The sign of a component carries no information, so it is ignored.
+    """
+    return (new_kd * old_kd).sum(dim=1).abs()
+
+
+def principal_angles(first_kd: Tensor, second_kd: Tensor) -> Tensor:
+    """Principal angles between the spans of two sets of orthonormal rows, in radians (Björck and Golub 1973).
+
+    Args:
+        first_kd: orthonormal rows, (k, d).
+        second_kd: orthonormal rows, (m, d).
+
+    Returns:
+        Angles, ascending, (min(k, m),).
+    """
+    cosines = torch.linalg.svdvals(solver_copy(first_kd) @ solver_copy(second_kd).T)
+    return torch.arccos(cosines.clamp(-1.0, 1.0))

@@ -1,0 +1,252 @@
+"""`Spectra`: what was measured of a model's activations, as a value that can be saved, loaded, merged and planned from.
+
+A folder of spectra holds `spectra.safetensors` (the numbers) and `spectra.json` (what they are). Nothing is unpickled,
+and neither the model nor the data are needed to plan from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evatune.allocation import ComponentVariances, RankPlan, allocate
+from evatune.errors import EvaError, near_misses
+from evatune.files import replace_folder
+from evatune.report.tables import text_table
+
+FORMAT_VERSION = 1
+_TENSORS = ("components", "singular_values", "mean")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spectrum:
+    """The leading part of the principal component analysis of one input."""
+
+    components: Tensor
+    """Orthonormal rows by descending variance, (k, in_features)."""
+    singular_values: Tensor
+    """Singular values of the centred rows, (k,)."""
+    mean: Tensor
+    """Mean of the rows, (in_features,)."""
+    total_variance: float
+    """Sum of the variances of all features, with n_rows - 1 in the denominator."""
+    n_rows: int
+    """How many rows were seen."""
+    n_batches: int
+    """In how many batches."""
+    stopped: str
+    """Why measuring ended: "converged", "accurate", "batch cap", "data exhausted" or "interrupted"."""
+    backend: str
+    """The backend of `StreamingPCA` that was used."""
+
+    @property
+    def explained_variance(self) -> Tensor:
+        """Variance along each component, (k,)."""
+        return self.singular_values.square() / max(self.n_rows - 1, 1)
+
+    @property
+    def explained_variance_ratio(self) -> Tensor:
+        """Share of the total variance along each component, (k,); zeros where the input never varies."""
+        if self.total_variance <= 0:
+            return torch.zeros_like(self.singular_values)
+        return self.explained_variance / self.total_variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A module whose weight gets an adapter."""
+
+    name: str
+    """Its name in the base model."""
+    input: str
+    """Key of its input in `Spectra.inputs`; targets that receive the very same tensor share one."""
+    in_features: int
+    """Width of its input."""
+    out_features: int
+    """Width of its output."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spectra(Mapping[str, Spectrum]):
+    """The spectra of all inputs of a model's targets; a mapping from target name to `Spectrum`."""
+
+    targets: dict[str, Target]
+    """The targets by name, in the order of the model."""
+    inputs: dict[str, Spectrum]
+    """The measured inputs by key, the name of the first target that receives each."""
+    model_name: str = ""
+    """Name or path of the model."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How it was measured."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that measured it."""
+    seconds: float = 0.0
+    """How long measuring took."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per convergence check: batch, rows, converged inputs, seconds."""
+
+    def __getitem__(self, name: str) -> Spectrum:
+        if name not in self.targets:
+            raise KeyError(f"no target {name!r} in these spectra{near_misses(name, self.targets)}")
+        return self.inputs[self.targets[name].input]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def n_components(self) -> int:
+        """How many components the widest inputs keep."""
+        return max(spectrum.components.shape[0] for spectrum in self.inputs.values())
+
+    def plan(
+        self,
+        rank: int | Mapping[str, int] = 16,
+        rho: float = 2.0,
+        *,
+        metric: str = "ratio",
+        lora_alpha: float | Mapping[str, float] = 1.0,
+        use_rslora: bool = False,
+    ) -> RankPlan:
+        """Redistribute a rank budget over the targets by explained variance (Section 3.3 of the paper).
+
+        Args:
+            rank: rank r of uniform LoRA, for all targets or by target name; the budget is its sum.
+            rho: a target gets at most round(rho * r) components; 1 keeps the ranks uniform.
+            metric: how components are compared, one of `evatune.allocation.METRICS`.
+            lora_alpha: alpha of uniform LoRA, for all targets or by target name (the paper always takes 1).
+            use_rslora: whether adapters are scaled by alpha / √r instead of alpha / r.
+
+        Returns:
+            The plan; neither model nor data are needed, and it takes milliseconds.
+
+        Raises:
+            EvaError: a value is out of range, or fewer components were kept than rho * rank asks for.
+        """
+        variances = {
+            name: ComponentVariances(
+                explained_variance=self[name].explained_variance.double().numpy(),
+                total_variance=self[name].total_variance,
+                n_rows=self[name].n_rows,
+                in_features=target.in_features,
+                out_features=target.out_features,
+            )
+            for name, target in self.targets.items()
+        }
+        return allocate(variances, rank=rank, rho=rho, metric=metric, lora_alpha=lora_alpha, use_rslora=use_rslora)
+
+    def summary(self) -> str:
+        """Return a table of the inputs: rows, explained variance, why measuring stopped."""
+        rows = []
+        for key, spectrum in self.inputs.items():
+            n_sharing = sum(target.input == key for target in self.targets.values())
+            ratios = spectrum.explained_variance_ratio
+            half = ratios[: max(1, len(ratios) // 2)].sum()
+            rows.append(
+                [
+                    key + (f" (+{n_sharing - 1})" if n_sharing > 1 else ""),
+                    spectrum.components.shape[1],
+                    f"{spectrum.n_rows:,}",
+                    f"{float(ratios[0]):.3f}",
+                    f"{float(half):.3f}",
+                    f"{float(ratios.sum()):.3f}",
+                    spectrum.backend,
+                    spectrum.stopped,
+                ]
+            )
+        k = self.n_components
+        explained = ["first", f"first {max(1, k // 2)}", f"first {k}"]
+        return text_table(["input (+ shared by)", "width", "rows", *explained, "backend", "stopped"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the tensors, for programs."""
+        inputs = {
+            key: {
+                "n_rows": spectrum.n_rows,
+                "n_batches": spectrum.n_batches,
+                "n_components": spectrum.components.shape[0],
+                "total_variance": spectrum.total_variance,
+                "explained_variance_ratio": float(spectrum.explained_variance_ratio.sum()),
+                "stopped": spectrum.stopped,
+                "backend": spectrum.backend,
+            }
+            for key, spectrum in self.inputs.items()
+        }
+        return {
+            "format": "evatune spectra",
+            "format_version": FORMAT_VERSION,
+            "model_name": self.model_name,
+            "settings": self.settings,
+            "versions": self.versions,
+            "seconds": self.seconds,
+            "targets": [asdict(target) for target in self.targets.values()],
+            "inputs": inputs,
+            "history": self.history,
+        }
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the spectra to a folder.
+
+        Args:
+            directory: the folder; it appears only when it is complete.
+            overwrite: replace a folder that exists.
+
+        Returns:
+            The folder.
+
+        Raises:
+            EvaError: it exists and `overwrite` is false, or it cannot be written.
+        """
+        tensors = {
+            f"{index}.{name}": getattr(spectrum, name).contiguous()
+            for index, spectrum in enumerate(self.inputs.values())
+            for name in _TENSORS
+        }
+        with replace_folder(directory, overwrite=overwrite) as folder:
+            save_file(tensors, folder / "spectra.safetensors")
+            (folder / "spectra.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        return Path(directory)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Spectra:
+        """Read spectra that `save` wrote.
+
+        Raises:
+            EvaError: the folder or a file is missing, damaged or of a later format.
+        """
+        directory = Path(directory)
+        manifest_path, tensors_path = directory / "spectra.json", directory / "spectra.safetensors"
+        for path in (manifest_path, tensors_path):
+            if not path.is_file():
+                raise EvaError(
+                    f"{directory} is not a folder of spectra: {path.name} is missing; run `evatune measure`."
+                )
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            if manifest["format_version"] > FORMAT_VERSION:
+                raise EvaError(f"{manifest_path} is of format {manifest['format_version']}; update evatune to read it.")
+            with safe_open(tensors_path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            inputs = {}
+            for index, (key, entry) in enumerate(manifest["inputs"].items()):
+                facts = {name: entry[name] for name in ("n_rows", "n_batches", "total_variance", "stopped", "backend")}
+                inputs[key] = Spectrum(**{name: tensors[f"{index}.{name}"] for name in _TENSORS}, **facts)
+            targets = {entry["name"]: Target(**entry) for entry in manifest["targets"]}
+        except (SafetensorError, OSError) as error:
+            raise EvaError(
+                f"{tensors_path} cannot be read ({error}); it is damaged or cut short: measure again."
+            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise EvaError(f"{manifest_path} is damaged ({error!r}); measure again.") from None
+        facts = {name: manifest[name] for name in ("model_name", "settings", "versions", "seconds", "history")}
+        return cls(targets=targets, inputs=inputs, **facts)
