@@ -1,0 +1,8 @@
+"""The bridge to PEFT: what a plan and its components become in a LoRA adapter. Nothing else in evatune imports peft."""
+
+from __future__ import annotations
+
+from evatune.adapters.export import export_portable
+from evatune.adapters.initialize import initialize, initialized_plan, require_initialized
+
+__all__ = ["export_portable", "initialize", "initialized_plan", "require_initialized"]

@@ -1,0 +1,72 @@
+"""A saved adapter for programs that read one rank and one alpha only.
+
+Mixed ranks are ordinary PEFT, but not every server follows `rank_pattern` and `alpha_pattern`. Rows of zeros in `A`,
+columns of zeros in `B` and a scale that is part of `B` change nothing in B A, and leave nothing to follow.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+
+from evatune.adapters.lora import check_linear, find_adapter
+from evatune.files import replace_folder
+
+
+def export_portable(
+    peft_model: Any, directory: str | Path, *, adapter_name: str = "default", overwrite: bool = False
+) -> Path:
+    """Save a LoRA adapter with one rank for all layers and the scale 1, equal to the original to rounding.
+
+    Every `A` and `B` is padded with zeros to the largest rank, B is multiplied by its scale alpha / r (rsLoRA:
+    alpha / sqrt(r)), and the config says `lora_alpha` = r, no patterns and `init_lora_weights=True`. Layers without the
+    adapter stay without it. DoRA keeps its magnitudes, for which B A at scale 1 is all the same.
+
+    Args:
+        peft_model: the model that carries the adapter; it is not changed.
+        directory: the folder to write.
+        adapter_name: the adapter to export.
+        overwrite: replace a folder that exists.
+
+    Returns:
+        The folder; `PeftModel.from_pretrained` reads it.
+
+    Raises:
+        EvaError: no LoRA adapter of that name, layers that are not linear, or a folder that exists or cannot be
+            written.
+
+    Cost: O(layers * largest rank * (in_features + out_features)) numbers on disk.
+    """
+    model, config, layers = find_adapter(peft_model, adapter_name)
+    check_linear(layers, adapter_name, config=config)
+    rank = max(layer.r[adapter_name] for layer in layers.values())
+    with replace_folder(directory, overwrite=overwrite) as folder:
+        # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): save, then rewrite.
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+        saved = folder if adapter_name == "default" else folder / adapter_name
+        tensors = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
+        for name, layer in layers.items():
+            missing = rank - layer.r[adapter_name]
+            scale = layer.scaling[adapter_name]
+            down, up = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+            tensors[down] = F.pad(tensors[down], (0, 0, 0, missing))
+            tensors[up] = F.pad(tensors[up] * scale, (0, missing))
+            bias = f"base_model.model.{name}.lora_B.bias"
+            if bias in tensors:
+                tensors[bias] = tensors[bias] * scale
+        portable = LoraConfig.from_pretrained(str(saved))
+        if saved != folder:
+            shutil.rmtree(saved)
+        portable.r = portable.lora_alpha = rank
+        portable.use_rslora = False
+        portable.rank_pattern, portable.alpha_pattern = {}, {}
+        portable.init_lora_weights, portable.eva_config = True, None
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        portable.save_pretrained(str(folder))
+    return Path(directory).expanduser().absolute()

@@ -1,0 +1,258 @@
+"""`evatune.initialize`: the one call between `get_peft_model` and training."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from evatune.activations import measure
+from evatune.adapters.config import configured, planned_config
+from evatune.adapters.lora import check_linear, down_up, find_adapter, is_linear, remove_layer, write_layer
+from evatune.allocation import ComponentVariances, RankPlan, allocate, max_components
+from evatune.errors import EvaError, EvaWarning, near_misses
+from evatune.initialization import eva
+from evatune.spectra import Spectra
+
+_FROM_ADAPTER = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank", "rho", "metric")
+"""Options of `measure` that follow from the adapter and the arguments of `initialize`."""
+
+
+def initialize(
+    peft_model: Any,
+    batches_or_spectra: Iterable[Any] | Spectra,
+    *,
+    adapter_name: str = "default",
+    rho: float = 2.0,
+    metric: str = "ratio",
+    whiten: bool = False,
+    **measure_options: Any,
+) -> RankPlan:
+    """Redistribute the ranks of a fresh LoRA adapter and start it from EVA.
+
+    The adapter's `LoraConfig` gives the rank and alpha of each layer (`r`, `lora_alpha`, `rank_pattern`,
+    `alpha_pattern`) and so the budget. The base model's activations decide which layers get it. Each `A` becomes the
+    leading principal components of its layer's input, `B` becomes zero, and each alpha changes with its rank so that
+    the adapter keeps its scale: the outputs are the base model's. A layer that gets rank 0 loses the adapter. Nothing
+    is changed if anything is wrong.
+
+    Args:
+        peft_model: what `peft.get_peft_model` returned. Other adapters on it are left alone.
+        batches_or_spectra: batches as the model takes them, from any iterable, or spectra measured before.
+        adapter_name: the adapter to initialize.
+        rho: a layer gets at most round(rho * its rank) components; 1 keeps all ranks as they are.
+        metric: how components of different layers compare, see `Spectra.plan`.
+        whiten: divide each row of `A` by the square root of its singular value.
+        measure_options: passed to `evatune.measure` (`max_batches`, `tau`, `use_label_mask`, ...).
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        EvaError: no PEFT model, an unknown, merged, trained or already initialized adapter, layers that are not linear,
+            spectra of other modules, or an argument that is out of range.
+
+    Cost: that of `evatune.measure`; after it, O(sum of ranks * in_features).
+
+    Reference: Algorithm 1 of the EVA paper.
+
+    Example:
+        >>> model = get_peft_model(base, LoraConfig(r=16, lora_alpha=1, target_modules="all-linear"))
+        >>> plan = evatune.initialize(model, loader, rho=2.0)
+        >>> trainer.train()
+    """
+    model, config, layers = find_adapter(peft_model, adapter_name)
+    check_linear(layers, adapter_name, config=config)
+    _check_fresh(model, layers, adapter_name)
+    _check_planning(rho=rho, metric=metric)
+    _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
+    _warn_of_eva_config(config, rho=rho, whiten=whiten)
+
+    ranks = {name: configured(config.rank_pattern, name, default=config.r) for name in layers}
+    alphas = {name: configured(config.alpha_pattern, name, default=config.lora_alpha) for name in layers}
+    if isinstance(batches_or_spectra, Spectra):
+        spectra = batches_or_spectra
+    else:
+        options = _needed(ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
+        spectra = measure(model, batches_or_spectra, **options)
+    _check_same_targets(spectra, layers, adapter_name)
+
+    plan = spectra.plan(rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora)
+    down = {
+        name: eva(spectra[name].components, rank, singular_values=spectra[name].singular_values, whiten=whiten)
+        for name, rank in plan.ranks.items()
+    }
+    planned = planned_config(config, plan)
+
+    # Everything is known to be right; from here on the model changes.
+    for name, layer in layers.items():
+        if plan.ranks[name] == 0:
+            remove_layer(model, name, adapter_name)
+        else:
+            write_layer(layer, adapter_name, A_rd=down[name], alpha=plan.alphas[name], use_rslora=config.use_rslora)
+    model.peft_config[adapter_name] = planned
+    _plans(model)[adapter_name] = (planned, plan)
+    return plan
+
+
+def initialized_plan(peft_model: Any, adapter_name: str = "default") -> RankPlan | None:
+    """Return the plan that `initialize` applied to this adapter in this process, or None.
+
+    Raises:
+        EvaError: no PEFT model, or no LoRA adapter of that name.
+    """
+    model, config, _ = find_adapter(peft_model, adapter_name)
+    # An adapter that was deleted and made anew under the same name has another config.
+    applied_to, plan = _plans(model).get(adapter_name, (None, None))
+    return plan if applied_to is config else None
+
+
+def require_initialized(peft_model: Any, adapter_name: str = "default", *, asked: bool | None = None) -> None:
+    """Check, before training, that an adapter which is to start from EVA does.
+
+    For `init_lora_weights="eva"` PEFT itself makes a random `A` and waits for a second call; without that call,
+    training starts from random directions and says nothing.
+
+    Args:
+        peft_model: the model that is about to be trained.
+        adapter_name: the adapter that is about to be trained.
+        asked: whether EVA was asked for; None reads it from the adapter's config (`init_lora_weights="eva"` or an
+            `eva_config`).
+
+    Raises:
+        EvaError: EVA was asked for, no plan was applied, `B` is zero everywhere and `A` is not made of components
+            either, as it is in an initial adapter that was loaded from disk.
+    """
+    model, config, layers = find_adapter(peft_model, adapter_name)
+    if asked is None:
+        asked = config.init_lora_weights == "eva" or config.eva_config is not None
+    if not asked or initialized_plan(model, adapter_name) is not None:
+        return
+    linear = [layer for layer in layers.values() if is_linear(layer, adapter_name)]
+    if any(_is_trained(layer, adapter_name) for layer in linear):
+        return
+    if linear and all(_has_orthogonal_rows(down_up(layer, adapter_name)[0].weight) for layer in linear):
+        return
+    raise EvaError(
+        f"adapter {adapter_name!r} is to start from EVA but was never initialized, so its A is random; "
+        "call evatune.initialize(model, batches) before training, or ask for init_lora_weights=True."
+    )
+
+
+def _plans(model: PeftModel) -> dict[str, tuple[LoraConfig, RankPlan]]:
+    return model.base_model.__dict__.setdefault("_evatune_plans", {})
+
+
+def _check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    if initialized_plan(model, adapter_name) is not None:
+        raise EvaError(
+            f"adapter {adapter_name!r} was initialized before; "
+            "make it anew (get_peft_model, or delete_adapter and add_adapter) to initialize it again."
+        )
+    for name, layer in layers.items():
+        if layer.merged_adapters:
+            raise EvaError(
+                f"adapter {layer.merged_adapters[0]!r} is merged into {name!r}; "
+                "call unmerge_adapter() on the model first."
+            )
+    trained = [name for name, layer in layers.items() if _is_trained(layer, adapter_name)]
+    if trained:
+        raise EvaError(
+            f"B of adapter {adapter_name!r} is not zero in {len(trained)} of {len(layers)} layers (first: "
+            f"{trained[0]!r}); initialize before training, on an adapter made with init_lora_weights=True."
+        )
+
+
+def _check_planning(*, rho: float, metric: str) -> None:
+    """Raise what planning would raise, before minutes of measuring."""
+    single = ComponentVariances(
+        explained_variance=np.ones(1), total_variance=1.0, n_rows=2, in_features=1, out_features=1
+    )
+    allocate({"": single}, rank=1, rho=rho, metric=metric)
+
+
+def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
+    if measured and options:
+        raise EvaError(
+            f"{', '.join(sorted(options))}: these options are for measuring, but spectra were given; "
+            "leave them out or give batches."
+        )
+    taken = [name for name in options if name in _FROM_ADAPTER]
+    if taken:
+        raise EvaError(f"{', '.join(taken)} cannot be given here: the adapter's LoraConfig says it.")
+    known = [name for name in inspect.signature(measure).parameters if name not in _FROM_ADAPTER]
+    for name in options:
+        if name not in known:
+            raise EvaError(
+                f"evatune.measure has no option {name!r}{near_misses(name, known)}; it has {', '.join(known[2:])}."
+            )
+
+
+def _needed(ranks: Mapping[str, int], *, rho: float) -> dict[str, Any]:
+    """Return the options that make `measure` learn what the plan will need, of these targets and no others."""
+    options: dict[str, Any] = {"target_modules": "|".join(re.escape(name) for name in ranks)}
+    if len(set(ranks.values())) == 1:  # then measuring may stop as the paper does, by the ranks that a plan would give
+        return options | {"rank": next(iter(ranks.values()))}
+    return options | {"n_components": max(max_components(rank, rho) for rank in ranks.values())}
+
+
+def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
+    weight = down_up(layer, adapter_name)[1].weight
+    return not weight.is_meta and bool(weight.any())
+
+
+def _has_orthogonal_rows(A_rd: Tensor) -> bool:
+    """Tell principal components, whitened or not, from PEFT's random rows; of a single row, by its length."""
+    if A_rd.is_meta:
+        return False
+    rows = A_rd.detach().float()
+    lengths = rows.norm(dim=1, keepdim=True)
+    if len(rows) == 1:
+        return bool((lengths - 1).abs() < 1e-2)
+    rows = rows / lengths
+    return bool((rows @ rows.T - torch.eye(len(rows), device=rows.device)).abs().max() < 1e-2)
+
+
+def _warn_of_eva_config(config: LoraConfig, *, rho: float, whiten: bool) -> None:
+    received = {"rho": rho, "whiten": whiten}
+    for name, value in received.items():
+        configured_value = getattr(config.eva_config, name, value)
+        if configured_value != value:
+            warnings.warn(
+                f"the adapter's eva_config says {name}={configured_value}, evatune.initialize was called with "
+                f"{name}={value}: the call counts.",
+                EvaWarning,
+                stacklevel=3,
+            )
+
+
+def _check_same_targets(spectra: Spectra, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    missing = [name for name in layers if name not in spectra.targets]
+    unknown = [name for name in spectra.targets if name not in layers]
+    resized = []
+    for name, layer in layers.items():
+        here = down_up(layer, adapter_name)[0].in_features
+        if name in spectra.targets and spectra.targets[name].in_features != here:
+            resized.append(f"{name} ({spectra.targets[name].in_features} features there, {here} here)")
+    differences = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in (
+            ("of its layers not in the spectra", missing),
+            ("measured modules without the adapter", unknown),
+            ("of other sizes", resized),
+        )
+        if names
+    ]
+    if differences:
+        raise EvaError(
+            f"the spectra do not fit adapter {adapter_name!r} ({'; '.join(differences)}); "
+            "measure this model with the adapter's own target_modules."
+        )

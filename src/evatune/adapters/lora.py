@@ -1,0 +1,155 @@
+"""The layers of one LoRA adapter: find them, write one, take the adapter off one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from evatune.errors import EvaError, near_misses
+
+
+def find_adapter(peft_model: Any, adapter_name: str) -> tuple[PeftModel, LoraConfig, dict[str, LoraLayer]]:
+    """Find a LoRA adapter on a PEFT model.
+
+    Args:
+        peft_model: what `peft.get_peft_model` or `PeftModel.from_pretrained` returned, compiled or not.
+        adapter_name: the adapter's name on that model.
+
+    Returns:
+        The model (not compiled), the adapter's configuration, and its layers by the name that their module has in the
+        base model, in model order.
+
+    Raises:
+        EvaError: no PEFT model, no adapter of that name, or an adapter that is not LoRA.
+    """
+    model = getattr(peft_model, "_orig_mod", peft_model)
+    if not isinstance(model, PeftModel):
+        raise EvaError(
+            f"a PeftModel is needed, got {type(model).__name__}; "
+            "call peft.get_peft_model(model, LoraConfig(...)) first and pass what it returns."
+        )
+    if adapter_name not in model.peft_config:
+        raise EvaError(
+            f"the model has no adapter {adapter_name!r}{near_misses(adapter_name, model.peft_config)}; "
+            f"its adapters are: {', '.join(map(repr, model.peft_config))}."
+        )
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":  # AdaLoRA's config is a LoraConfig too
+        raise EvaError(
+            f"adapter {adapter_name!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; "
+            "evatune works on LoRA adapters (LoraConfig)."
+        )
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+    return model, config, layers
+
+
+def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    """Tell whether the adapter is two plain matrices on this layer."""
+    return all(
+        adapter_name in matrices and isinstance(matrices[adapter_name], nn.Linear)
+        for matrices in (layer.lora_A, layer.lora_B)
+    )
+
+
+def down_up(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+    """Return the modules that hold `A`, of shape (rank, in_features), and `B`, of shape (out_features, rank)."""
+    down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    assert isinstance(down, nn.Linear)
+    assert isinstance(up, nn.Linear)
+    return down, up
+
+
+def check_linear(layers: dict[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
+    """Check that every layer holds the adapter as two matrices, `lora_A` and `lora_B`, and DoRA's magnitude at most.
+
+    Raises:
+        EvaError: the adapter sits on an embedding, a convolution or a bare parameter, or uses a LoRA variant with
+            further tensors.
+    """
+    if getattr(config, "target_parameters", None):
+        raise EvaError(
+            f"adapter {adapter_name!r} adapts bare parameters (target_parameters={config.target_parameters}); "
+            "evatune works on linear layers: leave target_parameters out."
+        )
+    for name, layer in layers.items():
+        held = {attribute for attribute in layer.adapter_layer_names if adapter_name in getattr(layer, attribute)}
+        if not is_linear(layer, adapter_name) or held - {"lora_A", "lora_B", "lora_magnitude_vector"}:
+            raise EvaError(
+                f"adapter {adapter_name!r} sits on {name!r}, a {type(layer.get_base_layer()).__name__} with "
+                f"{', '.join(sorted(held))}; evatune works on plain LoRA and DoRA of linear layers: "
+                "leave this module out with exclude_modules."
+            )
+
+
+@torch.no_grad()
+def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: float, use_rslora: bool) -> None:
+    """Give a layer's adapter the rank of `A_rd`, these rows, B = 0 and the scale alpha / r (rsLoRA: alpha / sqrt(r)).
+
+    The parameters stay the same objects wherever they can, so an optimizer made before still trains them. Their dtype,
+    device and `requires_grad` are kept, and dropout and the adapter's other settings are not touched.
+
+    Args:
+        layer: a linear LoRA layer.
+        adapter_name: the adapter to write.
+        A_rd: the new down-projection, shape (rank, in_features), rank >= 1; the layer keeps this very tensor if it has
+            the right dtype and device.
+        alpha: the layer's `lora_alpha`.
+        use_rslora: the rule for the scale.
+    """
+    down, up = down_up(layer, adapter_name)
+    rank = len(A_rd)
+    _assign(down, "weight", A_rd, device=layer.weight.device)
+    _assign(up, "weight", torch.zeros(up.weight.shape[0], rank), device=layer.weight.device)
+    if up.bias is not None:
+        _assign(up, "bias", torch.zeros(up.bias.shape), device=layer.weight.device)
+    down.out_features = up.in_features = rank
+    layer.r[adapter_name] = rank
+    layer.lora_alpha[adapter_name] = alpha
+    # The very expression of PEFT, so that a reloaded adapter has the same scale to the last bit.
+    layer.scaling[adapter_name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+    if adapter_name in layer.lora_magnitude_vector:
+        # PEFT measures the norms in the base model's dtype; its forward pass does so in the adapter's. Measured in the
+        # latter, magnitude / norm is exactly one and a bfloat16 base model keeps its outputs.
+        magnitude: Any = layer.lora_magnitude_vector[adapter_name]
+        weight = dequantize_module_weight(layer.get_base_layer()).to(magnitude.weight.dtype)
+        norms = magnitude.get_weight_norm(weight, torch.zeros_like(weight[:1, :1]), 1.0)
+        _assign(magnitude, "weight", norms, device=layer.weight.device)
+
+
+def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
+    """Take an adapter, and only it, off the layer `name`; put the base layer back when it was the last one there.
+
+    PEFT's own `delete_adapter` of a layer would also activate another adapter and make it trainable.
+    """
+    base = model.get_base_model()
+    layer: Any = base.get_submodule(name)
+    for attribute in {*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"}:
+        values = getattr(layer, attribute, {})
+        if adapter_name in values:
+            del values[adapter_name]
+    if not layer.r:
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, layer.base_layer)
+        tuner: Any = model.base_model
+        if name in tuner.targeted_module_names:
+            tuner.targeted_module_names.remove(name)
+
+
+def _assign(module: nn.Module, name: str, value: Tensor, *, device: torch.device) -> None:
+    """Put `value` into the parameter `name`, whatever shape it had."""
+    old = getattr(module, name)
+    if old.is_meta:  # made with low_cpu_mem_usage=True: there is no memory yet
+        setattr(module, name, nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad))
+    else:
+        old.data = value.to(old.device, old.dtype)
+        old.grad = None
