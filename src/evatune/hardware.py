@@ -1,4 +1,4 @@
-"""What this machine is, and whether it computes bfloat16 fast."""
+"""What this machine is."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 
+from evatune.pca.products import has_fast_bfloat16
 
-def has_fast_bf16() -> bool:
-    """Return whether products in bfloat16 are faster here than in float32.
 
-    A GPU must support the type; a processor must have instructions for it (AMX or AVX-512 BF16 on x86, BF16 on ARM).
-    Without them PyTorch emulates bfloat16, many times slower than float32.
-    """
+def best_device() -> torch.device:
+    """Return the accelerator of this machine, or its processor."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return False
-    return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -36,27 +32,15 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": memory,
         "gpus": gpus,
-        "fast_bf16": has_fast_bf16(),
+        "fast_bf16": has_fast_bfloat16(best_device().type),
     }
 
 
-def _cpu_info() -> dict[str, str]:
-    """Return the first entry of each field of /proc/cpuinfo; empty where there is no such file."""
+def _cpu_model() -> str:
+    """Return the processor's name; the platform module knows only its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return {}
-    info: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        info.setdefault(name.strip(), value.strip())
-    return info
-
-
-def _cpu_flags() -> set[str]:
-    info = _cpu_info()
-    return set((info.get("flags") or info.get("Features") or "").split())
-
-
-def _cpu_model() -> str:
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

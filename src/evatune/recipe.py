@@ -102,18 +102,20 @@ class MeasureSettings(Section):
 
     section: ClassVar[str] = "measure"
 
+    spectra: str | None = None
+    """Folder of spectra measured before; then nothing is measured."""
     batch_size: int = number(4, low=1)
     """Examples in one measured batch."""
     max_batches: int = number(64, low=1)
     """Stop after this many batches, converged or not."""
     n_components: int | None = number(None, low=1)
     """Components kept of each input; by default rank times rho."""
-    stopping: Literal["tau", "accuracy"] = "tau"
-    """`tau` is the paper's rule, `accuracy` goes by the captured variance of rows not yet seen."""
-    tau: float = number(0.99, above=0, high=1)
-    """A component has converged when its cosine with itself one update before is at least this."""
+    tau: float | None = number(0.99, above=0, high=1)
+    """A component has converged when its cosine with itself one batch before is at least this; `none` for no rule."""
     delta: float = number(1.0, above=0, high=1)
-    """Share of the components that must have converged."""
+    """Share of the components of an input that must have converged."""
+    min_gain: float | None = number(0.01, low=0)
+    """An input is also done when doubling the data gains less than this share of captured variance; or `none`."""
     backend: Literal["auto", "exact", "sketch", "incremental"] = "auto"
     """Streaming PCA algorithm."""
     center: bool = True
@@ -226,6 +228,23 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for JSON and YAML; `from_dict` restores the recipe."""
         return _plain(dataclasses.asdict(self))
+
+    def with_absolute_paths(self) -> Recipe:
+        """Return the same recipe with the full paths of the files that exist, so that it can be read from anywhere."""
+
+        def absolute(value: Any) -> Any:
+            path = Path(value).expanduser() if isinstance(value, str) and value else None
+            return os.path.abspath(path) if path is not None and path.exists() else value
+
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, name=absolute(self.model.name)),
+            data=dataclasses.replace(
+                self.data, train=tuple(map(absolute, self.data.train)), eval=tuple(map(absolute, self.data.eval))
+            ),
+            measure=dataclasses.replace(self.measure, spectra=absolute(self.measure.spectra)),
+            output=os.path.abspath(Path(self.output).expanduser()) if self.output else "",
+        )
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `load_recipe` restores it."""
@@ -379,7 +398,7 @@ def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         return os.path.normpath(folder / value) if (folder / value).exists() else value
 
     content = dict(content)
-    for section, keys in {"model": ("name",), "data": ("train", "eval")}.items():
+    for section, keys in {"model": ("name",), "data": ("train", "eval"), "measure": ("spectra",)}.items():
         value = content.get(section)
         if isinstance(value, dict):
             content[section] = {key: local(item) if key in keys else item for key, item in value.items()}

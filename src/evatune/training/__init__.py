@@ -1,0 +1,22 @@
+"""Training an adapter with transformers' `Trainer`, and the record of what happened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evatune.training.callbacks import JsonLinesCallback, RequireEva
+    from evatune.training.finetune import finetune
+    from evatune.training.record import RunRecord
+
+__all__ = ["JsonLinesCallback", "RequireEva", "RunRecord", "finetune"]
+
+_HOME = {"JsonLinesCallback": "callbacks", "RequireEva": "callbacks", "RunRecord": "record", "finetune": "finetune"}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

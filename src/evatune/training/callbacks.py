@@ -1,0 +1,172 @@
+"""Callbacks for transformers' `Trainer`; `RequireEva` and `JsonLinesCallback` also serve scripts of your own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evatune.files import write_text
+
+
+class RequireEva(TrainerCallback):
+    """Refuse to train an adapter that was to start from EVA and was never initialized.
+
+    Args:
+        adapter_name: the adapter.
+        asked: True demands EVA; None goes by the adapter's configuration (`init_lora_weights="eva"`).
+
+    Example:
+        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[RequireEva()])  # doctest: +SKIP
+    """
+
+    def __init__(self, adapter_name: str = "default", *, asked: bool | None = None) -> None:
+        self.adapter_name = adapter_name
+        self.asked = asked
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the model.
+
+        Raises:
+            EvaError: EVA was asked for and the adapter does not start from it.
+        """
+        from evatune.adapters import require_initialized
+
+        require_initialized(kwargs["model"], self.adapter_name, asked=self.asked)
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Write one JSON object a logged step; after resuming, the file holds no step twice.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the file with what the checkpoint remembers."""
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append the newest entry."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class ConsoleCallback(TrainerCallback):
+    """Print a line for each logged step, and on a terminal a progress bar below."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first = 0
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._started, self._first = time.perf_counter(), state.global_step
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None, leave=False
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print the newest entry."""
+        entry = state.log_history[-1]
+        text = f"  step {entry['step']:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "loss" in entry:
+            pace = (time.perf_counter() - self._started) / max(state.global_step - self._first, 1)
+            left = _duration(pace * (state.max_steps - state.global_step))
+            text += f"  loss {entry['loss']:.4f}  grad norm {entry.get('grad_norm', float('nan')):.3f}"
+            text += f"  lr {entry['learning_rate']:.1e}  {pace:.1f} s/step  {left} left"
+        elif "eval_loss" in entry:
+            text += f"  held-out loss {entry['eval_loss']:.4f}"
+            text += f", accuracy {entry['eval_accuracy']:.1%}" if "eval_accuracy" in entry else ""
+        else:
+            return
+        tqdm.write(text, file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class EvaluateCallback(TrainerCallback):
+    """Evaluate held-out data every so many steps.
+
+    Args:
+        evaluate: returns the numbers to log, by name.
+        log: the Trainer's own `log`.
+        every: steps between two evaluations.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[], dict[str, float]], *, log: Callable[[dict[str, float]], None], every: int
+    ) -> None:
+        self.evaluate, self.log, self.every = evaluate, log, every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluate if it is time; the end of training is evaluated anyway."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.log(self.evaluate())
+
+
+class InterruptCallback(TrainerCallback):
+    """Let Ctrl-C finish the current step, save a checkpoint and stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch Ctrl-C while the block runs (only in the main thread, as Python demands)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\n  interrupted: finishing this step, then saving a checkpoint", file=sys.stderr)
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop if asked."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

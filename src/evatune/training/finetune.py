@@ -1,0 +1,429 @@
+"""`finetune`: one recipe from pretrained model to trained adapter.
+
+A run is a folder:
+
+    recipe.yaml        the complete recipe
+    spectra/           what was measured (EVA)
+    plan.json          the ranks (EVA)
+    initial_adapter/   the adapter before training
+    before.json        the evaluation before training
+    checkpoints/       what resuming needs
+    adapter/           the trained adapter, an ordinary PEFT folder
+    log.jsonl          one line a logged step
+    tensorboard/       the same for TensorBoard, where installed
+    run.json           the record; it is written last, so a folder that has it is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from evatune.activations import measure
+from evatune.adapters import initialize
+from evatune.adapters.attach import attach_adapter, load_adapter, quiet_peft, save_adapter
+from evatune.allocation import RankPlan
+from evatune.errors import EvaError
+from evatune.files import check_writable, write_text
+from evatune.hardware import best_device, describe_machine
+from evatune.models import load_model, load_tokenizer
+from evatune.recipe import Recipe, load_recipe
+from evatune.spectra import Spectra
+from evatune.tasks.generation import (
+    Collator,
+    EncodedExamples,
+    Evaluation,
+    Examples,
+    batches,
+    encode_examples,
+    evaluate,
+    load_examples,
+)
+from evatune.training.arguments import total_steps, training_arguments, uses_bf16
+from evatune.training.callbacks import (
+    ConsoleCallback,
+    EvaluateCallback,
+    InterruptCallback,
+    JsonLinesCallback,
+    RequireEva,
+)
+from evatune.training.record import FILE_NAME, RunRecord, library_versions
+
+_RECIPE, _SPECTRA, _PLAN, _INITIAL, _CHECKPOINTS = (
+    "recipe.yaml",
+    "spectra",
+    "plan.json",
+    "initial_adapter",
+    "checkpoints",
+)
+
+# Settings that may change when a run is resumed: they do not touch the weights.
+_FREE = {"output", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
+_FREE |= {"train.keep_checkpoints", "data.eval", "data.eval_split", "data.max_eval_examples", "measure.spectra"}
+
+
+def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
+    """Fine-tune an adapter as the recipe says.
+
+    Method `eva` measures the model on the training data, redistributes the ranks and initializes the adapter; method
+    `lora` starts at random with uniform ranks. Both see the same examples in the same order for the same seed.
+
+    Args:
+        recipe: what to do; model, data and output must be given.
+        overwrite: replace an output folder that holds a run.
+        resume: go on from the last checkpoint in the output folder; a finished run is returned as it is.
+        progress: report on standard error.
+
+    Returns:
+        The record of the run, which is also in `run.json`.
+
+    Raises:
+        EvaError: something is wrong with the recipe, the model, the data or the output folder.
+        KeyboardInterrupt: Ctrl-C; a checkpoint has been saved.
+    """
+    recipe.require("model", "data", "output")
+    recipe = recipe.with_absolute_paths()
+    run = _Run(recipe=recipe, folder=Path(recipe.output), say=_printer(progress), progress=progress, seconds={})
+    if resume and (run.folder / FILE_NAME).is_file():
+        run.check_same_recipe()
+        run.say(f"done      {run.folder} is finished; nothing to resume")
+        return RunRecord.load(run.folder)
+    resume = resume and run.folder.exists()
+    if resume:
+        run.check_same_recipe()
+    else:
+        _check_output(run.folder, overwrite=overwrite)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    return run.execute(resume=resume)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run on its way."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+    progress: bool
+    seconds: dict[str, float]
+
+    def execute(self, *, resume: bool) -> RunRecord:
+        recipe, started = self.recipe, datetime.now(UTC)
+        with self._timed("load"):
+            model, tokenizer = self._load_model()
+            train, held_out = self._load_data(tokenizer)
+            encoded = encode_examples(
+                train,
+                tokenizer,
+                max_length=recipe.data.max_length,
+                train_on_prompt=recipe.data.train_on_prompt,
+            )
+        n_base = sum(parameter.numel() for parameter in model.parameters())
+        self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
+        self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
+        if not resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_text(self.folder / _RECIPE, recipe.to_yaml())
+
+        before = self._before(model, held_out, tokenizer)
+        if resume and (self.folder / _INITIAL).is_dir():
+            # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
+            adapted = load_adapter(model, self.folder / _INITIAL, is_trainable=True)
+            checkpoint = get_last_checkpoint(str(self.folder / _CHECKPOINTS)) if self._has_checkpoints() else None
+        else:
+            adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
+        plan_path = self.folder / _PLAN
+        plan = RankPlan.from_json(json.loads(plan_path.read_text())) if plan_path.is_file() else None
+
+        trainer, resumed_from = self._train(adapted, encoded, held_out, tokenizer, checkpoint=checkpoint)
+        save_adapter(adapted, self.folder / "adapter")
+        after = self._evaluated("after", adapted, held_out, tokenizer)
+        record = RunRecord(
+            recipe=recipe.to_dict(),
+            steps=trainer.state.global_step,
+            precision="bf16" if uses_bf16(recipe.train) else "fp32",
+            parameters=_count(adapted, plan) | {"base": n_base},
+            log=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+            before=before,
+            after=after.to_json() if after else None,
+            data={
+                "train": len(train),
+                "train_dropped": train.dropped,
+                "train_shortened": encoded.truncated,
+                "held_out": len(held_out) if held_out else 0,
+            },
+            seconds={name: round(value, 3) for name, value in self.seconds.items()},
+            resumed_from=resumed_from,
+            versions=library_versions(),
+            machine=describe_machine(),
+            started=started.isoformat(timespec="seconds"),
+        )
+        record.save(self.folder)
+        self.say(f"saved     {self.folder}")
+        return record
+
+    def check_same_recipe(self) -> None:
+        """Raise if the folder's run was started with other settings."""
+        path = self.folder / _RECIPE
+        if not path.is_file():
+            raise EvaError(f"{self.folder} holds no run to resume: it has no {_RECIPE}.")
+        old, new = _flat(load_recipe(path).to_dict()), _flat(self.recipe.to_dict())
+        changed = [
+            f"{key} was {old[key]!r} and is {new[key]!r}" for key in old if key not in _FREE and old[key] != new[key]
+        ]
+        if changed:
+            raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
+
+    def _load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        settings = self.recipe.model
+        where: dict[str, Any] = {
+            "gguf_file": settings.gguf_file,
+            "revision": settings.revision,
+            "trust_remote_code": settings.trust_remote_code,
+        }
+        tokenizer = load_tokenizer(settings.name, **where)
+        model = load_model(settings.name, dtype=settings.dtype, **where)
+        return model.to(best_device()), tokenizer  # type: ignore[arg-type]
+
+    def _load_data(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
+        data = self.recipe.data
+        options: dict[str, Any] = {
+            "format": data.format,
+            "seed": self.recipe.train.seed,
+            "tokenizer": tokenizer,
+            "hub_config": data.hub_config,
+        }
+        train = load_examples(data.train, limit=data.max_train_examples, split=data.train_split, **options)
+        if not data.eval:
+            return train, None
+        return train, load_examples(data.eval, limit=data.max_eval_examples, split=data.eval_split, **options)
+
+    def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
+        settings = self.recipe.adapter
+        is_eva = settings.method == "eva"
+        spectra = self._spectra(model, encoded, tokenizer) if is_eva else None
+        set_seed(self.recipe.train.seed)
+        adapted = attach_adapter(
+            model,
+            rank=settings.rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.target_modules,
+            exclude_modules=settings.exclude_modules,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+        )
+        if spectra is not None:
+            plan = initialize(adapted, spectra, rho=settings.rho, metric=settings.metric, whiten=settings.whiten)
+            write_text(self.folder / _PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
+            ranks = plan.ranks.values()
+            self.say(
+                f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
+                f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
+            )
+        save_adapter(adapted, self.folder / _INITIAL)
+        return adapted
+
+    def _spectra(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Spectra:
+        if self.recipe.measure.spectra:
+            self.say(f"spectra   {self.recipe.measure.spectra}")
+            return Spectra.load(self.recipe.measure.spectra)
+        with self._timed("measure"):
+            spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
+        spectra.save(self.folder / _SPECTRA, overwrite=True)
+        if any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values()):
+            raise KeyboardInterrupt
+        n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
+        self.say(f"measure   {n_batches} batches, {len(spectra.inputs)} inputs, {self.seconds['measure']:.1f} s")
+        return spectra
+
+    def _train(
+        self,
+        model: Any,
+        encoded: EncodedExamples,
+        held_out: Examples | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        checkpoint: str | None,
+    ) -> tuple[Trainer, int | None]:
+        settings = self.recipe.train
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()  # else no gradient reaches the adapters through frozen embeddings
+            model.config.use_cache = False
+        interrupt = InterruptCallback()
+        callbacks: list[TrainerCallback] = [
+            RequireEva(asked=self.recipe.adapter.method == "eva"),
+            JsonLinesCallback(self.folder / "log.jsonl"),
+            interrupt,
+        ]
+        callbacks += [ConsoleCallback()] if self.progress else []
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(settings, checkpoints=self.folder / _CHECKPOINTS, n_examples=len(encoded)),
+            train_dataset=encoded,
+            data_collator=Collator(tokenizer),
+            callbacks=callbacks,
+        )
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
+        if settings.eval_steps and held_out:
+            trainer.add_callback(
+                EvaluateCallback(
+                    lambda: _numbers(self._evaluate(model, held_out, tokenizer)),
+                    log=trainer.log,
+                    every=settings.eval_steps,
+                )
+            )
+        step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+        steps = total_steps(settings, n_examples=len(encoded))
+        self.say(
+            f"train     {steps} steps of {settings.batch_size * settings.gradient_accumulation} examples"
+            + (f", from step {step}" if step else "")
+        )
+        set_seed(settings.seed)
+        with self._timed("train"), interrupt.listening(), quiet_peft():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if interrupt.interrupted and trainer.state.global_step < steps:
+            self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
+            raise KeyboardInterrupt
+        return trainer, step
+
+    def _before(
+        self, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any] | None:
+        """Evaluate the model as it is; a resumed run remembers it."""
+        path = self.folder / "before.json"
+        if not path.is_file():
+            result = self._evaluated("before", model, held_out, tokenizer)
+            if result is None:
+                return None
+            write_text(path, json.dumps(result.to_json()) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _evaluated(
+        self, when: str, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Evaluation | None:
+        if held_out is None:
+            return None
+        with self._timed("evaluate"):
+            result = self._evaluate(model, held_out, tokenizer)
+        accuracy = f", accuracy {result.accuracy:.1%} of {result.questions}" if result.accuracy is not None else ""
+        self.say(f"{when:<10}held-out loss {result.loss:.4f}{accuracy}")
+        return result
+
+    def _evaluate(self, model: Any, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+        return evaluate(
+            model,
+            held_out,
+            tokenizer,
+            max_length=self.recipe.data.max_length,
+            bf16=uses_bf16(self.recipe.train),
+            progress=self.progress,
+        )
+
+    def _has_checkpoints(self) -> bool:
+        return (self.folder / _CHECKPOINTS).is_dir()
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+def measure_recipe(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    encoded: EncodedExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool = True,
+) -> Spectra:
+    """Measure a model on training data as a recipe says.
+
+    Args:
+        recipe: its sections `measure` and `adapter` are used, and the seed and precision of `train`.
+        model: the base model.
+        encoded: the training data.
+        tokenizer: pads the batches.
+        progress: show a bar.
+    """
+    settings, adapter = recipe.measure, recipe.adapter
+    return measure(
+        model,
+        batches(encoded, tokenizer, batch_size=settings.batch_size, seed=recipe.train.seed),
+        target_modules=adapter.target_modules,
+        exclude_modules=adapter.exclude_modules,
+        rank=adapter.rank,
+        rho=adapter.rho,
+        metric=adapter.metric,
+        n_components=settings.n_components,
+        max_batches=settings.max_batches,
+        tau=settings.tau,
+        delta=settings.delta,
+        min_gain=settings.min_gain,
+        backend=settings.backend,
+        center=settings.center,
+        use_label_mask=settings.use_label_mask,
+        dtype="bfloat16" if uses_bf16(recipe.train) else None,
+        progress=progress,
+        seed=recipe.train.seed,
+    )
+
+
+def _check_output(folder: Path, *, overwrite: bool) -> None:
+    """Check the output folder before any long work; an empty one counts as new, and only a run is overwritten."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    check_writable(folder, overwrite=overwrite)
+    if folder.exists() and not (folder / _RECIPE).is_file():
+        raise EvaError(f"{folder} is not the folder of a run, so it is not overwritten; choose another output.")
+
+
+def _printer(progress: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _count(model: Any, plan: RankPlan | None) -> dict[str, int]:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    downs = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
+    return {
+        "trainable": trainable,
+        "targets": len(plan.ranks) if plan else len(downs),
+        "without_adapter": list(plan.ranks.values()).count(0) if plan else 0,
+        "components": sum(parameter.shape[0] for parameter in downs),
+    }
+
+
+def _numbers(result: Evaluation) -> dict[str, float]:
+    numbers = {"eval_loss": result.loss}
+    return numbers if result.accuracy is None else numbers | {"eval_accuracy": result.accuracy}

@@ -1,0 +1,87 @@
+"""The record of a run: what was asked, on what, how long it took and what came out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import EvaError
+from evatune.files import write_text
+
+FILE_NAME = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One finished fine-tuning run, as `run.json` keeps it."""
+
+    recipe: dict[str, Any]
+    """The complete recipe, defaults included."""
+    steps: int
+    """Optimizer steps."""
+    precision: str
+    """`fp32` or `bf16`."""
+    parameters: dict[str, int]
+    """`base`, `trainable`, `targets`, `without_adapter` (rank 0), `components` (sum of ranks)."""
+    log: list[dict[str, float]]
+    """Of each logged step: step, loss (mean since the last entry), grad_norm, learning_rate; also evaluations."""
+    before: dict[str, Any] | None
+    """Evaluation before training, None without held-out data."""
+    after: dict[str, Any] | None
+    """Evaluation after training."""
+    data: dict[str, Any]
+    """Examples, dropped rows and shortened examples."""
+    seconds: dict[str, float]
+    """Wall time of `load`, `measure`, `train` and `evaluate`; of the last session if the run was resumed."""
+    resumed_from: int | None
+    """Step of the checkpoint that the last session started from."""
+    versions: dict[str, str]
+    """Versions of Python and the libraries."""
+    machine: dict[str, Any]
+    """Processor, cores, threads, memory, accelerators."""
+    started: str
+    """Date and time, UTC."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Room for what a caller adds."""
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The entries of the log that carry a training loss."""
+        return [entry for entry in self.log if "loss" in entry]
+
+    @property
+    def first_grad_norm(self) -> float | None:
+        """Gradient norm of the first step."""
+        return next((entry.get("grad_norm") for entry in self.losses if entry["step"] == 1), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `load` restores the record from them."""
+        return asdict(self) | {"first_grad_norm": self.first_grad_norm}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `run.json` into a folder."""
+        return write_text(Path(directory) / FILE_NAME, json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RunRecord:
+        """Read the record of a run.
+
+        Raises:
+            EvaError: the folder holds no record of a finished run.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise EvaError(f"{directory} holds no finished run: it has no {FILE_NAME}.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("first_grad_norm", None)
+        return cls(**content)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a result depends on."""
+    names = ("evatune", "torch", "transformers", "peft", "accelerate", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
