@@ -16,7 +16,7 @@ from evatune.report.figures import (
     series,
     trailing_mean,
 )
-from evatune.report.style import colours
+from evatune.report.style import colours, looks
 from evatune.spectra import Spectra, Spectrum, Target
 
 LOG = [{"step": 2, "loss": 1.0, "grad_norm": 0.5}, {"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 0.7}]
@@ -49,7 +49,7 @@ def test_the_heat_map_shows_ranks_and_their_changes():
         right.images[0].get_array().filled(nan), [[-4, 4, nan], [0, nan, nan], [nan, nan, -1]]
     )
     assert texts(left) == ["0", "8", "4", "3"]
-    assert texts(right) == ["-4", "+4", "0", "-1"]
+    assert texts(right) == ["−4", "+4", "0", "−1"]
     assert [label.get_text() for label in left.get_yticklabels()] == ["0", "1", "lm_head"]
     assert left.images[0].get_clim() == (0, 8)
     assert right.images[0].get_clim() == (-4, 4)
@@ -140,9 +140,15 @@ def test_series_skips_entries_without_the_value():
     np.testing.assert_array_equal(values, [5])
 
 
-def test_methods_keep_their_colour_in_whatever_order_and_labels_never_share_one():
+def test_methods_keep_their_colour_in_whatever_company():
     assert colours(["LoRA", "EVA"])["EVA"] == colours(["EVA", "x"])["EVA"]
-    assert len(set(colours(["EVA", "EVA 2e-3", "LoRA", "LoRA 2e-3", "a"]).values())) == 5
+    assert len(set(colours(["a", "EVA", "b", "LoRA", "c"]).values())) == 5
+
+
+def test_runs_of_one_method_share_its_colour_and_differ_in_their_dash():
+    look = looks(["EVA 1e-3", "EVA 2e-3", "LoRA 1e-3", ""])
+    assert look["EVA 1e-3"]["color"] == look["EVA 2e-3"]["color"] == colours(["EVA"])["EVA"]
+    assert look["EVA 1e-3"]["linestyle"] == look["LoRA 1e-3"]["linestyle"] != look["EVA 2e-3"]["linestyle"]
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])

@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from evatune.errors import EvaError
 from evatune.report.grid import Grid, grid, locate
-from evatune.report.style import EMPTY, INK, PALETTE, colours, fresh_axes, save, styled
+from evatune.report.style import EMPTY, INK, PALETTE, colours, fresh_axes, looks, save, styled
 
 if TYPE_CHECKING:
     from evatune.allocation import RankPlan
@@ -99,7 +99,7 @@ def _heatmap(axes: Axes, cells: Grid, *, limits: tuple[float, float], cmap: str,
             if np.isfinite(value):
                 red, green, blue, _ = image.cmap(norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                text = f"{value:{sign}.0f}" if round(value) else "0"
+                text = f"{value:{sign}.0f}".replace("-", "−") if round(value) else "0"
                 ink = "white" if dark else INK
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
     bar = axes.figure.colorbar(
@@ -219,13 +219,14 @@ def loss_curves(runs: Mapping[str, Log], *, smooth: int = 5, path: str | Path | 
     """
     figure = _curves(runs, "loss", smooth=smooth)
     axes = figure.axes[0]
-    for label, colour in colours(runs).items():
+    for label, look in looks(runs).items():
         steps, values = series(runs[label], "eval_loss")
         if len(steps):
-            # Two points, before and after, are no curve.
-            dashes = "--" if len(steps) > 2 else "none"
-            axes.plot(steps, values, marker="D", markersize=5, color=colour, linestyle=dashes, linewidth=1, mfc="white")
-            axes.lines[-1].set_label(f"{label}, held out")
+            if len(steps) < 3:  # before and after are two points and no curve
+                look = look | {"linestyle": "none"}
+            axes.plot(
+                steps, values, marker="D", markersize=5, mfc="white", linewidth=1, label=f"{label}, held out", **look
+            )
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Loss while training")
     axes.set_ylim(0, None)
@@ -251,8 +252,9 @@ def gradient_norms(runs: Mapping[str, Log], *, smooth: int = 1, path: str | Path
     figure = _curves(runs, "grad_norm", smooth=smooth)
     axes = figure.axes[0]
     axes.set_yscale("log")
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("norm of the gradient before clipping")
     axes.set_title("Gradient norm while training")
     axes.legend()
@@ -280,14 +282,14 @@ def _curves(runs: Mapping[str, Log], key: str, *, smooth: int) -> Figure:
     if smooth < 1:
         raise EvaError(f"smooth must be at least 1 step, got {smooth}.")
     figure, axes = fresh_axes(7.2, 3.8)
-    for label, colour in colours(runs).items():
+    for label, look in looks(runs).items():
         steps, values = series(runs[label], key)
         if not len(steps):
             continue
         if smooth > 1:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
         note = f", mean of {smooth} steps" if smooth > 1 else ""
-        axes.plot(steps, trailing_mean(values, smooth), color=colour, label=f"{label}{note}")
+        axes.plot(steps, trailing_mean(values, smooth), label=f"{label}{note}", **look)
     if not axes.lines:
         raise EvaError(f"none of the runs ({', '.join(runs) or 'there are none'}) logged {key!r}; nothing to draw.")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from evatune.errors import EvaError
 
-__all__ = ["FORMATS", "colours", "fresh_axes", "render", "save", "styled"]
+__all__ = ["FORMATS", "colours", "fresh_axes", "looks", "render", "save", "styled"]
 
 FORMATS = ("svg", "png", "pdf")
 INK, MUTED, GRID, EMPTY = "#22272e", "#5b6470", "#d9dde3", "#eceef1"
@@ -25,6 +26,7 @@ INK, MUTED, GRID, EMPTY = "#22272e", "#5b6470", "#d9dde3", "#eceef1"
 # Okabe and Ito's palette stays distinct under every common kind of colour blindness; its yellow is too pale for lines.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#22272e")
 _METHODS = {"eva": "#d55e00", "lora": "#0072b2", "pissa": "#009e73", "dora": "#cc79a7", "olora": "#e69f00"}
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same picture
@@ -83,16 +85,25 @@ def fresh_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
-    """Give each label a colour: known methods always their own, others the rest of the palette in turn."""
+    """Give each label a colour: methods of the paper always their own, others the rest of the palette in turn."""
     labels = list(labels)
-    chosen: dict[str, str] = {}
+    own = {label: _METHODS[label.lower()] for label in labels if label.lower() in _METHODS}
+    free = [colour for colour in PALETTE if colour not in own.values()]
+    rest = (label for label in labels if label not in own)
+    return own | {label: free[number % len(free)] for number, label in enumerate(rest)}
+
+
+def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Give each run a colour and a dash: runs whose labels begin with the same word share the colour."""
+    labels = list(labels)
+    first = {label: (label.split() or [""])[0] for label in labels}
+    colour = colours(dict.fromkeys(first.values()))
+    before: Counter[str] = Counter()
+    chosen = {}
     for label in labels:
-        own = _METHODS.get(label.lower().split()[0] if label.split() else "")
-        if own and own not in chosen.values():
-            chosen[label] = own
-    free = [colour for colour in PALETTE if colour not in chosen.values()] or list(PALETTE)
-    rest = [label for label in labels if label not in chosen]
-    return chosen | {label: free[number % len(free)] for number, label in enumerate(rest)}
+        chosen[label] = {"color": colour[first[label]], "linestyle": _DASHES[before[first[label]] % len(_DASHES)]}
+        before[first[label]] += 1
+    return chosen
 
 
 def render(figure: Figure, kind: str = "svg") -> bytes:
