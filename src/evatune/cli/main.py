@@ -1,0 +1,86 @@
+"""`evatune`: reads the command, runs it, and turns every expected failure into one line and an exit code.
+
+Exit codes: 0 done, 1 something that the message explains, 2 wrong usage, 130 interrupted with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from evatune import __version__
+from evatune.cli.options import HelpFormatter
+from evatune.errors import EvaError
+
+# In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
+COMMANDS = ("measure", "plan", "init", "finetune", "generate")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="evatune",
+        description="Explained Variance Adaptation (EVA): data-driven initialization and rank allocation for LoRA.",
+        epilog="`evatune COMMAND --help` explains a command. A run in one line:\n"
+        "  evatune finetune --model MODEL --data train.jsonl --output runs/first",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"evatune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name in COMMANDS:
+        module = importlib.import_module(f"evatune.cli.{name}")
+        command = commands.add_parser(
+            name,
+            usage=f"evatune {name} {module.USAGE} [options]",
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLES,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments, by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except EvaError as error:
+        return _fail(args, str(error))
+    except BrokenPipeError:  # `evatune plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(args, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        print("evatune: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(args: argparse.Namespace, message: str) -> int:
+    print(f"evatune: {message}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": message}))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

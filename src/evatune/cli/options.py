@@ -1,0 +1,107 @@
+"""Options shared by the commands: the settings of the recipe become options by themselves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import types
+import typing
+from typing import Any, Literal
+
+from evatune.recipe import Recipe, Setting, all_settings, load_recipe
+
+_TITLES = {
+    "": "output",
+    "model": "model",
+    "data": "data",
+    "adapter": "adapter",
+    "measure": "measuring",
+    "train": "training",
+}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of examples and wraps paragraphs to the terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(shutil.get_terminal_size().columns - 2, 110))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            paragraph if "\n  " in paragraph else argparse.HelpFormatter._fill_text(self, paragraph, width, indent)
+            for paragraph in paragraphs
+        )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, *wanted: str) -> None:
+    """Add a recipe file and an option for each wanted setting.
+
+    Args:
+        parser: the command's parser.
+        wanted: sections (`train`) or single settings (`adapter.rank`, `output`).
+    """
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; every option below overrides it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for setting in all_settings():
+        section = setting.path.rpartition(".")[0]
+        if setting.path in wanted or section in wanted:
+            if section not in groups:
+                groups[section] = parser.add_argument_group(_TITLES[section])
+            _add(groups[section], setting)
+
+
+def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    options: dict[str, Any] = {"dest": f"setting:{setting.path}", "default": argparse.SUPPRESS}
+    text = re.sub(r"`(\w+)`", r"\1", setting.help).rstrip(".").replace("%", "%%")
+    text = text[0].lower() + text[1:] if text[1].islower() else text
+    default = setting.default
+    if default not in (None, "", ()):
+        shown = (
+            str(default).lower()
+            if isinstance(default, bool)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else default
+        )
+        text += f" (default: {shown})"
+    if setting.kind is bool:
+        group.add_argument(setting.option, action=argparse.BooleanOptionalAction, help=text, **options)
+        return
+    kinds = typing.get_args(setting.kind) if typing.get_origin(setting.kind) is types.UnionType else (setting.kind,)
+    if any(typing.get_origin(kind) is Literal for kind in kinds):
+        options["metavar"] = "{" + ",".join(typing.get_args(kinds[0])) + "}"
+    else:
+        options["metavar"] = _METAVARS.get(kinds[0], "TEXT")
+    if setting.path in ("data.train", "data.eval"):
+        options |= {"nargs": "+", "metavar": "FILE"}
+    elif setting.path in ("output", "measure.spectra"):
+        options["metavar"] = "FOLDER"
+    group.add_argument(setting.option, help=text, **options)
+
+
+def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:
+    """Return the recipe of the command line: file, then options.
+
+    Args:
+        args: parsed arguments.
+        path: recipe file to take where none is named.
+    """
+    overrides = {
+        name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")
+    }
+    return load_recipe(args.recipe or path, overrides)
+
+
+def say(text: str) -> None:
+    """Tell the user what goes on: on standard error, since standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def answer(args: argparse.Namespace, *, text: str, content: Any) -> None:
+    """Print the result: as text, or with `--json` as one object."""
+    print(json.dumps(content) if args.json else text)

@@ -1,0 +1,145 @@
+"""The steps from a recipe to an adapter that is ready for training; `finetune` and the command line share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from evatune.activations import measure
+from evatune.adapters import initialize
+from evatune.adapters.attach import attach_adapter
+from evatune.allocation import RankPlan
+from evatune.hardware import best_device
+from evatune.models import load_model, load_tokenizer
+from evatune.pca.products import has_fast_bfloat16
+from evatune.recipe import Recipe, TrainSettings
+from evatune.spectra import Spectra
+from evatune.tasks.generation import EncodedExamples, Examples, batches, encode_examples, load_examples
+
+
+def uses_bf16(settings: TrainSettings) -> bool:
+    """Return whether to compute in bfloat16 autocast: as told, or where this machine does it fast."""
+    return settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bfloat16(best_device().type))
+
+
+def use_threads(recipe: Recipe) -> None:
+    """Use as many processor threads as the recipe says, if it does."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+
+
+def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model, on this machine's best device, and its tokenizer."""
+    settings = recipe.model
+    where: dict[str, Any] = {
+        "gguf_file": settings.gguf_file,
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(settings.name, **where)
+    model: Any = load_model(settings.name, dtype=settings.dtype, **where)
+    return model.to(best_device()), tokenizer
+
+
+def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, EncodedExamples]:
+    """Return the training examples in their seeded order, and the same as tokens."""
+    data = recipe.data
+    examples = load_examples(
+        data.train, limit=data.max_train_examples, split=data.train_split, **_data_options(recipe, tokenizer)
+    )
+    encoded = encode_examples(examples, tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt)
+    return examples, encoded
+
+
+def load_held_out_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+    """Return the held-out examples, or None if the recipe names none."""
+    data = recipe.data
+    if not data.eval:
+        return None
+    return load_examples(
+        data.eval, limit=data.max_eval_examples, split=data.eval_split, **_data_options(recipe, tokenizer)
+    )
+
+
+def measure_recipe(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    encoded: EncodedExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool = True,
+) -> Spectra:
+    """Measure a model on training data as a recipe says.
+
+    Args:
+        recipe: its sections `measure` and `adapter` are used, and the seed and precision of `train`.
+        model: the base model.
+        encoded: the training data.
+        tokenizer: pads the batches.
+        progress: show a bar.
+    """
+    settings, adapter = recipe.measure, recipe.adapter
+    return measure(
+        model,
+        batches(encoded, tokenizer, batch_size=settings.batch_size, seed=recipe.train.seed),
+        target_modules=adapter.target_modules,
+        exclude_modules=adapter.exclude_modules,
+        rank=adapter.rank,
+        rho=adapter.rho,
+        metric=adapter.metric,
+        n_components=settings.n_components,
+        max_batches=settings.max_batches,
+        tau=settings.tau,
+        delta=settings.delta,
+        min_gain=settings.min_gain,
+        backend=settings.backend,
+        center=settings.center,
+        use_label_mask=settings.use_label_mask,
+        dtype="bfloat16" if uses_bf16(recipe.train) else None,
+        progress=progress,
+        seed=recipe.train.seed,
+    )
+
+
+def is_interrupted(spectra: Spectra) -> bool:
+    """Return whether Ctrl-C ended the measurement."""
+    return any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values())
+
+
+def new_adapter(recipe: Recipe, model: Any, spectra: Spectra | None) -> tuple[Any, RankPlan | None]:
+    """Put a new adapter on a model, and start it from EVA if there are spectra.
+
+    Args:
+        recipe: its section `adapter` is used, and the seed.
+        model: the base model; it is changed in place, as PEFT does.
+        spectra: measured on the same targets; None leaves the adapter as plain LoRA.
+
+    Returns:
+        The PEFT model and the plan, which is None for plain LoRA.
+    """
+    settings = recipe.adapter
+    set_seed(recipe.train.seed)
+    adapted = attach_adapter(
+        model,
+        rank=settings.rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+    if spectra is None:
+        return adapted, None
+    return adapted, initialize(adapted, spectra, rho=settings.rho, metric=settings.metric, whiten=settings.whiten)
+
+
+def _data_options(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "format": recipe.data.format,
+        "seed": recipe.train.seed,
+        "tokenizer": tokenizer,
+        "hub_config": recipe.data.hub_config,
+    }
