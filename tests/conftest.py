@@ -1,12 +1,19 @@
-"""What every test needs."""
+"""What every test needs; a tiny language model, its tokenizer and data on disk, as a user would have them."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
+
+# Nothing in the tests needs a hub; where the network is there, a slip would download something.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +24,73 @@ def one_thread_for_all_tests() -> Iterator[None]:
     with threadpool_limits(1):
         yield
     torch.set_num_threads(n_threads)
+
+
+def write_questions(path: Path, *, count: int, seed: int) -> Path:
+    """Write multiple-choice questions in the `commonsense` format, whose answer stands in the question."""
+    chance = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        answer = chance.choice(["true", "false"])
+        words = " ".join(chance.choices(["red", "green", "blue", "one", "two"], k=chance.randint(2, 9)))
+        row = {
+            "instruction": f"Is {words} {answer}?\n\nAnswer format: true/false",
+            "input": "",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train.jsonl` (60 questions) and `test.jsonl` (16)."""
+    folder = tmp_path_factory.mktemp("data")
+    write_questions(folder / "train.jsonl", count=60, seed=1)
+    write_questions(folder / "test.jsonl", count=16, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A folder with a Llama of two layers, random weights, tied embeddings and a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((tiny_data / "train.jsonl").read_text().splitlines(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
