@@ -27,8 +27,8 @@ def one_thread() -> Iterator[None]:
 
 
 def solver_copy(matrix: Tensor) -> Tensor:
-    """Return a float64 copy for a factorization, on the CPU where the device has no float64."""
-    return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
+    """Return a float64 copy for a factorization, on the CPU where the device has no float64; callers write into it."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64, copy=True)
 
 
 def fix_signs(components_kd: Tensor) -> Tensor:
