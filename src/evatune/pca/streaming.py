@@ -136,9 +136,13 @@ class StreamingPCA:
         self._check_rows(rows)
         if rows.shape[0] == 0:
             return self
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        rows_nd = rows.detach().to(dtype)
         first = self._moments is None
+        # The first rows choose the dtype of all sums; rows of another dtype may follow.
+        if self._moments is not None:
+            dtype = self._moments.shift_d.dtype
+        else:
+            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        rows_nd = rows.detach().to(dtype)
         shift_d = self._first_shift(rows_nd) if self._moments is None else self._moments.shift_d.to(rows_nd)
         shifted_nd = rows_nd - shift_d
         batch = Moments.around(shift_d)
