@@ -1,4 +1,4 @@
-"""Rank allocation: redistribute a budget of LoRA ranks over all targets by explained variance (Section 3.3, Algorithm 1).
+"""Rank allocation: redistribute a budget of LoRA ranks over all targets by explained variance (Section 3.3).
 
 Shapes: k components of one target, N targets. This module knows numbers only, neither models nor tensors.
 """
@@ -214,7 +214,7 @@ def allocate(
         raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
     if not rho >= 1 or rho == float("inf"):
         raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
-    base_ranks = {name: value for name, value in _per_target(rank, targets, "rank").items()}
+    base_ranks = _per_target(rank, targets, "rank")
     base_alphas = _per_target(lora_alpha, targets, "lora_alpha")
     for name, value in base_ranks.items():
         if isinstance(value, bool) or value != int(value) or value < 1:

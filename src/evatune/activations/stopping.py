@@ -47,7 +47,7 @@ class StoppingRule:
 def is_check(n_batches: int) -> bool:
     """Tell whether rules are checked around the batch after `n_batches`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, …
 
-    Checks factorize, so they are spread evenly on a logarithmic axis: their number grows with the logarithm of the data.
+    Checks factorize, so their number should grow with the logarithm of the data only.
     """
     power = 1 << max(n_batches.bit_length() - 1, 0)
     return n_batches >= 1 and n_batches in (power, power + power // 2)
@@ -94,6 +94,9 @@ class StoppingMonitor:
     def after_update(self, key: str, pca: StreamingPCA, n_needed: int) -> None:
         """Compare the components after a check batch with those before it."""
         if self.rule.tau is None or key not in self._history:
+            return
+        # Components cannot have settled while twice the data still gain much, and looking costs a factorization.
+        if self.rule.min_gain is not None and self.gains.get(key, 0.0) > 5 * self.rule.min_gain:
             return
         before_kd = self._history[key][-1]
         cosines_k = component_cosines(pca.components_[:n_needed], before_kd[:n_needed])

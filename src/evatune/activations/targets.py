@@ -160,7 +160,8 @@ def _nothing_matches(rules: TargetRules, names: Sequence[str]) -> str:
     limits = [
         f"{name}={value!r}" for name in ("exclude_modules", "layers_to_transform") if (value := getattr(rules, name))
     ]
+    limit = f" with {', '.join(limits)}" if limits else ""
     return (
-        f"no module of the model matches target_modules={shown!r}{' with ' + ', '.join(limits) if limits else ''}{hints}; "
+        f"no module of the model matches target_modules={shown!r}{limit}{hints}; "
         f"its linear layers are {', '.join(list(leaves)[:12]) or 'none'}."
     )

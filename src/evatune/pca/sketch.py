@@ -27,7 +27,7 @@ FIRST_BATCH_ITERATIONS = 3
 """Subspace iterations on the first batch, which starts from a random test matrix."""
 
 MASSIVE_RATIO = 1e5
-"""Where the largest eigenvalue exceeds the smallest one of the sketch by this factor, bfloat16 would drown the latter."""
+"""Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 would drown the latter."""
 
 
 def sketch_width(n_components: int, n_features: int) -> int:
@@ -52,6 +52,7 @@ class SketchState:
         self.seed = seed
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
+        self._known: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def start(cls, first_nd: Tensor, width: int, *, seed: int) -> SketchState:
@@ -76,6 +77,7 @@ class SketchState:
             self.refresh(moments, center=center)
 
     def _add(self, rows_nd: Tensor) -> None:
+        self._known = None
         projected_nl = rows_nd @ self.test_dl.to(rows_nd.dtype)
         accumulate_product(self.sketch_dl, rows_nd.T, projected_nl)
 
@@ -100,6 +102,7 @@ class SketchState:
         self.test_dl = test_dl.to(self.test_dl)
         self.sketch_dl = sketch_dl.to(self.sketch_dl)
         self.n_rows_refreshed = moments.n_rows
+        self._known = vectors_dp.to(self.test_dl), values_p
         self.needs_full_precision = bool(values_p[0] > MASSIVE_RATIO * values_p[-1]) if len(values_p) else False
 
     def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
@@ -107,6 +110,8 @@ class SketchState:
 
         The state is not changed. p <= l leaves out directions in which the rows so far do not vary.
         """
+        if self._known is not None:  # no rows since the last refresh
+            return solver_copy(self._known[0]), self._known[1]
         test_dl, sketch_dl = solver_copy(self.test_dl), solver_copy(self.sketch_dl)
         n_features, width = test_dl.shape
         if center:

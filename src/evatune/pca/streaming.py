@@ -49,8 +49,8 @@ _STATES: dict[str, type[ExactState] | type[SketchState] | type[IncrementalState]
 class StreamingPCA:
     """Principal component analysis over batches of rows, in the estimator contract of scikit-learn.
 
-    The covariance of the rows is C = Σ (x - m)(x - m)ᵀ / (M - 1); the components are its leading eigenvectors, which are
-    the leading right-singular vectors of the centred rows (Theorem 3.1 and Appendix H of the paper).
+    The covariance of the rows is C = Σ (x - m)(x - m)ᵀ / (M - 1); the components are its leading eigenvectors, which
+    are the leading right-singular vectors of the centred rows (Theorem 3.1 and Appendix H of the paper).
 
     Args:
         n_components: how many components to keep; clipped, with a warning, to the number of features.
@@ -202,7 +202,7 @@ class StreamingPCA:
                 raise EvaError(f"only equal inputs merge, but {name} is {mine!r} here and {theirs!r} there.")
         assert self._state is not None
         device = self._moments.shift_d.device
-        theirs_moved = StreamingPCA(self.n_components).load_state_dict(other.state_dict(), device=device)
+        theirs_moved = StreamingPCA(self.n_components, center=self.center).load_state_dict(other.state_dict(), device=device)
         assert theirs_moved._moments is not None
         result._moments = self._moments.merged(theirs_moved._moments)
         result._state = self._state.merged(
@@ -282,6 +282,8 @@ class StreamingPCA:
         }
         return state | {
             "backend": torch.tensor(list(_STATES).index(self.backend_)),
+            "center": torch.tensor(self.center),
+            "n_components": torch.tensor(self.n_components),
             "n_samples_seen": torch.tensor(moments.n_rows),
             "shift": moments.shift_d.clone(),
             "sum": moments.sum_d.clone(),
@@ -292,9 +294,10 @@ class StreamingPCA:
         """Continue from what `state_dict` returned, optionally on another device.
 
         Raises:
-            EvaError: an entry is missing, or the state is of another backend than this object asks for.
+            EvaError: an entry is missing, or the state is of another backend or centring, or keeps fewer components,
+                than this object asks for. Nothing is loaded then.
         """
-        missing = {"backend", "n_samples_seen", "shift", "sum", "squares"} - set(state)
+        missing = {"backend", "center", "n_components", "n_samples_seen", "shift", "sum", "squares"} - set(state)
         if missing:
             raise EvaError(f"this is not a state of StreamingPCA: {', '.join(sorted(missing))} missing.")
         backend = list(_STATES)[int(state["backend"])]
@@ -302,13 +305,24 @@ class StreamingPCA:
             raise EvaError(
                 f"the state is of backend {backend!r}, but this object was made with backend={self.backend!r}."
             )
+        if bool(state["center"]) != self.center:
+            raise EvaError(
+                f"the state has center={bool(state['center'])}, but this object was made with center={self.center}."
+            )
+        n_kept = int(state["n_components"])
+        if backend != "exact" and min(self.n_components, state["shift"].shape[0]) > n_kept:
+            raise EvaError(f"the state keeps n_components={n_kept}, but this object asks for {self.n_components}.")
         own = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in state.items()}
+        prefix = "state."
+        try:
+            backend_state = _STATES[backend].from_tensors(
+                {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+            )
+        except KeyError as error:
+            raise EvaError(f"this is not a state of StreamingPCA: {prefix}{error.args[0]} missing.") from None
+        self._state = backend_state
         self._moments = Moments(
             shift_d=own["shift"], sum_d=own["sum"], squares_d=own["squares"], n_rows=int(own["n_samples_seen"])
-        )
-        prefix = "state."
-        self._state = _STATES[backend].from_tensors(
-            {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
         )
         self._decomposition = None
         return self
