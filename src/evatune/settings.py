@@ -71,9 +71,9 @@ def convert(value: Any, kind: Any, name: str) -> Any:
                 return None
             raise EvaError(f"{name} is {value!r}, but must be {describe_kind(kind)}.")
         options = tuple(option for option in options if option is not types.NoneType)
-        if str in options:  # `str | tuple[str, ...]`: a list of plain names is a list, anything else one text
-            is_list = isinstance(value, list | tuple) or bool(re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", str(value)))
-            return convert(value, tuple[str, ...] if is_list and len(options) > 1 else str, name)
+        if str in options and len(options) > 1:  # plain names are a list, anything else is one text
+            names = isinstance(value, list | tuple) or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", str(value))
+            return convert(value, tuple[str, ...] if names else str, name)
         return convert(value, options[0], name)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)

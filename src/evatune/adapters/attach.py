@@ -95,7 +95,7 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
 def quiet_peft() -> Iterator[None]:
     """Silence what PEFT says in vain: about its own deprecated calls, and that `package:` models are on no hub."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in package:")
         yield
 

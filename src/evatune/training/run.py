@@ -62,13 +62,8 @@ from evatune.training.setup import (
     uses_bf16,
 )
 
-_RECIPE, _SPECTRA, _PLAN, _INITIAL, _CHECKPOINTS = (
-    "recipe.yaml",
-    "spectra",
-    "plan.json",
-    "initial_adapter",
-    "checkpoints",
-)
+_RECIPE, _SPECTRA, _PLAN, _BEFORE = "recipe.yaml", "spectra", "plan.json", "before.json"
+_INITIAL, _CHECKPOINTS = "initial_adapter", "checkpoints"
 
 # Settings that may change when a run is resumed: they do not touch the weights.
 _FREE = {"output", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
@@ -129,18 +124,15 @@ class _Run:
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
-        if not resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_text(self.folder / _RECIPE, recipe.to_yaml())
-
-        before = self._before(model, held_out, tokenizer)
         if resume and (self.folder / _INITIAL).is_dir():
+            before = json.loads((self.folder / _BEFORE).read_text(encoding="utf-8"))
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
             adapted = load_adapter(model, self.folder / _INITIAL, is_trainable=True)
             checkpoint = get_last_checkpoint(str(self.folder / _CHECKPOINTS)) if self._has_checkpoints() else None
         else:
-            adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
+            result = self._evaluated("before", model, held_out, tokenizer)
+            before, checkpoint = result.to_json() if result else None, None
+            adapted = self._begin(model, encoded, tokenizer, before=before)
         plan_path = self.folder / _PLAN
         plan = RankPlan.from_json(json.loads(plan_path.read_text())) if plan_path.is_file() else None
 
@@ -183,9 +175,18 @@ class _Run:
         if changed:
             raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
 
-    def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
-        is_eva = self.recipe.adapter.method == "eva"
-        adapted, plan = new_adapter(self.recipe, model, self._spectra(model, encoded, tokenizer) if is_eva else None)
+    def _begin(
+        self,
+        model: PreTrainedModel,
+        encoded: EncodedExamples,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        before: dict[str, Any] | None,
+    ) -> Any:
+        """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
+        spectra = self._spectra(model, encoded, tokenizer) if self.recipe.adapter.method == "eva" else None
+        adapted, plan = new_adapter(self.recipe, model, spectra)
+        self._start_folder(spectra)
         if plan is not None:
             write_text(self.folder / _PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
             ranks = plan.ranks.values()
@@ -193,6 +194,7 @@ class _Run:
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
                 f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
+        write_text(self.folder / _BEFORE, json.dumps(before) + "\n")
         save_adapter(adapted, self.folder / _INITIAL)
         return adapted
 
@@ -202,12 +204,20 @@ class _Run:
             return Spectra.load(self.recipe.measure.spectra)
         with self._timed("measure"):
             spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
-        spectra.save(self.folder / _SPECTRA, overwrite=True)
-        if is_interrupted(spectra):
-            raise KeyboardInterrupt
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measure   {n_batches} batches, {len(spectra.inputs)} inputs, {self.seconds['measure']:.1f} s")
+        if is_interrupted(spectra):
+            self._start_folder(spectra)
+            self.say(f"saved     {self.folder / _SPECTRA}, what was measured so far")
+            raise KeyboardInterrupt
         return spectra
+
+    def _start_folder(self, spectra: Spectra | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_text(self.folder / _RECIPE, self.recipe.to_yaml())
+        if spectra is not None:
+            spectra.save(self.folder / _SPECTRA)
 
     def _train(
         self,
@@ -220,7 +230,8 @@ class _Run:
     ) -> tuple[Trainer, int | None]:
         settings = self.recipe.train
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with quiet_peft():
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()  # else no gradient reaches the adapters through frozen embeddings
             model.config.use_cache = False
         interrupt = InterruptCallback()
@@ -265,18 +276,6 @@ class _Run:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
             raise KeyboardInterrupt
         return trainer, step
-
-    def _before(
-        self, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Any] | None:
-        """Evaluate the model as it is; a resumed run remembers it."""
-        path = self.folder / "before.json"
-        if not path.is_file():
-            result = self._evaluated("before", model, held_out, tokenizer)
-            if result is None:
-                return None
-            write_text(path, json.dumps(result.to_json()) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
 
     def _evaluated(
         self, when: str, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase

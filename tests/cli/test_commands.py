@@ -1,0 +1,147 @@
+"""The command line, from measuring to text, on a tiny model: in this process, and once as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from evatune.cli.main import COMMANDS, main
+from evatune.spectra import Spectra
+
+
+@pytest.fixture(scope="module")
+def spectra(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of spectra, measured through the command line."""
+    folder = tmp_path_factory.mktemp("measured") / "spectra"
+    train = str(tiny_data / "train.jsonl")
+    arguments = ["--model", str(tiny_model), "--data", train, "--rank", "4", "--max-batches", "3"]
+    assert main(["measure", *arguments, "--precision", "fp32", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = "import sys, evatune.cli.main as m; m.build_parser().format_help(); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "default:" in text
+
+
+def test_version_and_usage_errors(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("evatune ")
+    for wrong in (["train"], ["plan"], ["plan", "x", "--rnak", "3"], ["plan", "x", "--rank", "three"]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+
+
+def test_measure_saves_spectra(spectra):
+    loaded = Spectra.load(spectra)
+    assert len(loaded) == 14
+    assert loaded.n_components == 8
+    assert all(spectrum.n_batches == 3 for spectrum in loaded.inputs.values())
+
+
+def test_plan_prints_draws_and_saves(spectra, tmp_path, capsys):
+    files = ["--save", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "ranks.png")]
+    assert main(["plan", str(spectra), "--rank", "4", "--rho", "1.5", *files]) == 0
+    assert "trainable parameters" in capsys.readouterr().out
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert max(saved["ranks"].values()) <= 6
+
+    assert main(["plan", str(spectra), "--rank", "4", "--rho", "1.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == saved
+    assert main(["plan", str(spectra), "--rank", "4", *files]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["plan", str(spectra), "--rank", "4", *files, "--overwrite"]) == 0
+
+
+def test_init_writes_an_adapter_that_changes_nothing(spectra, tiny_model, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "adapter"
+    arguments = ["--model", str(tiny_model), "--spectra", str(spectra), "--rank", "4", "--output", str(folder)]
+    assert main(["init", *arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan == json.loads((folder / "plan.json").read_text())
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    ids = torch.arange(3, 40)[None]
+    expected = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    assert torch.allclose(adapted(ids).logits, expected, atol=1e-6)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
+
+
+def test_from_recipe_to_text(tiny_model, tiny_data, tmp_path, capsys):
+    """Fine-tuned in a process of its own, as a user starts it; resumed (nothing is left to do) and used in this one."""
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\n"
+        f"data:\n  train: {tiny_data / 'train.jsonl'}\n  eval: {tiny_data / 'test.jsonl'}\n"
+        "adapter:\n  rank: 4\n"
+        "measure:\n  max_batches: 2\n"
+        "train:\n  steps: 4\n  batch_size: 4\n  learning_rate: 5e-3\n  threads: 1\n"
+        "output: first\n"
+    )
+    command = [sys.executable, "-m", "evatune.cli.main", "finetune", str(tmp_path / "recipe.yaml"), "--steps", "3"]
+    finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    record = json.loads(finished.stdout)
+    assert record["steps"] == 3
+    assert record["recipe"]["output"] == str(tmp_path / "first")
+    assert "step 3/3" in finished.stderr
+    assert "Warning" not in finished.stderr
+
+    assert main(["finetune", "--resume", "--output", str(tmp_path / "first"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == record
+    adapter = str(tmp_path / "first" / "adapter")
+    assert main(["generate", "Is red true?", "--adapter", adapter, "--max-new-tokens", "4", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"text", "tokens", "seconds"}
+
+
+def test_generate_is_greedy_and_streams(tiny_model, capsys):
+    arguments = ["generate", "Is red true?", "--model", str(tiny_model), "--max-new-tokens", "5"]
+    assert main([*arguments, "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert main([*arguments, "--json", "--temperature", "2", "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] != text
+    assert main([*arguments, "--json", "--raw"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] != text
+
+
+def test_interrupted_measurement_is_saved(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    from evatune.tasks.generation import encoding
+
+    original, calls = encoding.Collator.__call__, []
+
+    def collate(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, rows)
+
+    monkeypatch.setattr(encoding.Collator, "__call__", collate)
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_data / "train.jsonl"), "--rank", "4"]
+    assert main(["measure", *arguments, "--output", str(tmp_path / "spectra")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    spectra = Spectra.load(tmp_path / "spectra")
+    assert {(spectrum.n_batches, spectrum.stopped) for spectrum in spectra.inputs.values()} == {(2, "interrupted")}
