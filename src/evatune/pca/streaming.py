@@ -202,7 +202,8 @@ class StreamingPCA:
                 raise EvaError(f"only equal inputs merge, but {name} is {mine!r} here and {theirs!r} there.")
         assert self._state is not None
         device = self._moments.shift_d.device
-        theirs_moved = StreamingPCA(self.n_components, center=self.center).load_state_dict(other.state_dict(), device=device)
+        theirs_moved = StreamingPCA(self.n_components, center=self.center)
+        theirs_moved.load_state_dict(other.state_dict(), device=device)
         assert theirs_moved._moments is not None
         result._moments = self._moments.merged(theirs_moved._moments)
         result._state = self._state.merged(
