@@ -35,7 +35,7 @@ def test_one_batch_gives_the_known_components(known_rows, stream, backend, seed)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("backend", "tolerance"), [("exact", 1e-9), ("sketch", 1e-4), ("incremental", 2e-2)])
 def test_many_batches_agree_with_scikit_learn(known_rows, stream, backend, tolerance, seed):
-    """The exact backend to rounding; the sketch and Algorithm 2, which forget what they truncate, within `tolerance`."""
+    """The exact backend to rounding; the sketch and Algorithm 2 forget what they truncate, so within `tolerance`."""
     known = known_rows(N_ROWS, FALLING, mean=3.0, seed=seed)
     reference = PCA(K, svd_solver="full").fit(known.rows.numpy())
     pca = stream(known.batches(64), K, backend=backend, seed=seed)
@@ -79,7 +79,7 @@ def test_components_are_orthonormal_and_in_falling_order(known_rows, stream, bac
 def test_every_float_dtype_gives_the_components_of_the_rows_as_they_arrive(
     known_rows, stream, oracle, backend, dtype, seed
 ):
-    """The oracle sees the rounded rows, so that what is compared is our arithmetic and not the rounding of the input."""
+    """The oracle sees the rounded rows, so that our arithmetic is compared and not the rounding of the input."""
     known = known_rows(N_ROWS, FALLING, mean=0.5, seed=seed)
     rounded = [batch.to(dtype) for batch in known.batches(100)]
     truth = oracle(torch.cat(rounded))
@@ -144,9 +144,7 @@ def test_uncentred_components_are_those_of_the_second_moment(known_rows, stream,
     torch.testing.assert_close(pca.var_, truth.variance, rtol=1e-9, atol=0)
     torch.testing.assert_close(pca.mean_, truth.mean, rtol=0, atol=1e-10)
     assert pca.total_variance_ == pytest.approx(float(truth.variance.sum()), rel=1e-10)
-    torch.testing.assert_close(
-        pca.transform(known.rows[:5]), known.rows[:5] @ pca.components_.T, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(pca.transform(known.rows[:5]), known.rows[:5] @ pca.components_.T, rtol=0, atol=1e-12)
 
 
 def test_centring_matters_where_means_are_large(known_rows, stream):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_the_exact_backend_does_not_see_how_rows_are_cut_into_batches(known_rows
     known = known_rows(N_ROWS, GAPPED, mean=5.0, seed=seed)
     bounds = [0, *sorted(cuts), N_ROWS]
     whole = stream([known.rows], K, backend="exact")
-    cut = stream([known.rows[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], K, backend="exact")
+    cut = stream([known.rows[a:b] for a, b in pairwise(bounds)], K, backend="exact")
     torch.testing.assert_close(cut.components_, whole.components_, rtol=0, atol=1e-8)
     torch.testing.assert_close(cut.singular_values_, whole.singular_values_, rtol=1e-9, atol=0)
     torch.testing.assert_close(cut.var_, whole.var_, rtol=1e-9, atol=0)
@@ -87,9 +89,7 @@ def test_repeating_all_rows_changes_no_direction_and_no_share(known_rows, stream
     often = stream([known.rows] * times, K, backend=backend)
     # Algorithm 2 truncates after every batch, but repeated rows bring nothing new.
     assert (aligned(often, once.components_) > 1 - 1e-5).all()
-    torch.testing.assert_close(
-        often.explained_variance_ratio_, once.explained_variance_ratio_, rtol=2e-3, atol=0
-    )
+    torch.testing.assert_close(often.explained_variance_ratio_, once.explained_variance_ratio_, rtol=2e-3, atol=0)
     torch.testing.assert_close(often.singular_values_, once.singular_values_ * times**0.5, rtol=2e-3, atol=0)
 
 
@@ -121,9 +121,7 @@ def test_scaling_the_rows_scales_the_singular_values_alone(known_rows, stream, b
     scaled = stream([(batch * factor).float() for batch in known.batches(60)], K, backend=backend)
     assert (aligned(scaled, plain.components_) > 0.9999).all()
     torch.testing.assert_close(scaled.singular_values_, plain.singular_values_ * factor, rtol=1e-3, atol=0)
-    torch.testing.assert_close(
-        scaled.explained_variance_ratio_, plain.explained_variance_ratio_, rtol=2e-3, atol=0
-    )
+    torch.testing.assert_close(scaled.explained_variance_ratio_, plain.explained_variance_ratio_, rtol=2e-3, atol=0)
 
 
 @EVERY_BACKEND
