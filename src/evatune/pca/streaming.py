@@ -214,6 +214,11 @@ class StreamingPCA:
     # -- what was learned ---------------------------------------------------------------------------------------------
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether any row was seen."""
+        return self._moments is not None
+
+    @property
     def components_(self) -> Tensor:
         """Orthonormal rows by descending variance, (k, d)."""
         return self._decompose()[0]

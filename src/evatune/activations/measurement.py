@@ -1,0 +1,174 @@
+"""`Measurement`: the state of one measuring run, a streaming PCA for every input and the checks on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from evatune.activations.rows import RowMasks
+from evatune.activations.stopping import StoppingMonitor, is_check
+from evatune.activations.targets import TargetModule
+from evatune.allocation import ComponentVariances, allocate
+from evatune.errors import EvaError, EvaWarning
+from evatune.pca import StreamingPCA
+from evatune.spectra import Spectrum, Target
+
+
+class Measurement:
+    """The state of one call of `measure`: a streaming PCA per input, and the checks."""
+
+    def __init__(
+        self,
+        *,
+        targets: Sequence[TargetModule],
+        new_pca: Callable[[int], StreamingPCA],
+        n_components: int,
+        monitor: StoppingMonitor,
+    ) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.new_pca = new_pca
+        self.n_components = n_components
+        self.monitor = monitor
+        self.pcas: dict[str, StreamingPCA] = {}
+        self.history: list[dict[str, Any]] = []
+        self._n_batches = 0
+        self._checking = False
+        self._masks = RowMasks()
+        self._needed: dict[str, int] = {}
+        self._input_of: dict[str, str] = {}
+
+    def begin_batch(self, n_batches: int, masks: RowMasks, *, rank: int | None, rho: float, metric: str) -> None:
+        """Prepare for the batch after `n_batches`."""
+        self._n_batches, self._masks = n_batches, masks
+        self._checking = is_check(n_batches)
+        if self._checking and rank is not None:
+            self._needed = self._components_needed(rank=rank, rho=rho, metric=metric)
+
+    def consume(self, key: str, activation: Tensor) -> None:
+        """Take the input of a target."""
+        target = self.targets[key]
+        if not isinstance(activation, Tensor) or activation.shape[-1] != target.in_features:
+            found = tuple(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
+            raise EvaError(f"target {key!r} takes {target.in_features} features, but its input is {found}.")
+        rows_nd = self._masks.select(activation, in_decoder="decoder" in key.split("."))
+        pca = self.pcas.get(key)
+        if pca is None:
+            pca = self.pcas[key] = self.new_pca(min(self.n_components, target.in_features))
+        checking = self._checking and key not in self.monitor.done and pca.is_fitted
+        n_needed = self._needed.get(key, self.n_components)
+        if checking:
+            self.monitor.before_update(key, pca, rows_nd, n_needed)
+        try:
+            pca.partial_fit(rows_nd)
+        except EvaError as error:
+            raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
+        if checking and key not in self.monitor.done:
+            self.monitor.after_update(key, pca, n_needed)
+
+    def end_batch(self, input_of: Mapping[str, str], *, seconds: float) -> None:
+        """Note how far things are."""
+        self._input_of = dict(input_of)
+        if self._checking:
+            gains = list(self.monitor.gains.values())
+            self.history.append(
+                {
+                    "batch": self._n_batches + 1,
+                    "rows": self._most_rows(),
+                    "done": len(self.monitor.done),
+                    "inputs": len(self.pcas),
+                    "mean_gain": sum(gains) / len(gains) if gains else None,
+                    "seconds": seconds,
+                }
+            )
+
+    def forget(self) -> None:
+        """Drop what the probe pass has shown, to take the same batch again."""
+        self.pcas.clear()
+
+    def all_done(self) -> bool:
+        """Tell whether every input is done."""
+        return bool(self.pcas) and len(self.monitor.done) == len(self.pcas)
+
+    def progress_text(self) -> str:
+        """Return what the bar shows beside the batches and the time left."""
+        return f"{len(self.monitor.done)}/{len(self.pcas)} inputs converged, {self._most_rows():,} rows"
+
+    def target_table(self, input_of: Mapping[str, str], *, n_batches: int) -> dict[str, Target]:
+        """Return the targets that were reached, in the order of the model."""
+        if n_batches == 0:
+            raise EvaError(
+                "there was no batch to measure: the iterable is empty, or a generator that is used up already."
+            )
+        unreached = [name for name in self.targets if name not in input_of]
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} of {len(self.targets)} targets got no input in {n_batches} batches and have no "
+                f"spectrum, the first is {unreached[0]!r}; leave them out with exclude_modules.",
+                EvaWarning,
+                stacklevel=3,
+            )
+        return {
+            name: Target(
+                name=name, input=input_of[name], in_features=target.in_features, out_features=target.out_features
+            )
+            for name, target in self.targets.items()
+            if name in input_of
+        }
+
+    def spectra(self, stopped: str, *, n_batches: int) -> dict[str, Spectrum]:
+        """Return the spectrum of every input, in the order of the model."""
+        n_rows = self._most_rows()
+        if n_rows == 0:
+            raise EvaError(
+                f"all rows of all {n_batches} batches are masked; check attention_mask"
+                " and labels, or measure without use_label_mask."
+            )
+        if n_rows < self.n_components:
+            raise EvaError(
+                f"{n_rows} rows in {n_batches} batches are fewer than the {self.n_components} components asked for; "
+                "give more or longer batches, or a smaller rank, rho or n_components."
+            )
+        spectra = {}
+        for key in self.targets:
+            if key not in self.pcas:
+                continue
+            pca = self.pcas[key]
+            if not pca.is_fitted:
+                raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
+            spectra[key] = Spectrum(
+                components=pca.components_.float().cpu(),
+                singular_values=pca.singular_values_.float().cpu(),
+                mean=pca.mean_.float().cpu(),
+                total_variance=pca.total_variance_,
+                n_rows=pca.n_samples_seen_,
+                n_batches=n_batches,
+                stopped=self.monitor.done.get(key, stopped),
+                backend=pca.backend_,
+            )
+        return spectra
+
+    def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
+        """Return how many components of each input a plan from the present spectra would use."""
+        variances = {}
+        for name, key in self._input_of.items():
+            pca, target = self.pcas[key], self.targets[name]
+            if pca.is_fitted:
+                variances[name] = ComponentVariances(
+                    explained_variance=pca.explained_variance_.double().cpu().numpy(),
+                    total_variance=pca.total_variance_,
+                    n_rows=pca.n_samples_seen_,
+                    in_features=target.in_features,
+                    out_features=target.out_features,
+                )
+        needed: dict[str, int] = {}
+        if variances:
+            for name, n_used in allocate(variances, rank=rank, rho=rho, metric=metric).ranks.items():
+                key = self._input_of[name]
+                needed[key] = max(needed.get(key, 0), n_used)
+        return needed
+
+    def _most_rows(self) -> int:
+        return max((pca.n_samples_seen_ for pca in self.pcas.values() if pca.is_fitted), default=0)
