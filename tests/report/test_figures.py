@@ -162,9 +162,10 @@ def test_figures_are_written_as_their_suffix_says_and_equal_figures_give_equal_f
 
 
 def test_the_callers_settings_of_matplotlib_stay_as_they_were():
-    before = dict(matplotlib.rcParams)
-    rank_heatmap(plan({"layers.0.q": 1}))
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 3.0, "axes.grid": False, "svg.hashsalt": "mine"}):
+        before = dict(matplotlib.rcParams)
+        rank_heatmap(plan({"layers.0.q": 1}))
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

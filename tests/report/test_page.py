@@ -84,6 +84,15 @@ def test_tables_say_which_cells_are_titles_and_which_are_numbers(page):
     assert "<figcaption>Both runs.</figcaption>" in page
 
 
+def test_a_table_without_titles_has_no_head(tmp_path):
+    def written(*headers: str) -> str:
+        table = Table(headers=headers, rows=[["seed", "0"]])
+        return write_page(tmp_path / "x.html", title="t", sections=[Section(title="s", content=[table])]).read_text()
+
+    assert "<thead>" not in written("", "")
+    assert '<thead><tr><td></td><th scope="col" class="number">EVA</th></tr></thead>' in written("", "EVA")
+
+
 def test_a_table_that_does_not_fit_leaves_the_page_as_it_was(tmp_path):
     path = tmp_path / "index.html"
     path.write_text("old")

@@ -32,6 +32,11 @@ def test_cells(value, shown):
     assert text_table(["x"], [[value]]).splitlines()[-1] == shown
 
 
+def test_a_column_with_a_word_in_it_goes_left_and_no_line_ends_in_blanks():
+    lines = text_table(["a", "note"], [[1, "7"], [22, "seven"]]).splitlines()
+    assert lines == [" a  note", "──  ─────", " 1  7", "22  seven"]
+
+
 def test_a_line_break_in_a_cell_does_not_break_the_table():
     assert text_table(["a", "b"], [["one\ntwo", 1]]).splitlines()[-1] == "one two  1"
 

@@ -24,7 +24,7 @@ class Table:
     """A table of a page."""
 
     headers: Sequence[str]
-    """One title a column."""
+    """One title a column; without any, the table has no head."""
     rows: Sequence[Sequence[object]]
     """The cells, shown as `evatune.report.tables.text_table` shows them; the first of a row is its title."""
     caption: str = ""
@@ -98,14 +98,18 @@ def _html(block: str | Table | Picture | Verbatim) -> str:
 def _table(table: Table) -> str:
     cells = table_cells(table.headers, table.rows)
     sides = [' class="number"' if side == "r" else "" for side in alignment(table.headers, cells)]
-    head = "".join(f'<th scope="col"{side}>{_inline(t)}</th>' for t, side in zip(table.headers, sides, strict=True))
+    titles = [
+        f'<th scope="col"{side}>{_inline(title)}</th>' if title else "<td></td>"
+        for title, side in zip(table.headers, sides, strict=True)
+    ]
+    head = f"<thead><tr>{''.join(titles)}</tr></thead>\n" if any(table.headers) else ""
     lines = []
     for row in cells:
         first, *rest = zip(row, sides, strict=True)
         others = "".join(f"<td{side}>{_inline(cell)}</td>" for cell, side in rest)
         lines.append(f'<tr><th scope="row"{first[1]}>{_inline(first[0])}</th>{others}</tr>')
     return (
-        f'<figure><div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>\n'
+        f'<figure><div class="wide" tabindex="0"><table>{head}<tbody>\n'
         + "\n".join(lines)
         + f"\n</tbody></table></div>{_caption(table.caption)}</figure>"
     )
@@ -178,9 +182,10 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; background:
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 500; }
 .number { text-align: right; white-space: nowrap; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
 code { background: var(--shade); padding: .1em .3em; border-radius: 4px; }
-pre { background: var(--shade); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; line-height: 1.4; }
+pre { background: var(--shade); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
+  font-size: .8rem; line-height: 1.4; }
 """
