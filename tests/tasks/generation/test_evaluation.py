@@ -1,0 +1,102 @@
+"""Held-out loss and accuracy against a plain computation, one example at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evatune.models import load_model, load_tokenizer
+from evatune.tasks.generation import Example, encode_examples, evaluate, load_examples
+from evatune.tasks.generation import evaluation as evaluation_module
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """The tiny model with larger weights, so that its choices differ."""
+    model = load_model(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_data):
+    return load_examples(tiny_data / "test.jsonl")
+
+
+@torch.no_grad()
+def log_likelihood(model, row) -> float:
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+    log_probs = model(ids).logits[0, :-1].double().log_softmax(-1)
+    kept = labels != -100
+    return log_probs[kept].gather(1, labels[kept, None]).sum().item()
+
+
+def plain_loss(model, examples, tokenizer) -> float:
+    rows = encode_examples(examples, tokenizer).rows
+    n_tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+    return -sum(log_likelihood(model, row) for row in rows) / n_tokens
+
+
+def plain_accuracy(model, examples, tokenizer) -> float:
+    right = 0
+    for example in examples:
+        variants = [Example(pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
+        scores = [log_likelihood(model, row) for row in encode_examples(variants, tokenizer).rows]
+        right += scores.index(max(scores)) == example.answer
+    return right / len(examples)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_loss_and_accuracy(model, tokenizer, questions, batch_tokens):
+    model.train()
+    result = evaluate(model, questions, tokenizer, batch_tokens=batch_tokens, progress=False)
+    assert model.training  # the mode is restored
+    model.eval()
+    assert result.loss == pytest.approx(plain_loss(model, questions, tokenizer), rel=1e-5)
+    assert result.accuracy == plain_accuracy(model, questions, tokenizer)
+    assert (result.examples, result.questions) == (16, 16)
+
+
+def test_choices_of_several_tokens(model, tokenizer):
+    choices = ("red green", "red blue one", "two")
+    examples = [
+        Example(
+            pieces=((f"{word}: ", False), (choices[answer], True)),
+            choices=choices,
+            answer=answer,
+        )
+        for word in ("green", "one", "blue two", "true")
+        for answer in range(3)
+    ]
+    result = evaluate(model, examples, tokenizer, progress=False)
+    assert result.accuracy == plain_accuracy(model, examples, tokenizer) == pytest.approx(1 / 3)
+    assert result.loss == pytest.approx(plain_loss(model, examples, tokenizer), rel=1e-5)
+
+
+def test_models_that_always_compute_all_logits(model, tokenizer, questions, monkeypatch):
+    expected = evaluate(model, questions, tokenizer, progress=False)
+    monkeypatch.setattr(evaluation_module, "takes_logits_to_keep", lambda model: False)
+    result = evaluate(model, questions, tokenizer, progress=False)
+    assert (result.loss, result.accuracy) == (pytest.approx(expected.loss), expected.accuracy)
+
+
+def test_text_has_a_loss_and_no_accuracy(model, tokenizer):
+    texts = [Example(pieces=(("red green blue", True),)), Example(pieces=(("one", True),))]
+    result = evaluate(model, texts, tokenizer, progress=False)
+    assert result.accuracy is None
+    assert result.loss == pytest.approx(plain_loss(model, texts, tokenizer), rel=1e-5)
+    assert torch.isfinite(torch.tensor(result.loss))
+
+
+def test_bf16_is_close(model, tokenizer, questions):
+    exact = evaluate(model, questions, tokenizer, progress=False)
+    rough = evaluate(model, questions, tokenizer, bf16=True, progress=False)
+    assert rough.loss == pytest.approx(exact.loss, rel=0.05)
+    assert rough.loss != exact.loss
