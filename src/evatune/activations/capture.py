@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,8 @@ class Capture:
     The first pass is the probe: it runs to the end and learns which targets share their inputs, and which input comes
     last. From then on only the first target of each shared input is hooked, and every pass ends where the last of them
     was entered, so that neither the head nor the loss is computed. Targets that the probe did not reach (experts that
-    got no token) stay hooked, and passes run to the end while there are any.
+    got no token) stay hooked, each for itself, and all passes run to the end then. They also do so from the moment on
+    that a pass calls the targets another number of times than the probe did.
 
     Attributes:
         input_of: for every target reached so far, the key of its input: the name of the first target that got it.
@@ -36,7 +38,8 @@ class Capture:
         self.consumer = consumer
         self.input_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
-        self._last_call: int | None = None
+        self._expected_calls: Counter[str] | None = None
+        self._probed = False
         self._begin_pass()
 
     def _begin_pass(self) -> None:
@@ -71,27 +74,32 @@ class Capture:
             forward()
         except _LastInputSeen:
             return True
-        return self._learn_from_full_pass()
+        if self._probed:
+            # This pass was to end early and did not, so the number of calls depends on the batch (experts do that).
+            self._expected_calls = None
+            return True
+        self._probed = True
+        return self._learn_from_probe()
 
     def _make_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             activation = args[0] if args else next(iter(kwargs.values()))
             self._calls[name] += 1
-            if name in self.input_of:
-                if self.input_of[name] == name:
+            if self._probed:
+                if self.input_of.setdefault(name, name) == name:
                     self.consumer(name, activation)
             else:
-                number, new = self._seen.number(activation)
+                number = self._seen.number(activation)
                 self._numbers.setdefault(name, []).append(number)
-                if new:
-                    self._owners[number] = name
+                # A target that is called twice with one tensor has its rows twice, as in all passes to come.
+                if self._owners.setdefault(number, name) == name:
                     self.consumer(name, activation)
-            if self._calls.total() == self._last_call:
+            if self._calls == self._expected_calls:
                 raise _LastInputSeen
 
         return hook
 
-    def _learn_from_full_pass(self) -> bool:
+    def _learn_from_probe(self) -> bool:
         """Group the targets whose tensors were the same in every call, and unhook all but the first of each group."""
         first_of: dict[tuple[int, ...], str] = {}
         regular = True
@@ -101,6 +109,26 @@ class Capture:
         for name, key in self.input_of.items():
             if key != name and name in self._handles:
                 self._handles.pop(name).remove()
-        everything_reached = len(self.input_of) == len(self.targets)
-        self._last_call = sum(self._calls[name] for name in self._handles) if everything_reached else None
+        if len(self.input_of) == len(self.targets):
+            self._expected_calls = Counter({name: self._calls[name] for name in self._handles})
         return regular
+
+
+@contextmanager
+def encoder_output_test(model: Any) -> Iterator[Callable[[Tensor], bool]]:
+    """Yield a function that tells whether a tensor is what the encoder of an encoder-decoder model gave last.
+
+    Keys and values of cross-attention belong to the decoder by name, but their rows are positions of the encoder.
+    """
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given[:] = [output if isinstance(output, Tensor) else output[0]]
+
+    handle = encoder.register_forward_hook(keep) if isinstance(encoder, nn.Module) else None
+    try:
+        yield lambda tensor: bool(given) and tensor.data_ptr() == given[0].data_ptr() and tensor.shape == given[0].shape
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evatune.activations.batches import forward_arguments
-from evatune.activations.capture import Capture
+from evatune.activations.capture import Capture, encoder_output_test
 from evatune.activations.measurement import Measurement
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
@@ -124,7 +124,17 @@ def measure(
     capture = Capture(targets, measurement.consume)
     bar = tqdm(total=max_batches, unit="batch", desc="measuring", disable=not progress, dynamic_ncols=True)
     # The loader runs inside, so that its shuffling does not advance the caller's generators either.
-    with torch.no_grad(), preserved_random_state(), measuring_state(base), capture, autocast, bar:
+    with (
+        torch.inference_mode(False),  # tensors made in inference mode cannot tell whether they were changed in place
+        torch.no_grad(),
+        preserved_random_state(),
+        measuring_state(base),
+        capture,
+        encoder_output_test(base) if encoder_decoder else nullcontext() as is_encoder_output,
+        autocast,
+        bar,
+    ):
+        measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
         try:
             for batch in batches:
                 masks = RowMasks.of(

@@ -33,6 +33,7 @@ class Measurement:
         self.n_components = n_components
         self.monitor = monitor
         self.pcas: dict[str, StreamingPCA] = {}
+        self.is_encoder_output: Callable[[Tensor], bool] = lambda activation: False
         self.history: list[dict[str, Any]] = []
         self._n_batches = 0
         self._checking = False
@@ -53,24 +54,28 @@ class Measurement:
         if not isinstance(activation, Tensor) or activation.shape[-1] != target.in_features:
             found = tuple(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
             raise EvaError(f"target {key!r} takes {target.in_features} features, but its input is {found}.")
-        rows_nd = self._masks.select(activation, in_decoder="decoder" in key.split("."))
+        in_decoder = "decoder" in key.split(".") and not self.is_encoder_output(activation)
+        rows_nd = self._masks.select(activation, in_decoder=in_decoder)
         pca = self.pcas.get(key)
         if pca is None:
             pca = self.pcas[key] = self.new_pca(min(self.n_components, target.in_features))
         checking = self._checking and key not in self.monitor.done and pca.is_fitted
         n_needed = self._needed.get(key, self.n_components)
         if checking:
-            self.monitor.before_update(key, pca, rows_nd, n_needed)
+            self.monitor.begin_check(key, pca.components_)
+        if self.monitor.scores(key):
+            self.monitor.score_unseen(key, rows_nd, pca.mean_, n_needed=n_needed)
         try:
             pca.partial_fit(rows_nd)
         except EvaError as error:
             raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
-        if checking and key not in self.monitor.done:
-            self.monitor.after_update(key, pca, n_needed)
+        if checking and self.monitor.compares(key):
+            self.monitor.compare_update(key, pca.components_, n_needed=n_needed)
 
     def end_batch(self, input_of: Mapping[str, str], *, seconds: float) -> None:
         """Note how far things are."""
         self._input_of = dict(input_of)
+        self.monitor.conclude()
         if self._checking:
             gains = list(self.monitor.gains.values())
             self.history.append(

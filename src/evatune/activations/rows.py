@@ -15,6 +15,7 @@ from torch import Tensor
 from evatune.errors import EvaError
 
 IGNORED_LABEL = -100
+_INPUTS = ("input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class RowMasks:
 
         Args:
             batch: a mapping with `attention_mask` (B, T), `decoder_attention_mask` (B, T') and `labels`, any of which
-                may be missing; anything else has no masks.
+                may be missing, or a tuple that starts with one; anything else has no masks.
             encoder_decoder: whether labels belong to a second, decoder sequence.
             use_label_mask: drop positions whose label is `label_mask_value`. Labels that are not per position, as in
                 classification, mask nothing.
@@ -43,13 +44,15 @@ class RowMasks:
         Raises:
             EvaError: `use_label_mask` is set, but the batch has no labels.
         """
+        if isinstance(batch, tuple | list) and batch:
+            batch = batch[0]
         if not isinstance(batch, Mapping):
             batch = {}
         masks = {False: _matrix(batch.get("attention_mask")), True: _matrix(batch.get("decoder_attention_mask"))}
         labels = batch.get("labels")
         if use_label_mask and not isinstance(labels, Tensor):
             raise EvaError("use_label_mask=True needs batches with 'labels', and this batch has none.")
-        reference = masks[False] if masks[False] is not None else batch.get("input_ids")
+        reference = next((given for given in (masks[False], *map(batch.get, _INPUTS)) if given is not None), None)
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
             per_position = encoder_decoder or (reference is not None and labels.shape == reference.shape[:2])
             # In an encoder-decoder model, padding of the decoder sequence shows in the labels only.

@@ -18,13 +18,14 @@ class SeenTensors:
         self._seen: dict[tuple[object, ...], tuple[weakref.ref[Tensor], int]] = {}
         self._count = 0
 
-    def number(self, tensor: Tensor) -> tuple[int, bool]:
-        """Return the number of a tensor, and whether it is new."""
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor._version)
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor: a new one, unless this tensor was seen before."""
+        version = None if tensor.is_inference() else tensor._version  # tensors made in inference mode have none
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version)
         if key in self._seen:
             reference, number = self._seen[key]
             if reference() is not None:
-                return number, False
+                return number
         self._count += 1
         self._seen[key] = (weakref.ref(tensor), self._count)
-        return self._count, True
+        return self._count

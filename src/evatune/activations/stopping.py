@@ -8,19 +8,22 @@ much more variance of rows that were not seen yet did the last doubling of the d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.pca import StreamingPCA
-from evatune.pca.subspace import captured_variance, component_cosines
+from evatune.pca.subspace import captured_energy, component_cosines
 
 CONVERGED = "converged"
 ACCURATE = "accurate"
 BATCH_CAP = "batch cap"
 EXHAUSTED = "data exhausted"
 INTERRUPTED = "interrupted"
+
+ENOUGH_ROWS = 512
+"""How many unseen rows a gain is measured on; fewer say little about rows to come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,10 @@ def is_check(n_batches: int) -> bool:
 class StoppingMonitor:
     """Follows every input through the checks and remembers why each is done.
 
+    A check begins before a batch (`begin_check`). The rows that follow are scored before they are added
+    (`score_unseen`) until there are `ENOUGH_ROWS`, and the components after the batch are compared with those before
+    (`compare_update`). `conclude` decides once a batch for all inputs; until then everything stays on its device.
+
     Attributes:
         done: reason by input key, once there is one.
         gains: by input key, the gain of the last check: captured variance of unseen rows with the components of now,
@@ -67,38 +74,70 @@ class StoppingMonitor:
         self.done: dict[str, str] = {}
         self.gains: dict[str, float] = {}
         self._history: dict[str, list[Tensor]] = {}
+        self._shares: dict[str, Tensor] = {}
+        self._energies: dict[str, Tensor] = {}
+        self._n_scored: dict[str, int] = {}
 
-    def before_update(self, key: str, pca: StreamingPCA, rows_nd: Tensor, n_needed: int) -> None:
-        """Look at the rows of a check batch before they are added.
+    def begin_check(self, key: str, components_kd: Tensor) -> None:
+        """Take the components of an input as they are now, (k, d)."""
+        # Checks come at 1, 2, 3, 4, 6, 8, 12, … batches: two checks ago there were half the rows.
+        history = self._history[key] = [*self._history.get(key, [])[-2:], components_kd]
+        self._energies.pop(key, None)
+        self._n_scored.pop(key, None)
+        if self.rule.min_gain is not None and len(history) == 3:
+            self._n_scored[key] = 0
+
+    def scores(self, key: str) -> bool:
+        """Tell whether rows of this input are still wanted for scoring."""
+        return key in self._n_scored
+
+    def score_unseen(self, key: str, rows_nd: Tensor, mean_d: Tensor, *, n_needed: int) -> None:
+        """Score rows that an input has not seen, with the components of the last check and of half its data.
 
         Args:
             key: the input.
-            pca: what is known of it so far.
-            rows_nd: rows that it has not seen, (n, d).
+            rows_nd: the rows, (n, d).
+            mean_d: mean of the rows seen, (d,).
             n_needed: how many components the present plan needs.
         """
-        components_kd = pca.components_
-        # Checks come at 1, 2, 3, 4, 6, 8, 12, … batches: two checks ago there were half the rows.
-        history = self._history[key] = [*self._history.get(key, [])[-2:], components_kd]
-        if self.rule.min_gain is None or len(history) < 3 or not len(rows_nd):
-            return
-        rows_nd = rows_nd.to(components_kd.dtype)
-        now = captured_variance(rows_nd, components_kd[:n_needed], pca.mean_)
-        then = captured_variance(rows_nd, history[0][:n_needed], pca.mean_)
-        gain = float((now - then) / now.clamp_min(torch.finfo(now.dtype).tiny))
-        # One batch is a noisy sample: two checks in a row must agree.
-        if max(gain, self.gains.get(key, 1.0)) < self.rule.min_gain:
-            self.done.setdefault(key, ACCURATE)
-        self.gains[key] = gain
+        history = self._history[key]
+        centred_nd = rows_nd.to(mean_d.dtype) - mean_d
+        both = torch.stack([captured_energy(centred_nd, components[:n_needed]) for components in history[::-2]])
+        self._energies[key] = both + self._energies.get(key, 0.0)
+        self._n_scored[key] += len(rows_nd)
 
-    def after_update(self, key: str, pca: StreamingPCA, n_needed: int) -> None:
-        """Compare the components after a check batch with those before it."""
-        if self.rule.tau is None or key not in self._history:
-            return
-        # Components cannot have settled while twice the data still gain much, and looking costs a factorization.
-        if self.rule.min_gain is not None and self.gains.get(key, 0.0) > 5 * self.rule.min_gain:
-            return
-        before_kd = self._history[key][-1]
-        cosines_k = component_cosines(pca.components_[:n_needed], before_kd[:n_needed])
-        if n_needed == 0 or float((cosines_k >= self.rule.tau).float().mean()) >= self.rule.delta:
-            self.done.setdefault(key, CONVERGED)
+    def compares(self, key: str) -> bool:
+        """Tell whether the components after this batch are to be compared, which costs a factorization."""
+        # They cannot have settled while twice the data still gain much.
+        gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) > 5 * self.rule.min_gain
+        return self.rule.tau is not None and not gains_much
+
+    def compare_update(self, key: str, components_kd: Tensor, *, n_needed: int) -> None:
+        """Compare the components after a check's batch, (k, d), with those before it."""
+        cosines_k = component_cosines(components_kd[:n_needed], self._history[key][-1][:n_needed])
+        converged_k = cosines_k >= (self.rule.tau or 0.0)
+        self._shares[key] = converged_k.double().mean() if n_needed else cosines_k.new_ones(())
+
+    def conclude(self) -> None:
+        """Decide which inputs are done, from what was compared and scored."""
+        for key, share in _on_host(self._shares).items():
+            if share >= self.rule.delta:
+                self.done.setdefault(key, CONVERGED)
+        self._shares = {}
+        ready = [key for key, n_rows in self._n_scored.items() if n_rows >= ENOUGH_ROWS]
+        for key, (now, then) in _on_host({key: self._energies[key] for key in ready}).items():
+            gain = (now - then) / now if now > 0 else 0.0
+            # A sample is noisy: two checks in a row must agree.
+            if self.rule.min_gain is not None and max(gain, self.gains.get(key, 1.0)) < self.rule.min_gain:
+                self.done.setdefault(key, ACCURATE)
+            self.gains[key] = gain
+            del self._n_scored[key], self._energies[key]
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the values of equally shaped tensors, waiting for the device once."""
+    if not tensors:
+        return {}
+    device = next(iter(tensors.values())).device
+    values = torch.stack([tensor.to(device) for tensor in tensors.values()]).tolist()
+    return dict(zip(tensors, values, strict=True))

@@ -155,7 +155,8 @@ class StreamingPCA:
         assert self._moments is not None and self._state is not None
         self._moments = self._moments.merged(batch)
         product_dtype = choose_product_dtype(rows, self.product_dtype)
-        self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # which would round products that the sums need whole
+            self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
         self._decomposition = None
         return self
 

@@ -102,8 +102,13 @@ def captured_variance(rows_nd: Tensor, components_kd: Tensor, mean_d: Tensor | N
     """
     centred_nd = rows_nd if mean_d is None else rows_nd - mean_d.to(rows_nd)
     total = centred_nd.square().sum()
-    captured = (centred_nd @ components_kd.to(rows_nd).T).square().sum()
+    captured = captured_energy(centred_nd, components_kd)
     return torch.where(total > 0, captured / total, torch.ones_like(total))
+
+
+def captured_energy(centred_nd: Tensor, components_kd: Tensor) -> Tensor:
+    """Energy ‖X Vᵀ‖² of rows (n, d) in the span of orthonormal components (k, d), a scalar tensor."""
+    return (centred_nd @ components_kd.to(centred_nd).T).square().sum()
 
 
 def component_cosines(new_kd: Tensor, old_kd: Tensor) -> Tensor:
