@@ -127,6 +127,9 @@ def test_every_layer_finds_its_own_key(llama, lora, batches):
         assert config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) == rank
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
         assert alpha == plan.alphas[name]
+    assert {key.removeprefix("^").replace("\\", "") for key in config.rank_pattern} - {"elsewhere"} == {
+        name for name, rank in plan.ranks.items() if rank != config.r
+    }
     assert config.rank_pattern["elsewhere"] == 9
     assert config.alpha_pattern["elsewhere"] == 8
     assert set(config.target_modules) == set(lora(llama()).active_peft_config.target_modules)

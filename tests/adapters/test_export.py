@@ -64,12 +64,25 @@ def test_export_has_one_rank_and_scale_one(trained, tmp_path):
     assert not any("layers.0.mlp.down_proj" in key for key in tensors)
 
 
-def test_other_adapters_are_not_exported(trained, tmp_path):
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_only_one_adapter_is_exported(trained, tmp_path, adapter_name):
     model = trained()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
-    folder = export_portable(model, tmp_path / "out", adapter_name="other")
-    assert not list(folder.glob("other"))
-    assert all("q_proj" in key for key in load_file(folder / "adapter_model.safetensors"))
+    folder = export_portable(model, tmp_path / "out", adapter_name=adapter_name)
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+    only_q = all("q_proj" in key for key in load_file(folder / "adapter_model.safetensors"))
+    assert only_q == (adapter_name == "other")
+
+
+def test_other_initializations_become_ones_that_every_loader_accepts(llama, lora, tmp_path):
+    folder = export_portable(lora(llama(), init_lora_weights="gaussian"), tmp_path / "out")
+    assert json.loads((folder / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+def test_an_initialization_that_changed_the_base_weights_is_refused(llama, lora, tmp_path):
+    with pytest.raises(EvaError, match="initialized by 'pissa', which changed the base weights"):
+        export_portable(lora(llama(), init_lora_weights="pissa"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_refused_unless_told(trained, tmp_path):

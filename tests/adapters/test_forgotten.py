@@ -17,6 +17,14 @@ def test_forgotten_initialization_is_an_error(llama, lora):
         require_initialized(model)
 
 
+@pytest.mark.parametrize("forget", ["eva_config", "init_lora_weights"])
+def test_either_setting_asks_for_eva(llama, lora, forget):
+    model = lora(llama(), init_lora_weights="eva")
+    setattr(model.active_peft_config, forget, None)
+    with pytest.raises(EvaError, match="never initialized"):
+        require_initialized(model)
+
+
 def test_forgotten_initialization_is_an_error_if_the_caller_says_so(llama, lora):
     model = lora(llama())
     require_initialized(model)

@@ -138,14 +138,19 @@ def test_an_optimizer_made_before_trains_what_is_there_after(llama, lora, batche
     assert all(layer.lora_B["default"].weight.any() for layer in layers(model).values())
 
 
-def test_meta_adapters_get_memory(llama, batches, outputs):
+@pytest.mark.parametrize("trainable", [True, False])
+def test_meta_adapters_get_memory(llama, batches, outputs, trainable):
     base = llama()
     expected = outputs(base, batches[0])
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_bias=True)
     model = get_peft_model(base, config, low_cpu_mem_usage=True).eval()
-    assert any(parameter.is_meta for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(trainable)
+            assert parameter.is_meta
     evatune.initialize(model, batches, progress=False)
     assert not any(parameter.is_meta for parameter in model.parameters())
+    assert all(p.requires_grad == trainable for name, p in model.named_parameters() if "lora" in name)
     torch.testing.assert_close(outputs(model, batches[0]), expected)
 
 
@@ -222,11 +227,14 @@ def test_rank_zero_takes_the_adapter_off_that_layer(llama, lora, batches, output
     torch.testing.assert_close(outputs(model, batches[0]), expected)
 
 
-def test_rank_zero_keeps_other_adapters(llama, lora, batches, outputs, starved):
+@pytest.mark.parametrize("active", ["other", "default"])
+def test_rank_zero_keeps_other_adapters(llama, lora, batches, outputs, starved, active):
     name, spectra = starved
     model = lora(llama())
     model.add_adapter("other", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     model.set_adapter("other")
+    with_other = outputs(model, batches[0])
+    model.set_adapter(active)
     expected = outputs(model, batches[0])
     state = {key: value.clone() for key, value in model.state_dict().items() if ".other." in key}
     trainable = {key: p.requires_grad for key, p in model.named_parameters() if ".default." not in key}
@@ -238,12 +246,11 @@ def test_rank_zero_keeps_other_adapters(llama, lora, batches, outputs, starved):
     assert state
     assert all(torch.equal(after[key], value) for key, value in state.items())
     assert {key: p.requires_grad for key, p in model.named_parameters() if ".default." not in key} == trainable
-    assert model.active_adapters == ["other"]
+    assert model.active_adapters == [active]
     assert torch.equal(outputs(model, batches[0]), expected)
-    model.set_adapter("default")
     model.delete_adapter("default")
     model.set_adapter("other")
-    assert torch.equal(outputs(model, batches[0]), expected)
+    assert torch.equal(outputs(model, batches[0]), with_other)
 
 
 def test_another_trained_adapter_does_not_change_what_is_measured(llama, lora, batches):
@@ -321,6 +328,12 @@ class TestErrors:
         model = lora(llama(), target_modules=["embed_tokens", "q_proj"])
         with pytest.raises(EvaError, match=r"sits on 'model.embed_tokens', a Embedding .*exclude_modules"):
             evatune.initialize(model, batches)
+
+    @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+    def test_convolution(self, lora):
+        model = lora(nn.Sequential(nn.Conv2d(3, 4, 3)), target_modules=["0"])
+        with pytest.raises(EvaError, match=r"sits on '0', a Conv2d with lora_A, lora_B; .* linear layers"):
+            evatune.initialize(model, [torch.randn(2, 3, 8, 8)])
 
     def test_merged_adapter(self, llama, lora, batches):
         model = lora(llama())

@@ -16,7 +16,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from evatune.adapters.lora import check_linear, find_adapter
+from evatune.errors import EvaError
 from evatune.files import replace_folder
+
+_BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` for which an adapter belongs to the base model as it was."""
 
 
 def export_portable(
@@ -38,13 +42,18 @@ def export_portable(
         The folder; `PeftModel.from_pretrained` reads it.
 
     Raises:
-        EvaError: no LoRA adapter of that name, layers that are not linear, or a folder that exists or cannot be
-            written.
+        EvaError: no LoRA adapter of that name, layers that are not linear, an initialization that changed the base
+            weights, or a folder that exists or cannot be written.
 
     Cost: O(layers * largest rank * (in_features + out_features)) numbers on disk.
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
     check_linear(layers, adapter_name, config=config)
+    if config.init_lora_weights not in _BASE_UNTOUCHED:
+        raise EvaError(
+            f"adapter {adapter_name!r} was initialized by {config.init_lora_weights!r}, which changed the base weights, "
+            "so without that method it means something else; save it with path_initial_model_for_weight_conversion first."
+        )
     rank = max(layer.r[adapter_name] for layer in layers.values())
     with replace_folder(directory, overwrite=overwrite) as folder:
         # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): save, then rewrite.
