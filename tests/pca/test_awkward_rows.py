@@ -245,6 +245,15 @@ def test_the_dtype_of_rows_may_change_between_batches(known_rows, oracle, backen
 
 
 @EVERY_BACKEND
+def test_autocast_around_it_changes_nothing(known_rows, stream, backend):
+    batches = [batch.float() for batch in known_rows(400, FALLING, mean=1.0, seed=0).batches(100)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = stream(batches, 4, backend=backend)
+        components = inside.components_
+    assert torch.equal(components, stream(batches, 4, backend=backend).components_)
+
+
+@EVERY_BACKEND
 def test_strided_and_grad_requiring_rows_are_taken(known_rows, stream, backend):
     known = known_rows(200, FALLING, seed=0)
     strided = torch.stack([known.rows, known.rows], dim=2)[:, :, 0]

@@ -121,7 +121,9 @@ def measure(
     autocast = _autocast(base, dtype)
     started = time.perf_counter()
     stopped, n_batches = EXHAUSTED, 0
-    capture = Capture(targets, measurement.consume)
+    # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
+    full_precision = torch.autocast(_device_type(base), enabled=False)
+    capture = Capture(targets, full_precision(measurement.consume))
     bar = tqdm(total=max_batches, unit="batch", desc="measuring", disable=not progress, dynamic_ncols=True)
     # The loader runs inside, so that its shuffling does not advance the caller's generators either.
     with (
@@ -214,9 +216,13 @@ def _autocast(model: nn.Module, dtype: str | torch.dtype | None) -> Any:
     """Return the context in which the forward pass runs."""
     if dtype is None:
         return nullcontext()
-    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    device_type = _device_type(model)
     if dtype == "auto":
         return torch.autocast(device_type, torch.bfloat16) if has_fast_bfloat16(device_type) else nullcontext()
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise EvaError(f"dtype must be a float torch.dtype, 'auto' or None, got {dtype!r}.")
     return torch.autocast(device_type, dtype)
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters() if parameter.device.type != "meta"), "cpu")
