@@ -54,6 +54,6 @@ class ExactState:
         return {"second_moment": self.second_moment_dd}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> ExactState:
+    def from_tensors(cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool) -> ExactState:
         """Return the state that `tensors` describes."""
         return cls(tensors["second_moment"])

@@ -73,6 +73,6 @@ class IncrementalState:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> IncrementalState:
+    def from_tensors(cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool) -> IncrementalState:
         """Return the state that `tensors` describes."""
         return cls(tensors["components"], tensors["singular_values"], n_components=int(tensors["n_components"]))

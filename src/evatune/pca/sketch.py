@@ -145,14 +145,25 @@ class SketchState:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors."""
+        """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) are all there is to it."""
         counters = torch.tensor([self.seed, self.n_rows_refreshed, int(self.needs_full_precision)])
-        return {"test": self.test_dl, "sketch": self.sketch_dl, "counters": counters}
+        if self._known is None:
+            return {"test": self.test_dl, "sketch": self.sketch_dl, "counters": counters}
+        vectors_dp, values_p = self._known
+        missing = self.test_dl.shape[1] - values_p.shape[0]
+        pad = torch.nn.functional.pad
+        return {"vectors": pad(vectors_dp, (0, missing)), "values": pad(values_p, (0, missing)), "counters": counters}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> SketchState:
-        """Return the state that `tensors` describes."""
+    def from_tensors(cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool) -> SketchState:
+        """Return the state that `tensors` describes, of rows with these moments."""
         seed, n_rows_refreshed, full = tensors["counters"].tolist()
+        if "vectors" in tensors:
+            empty_dl = torch.zeros_like(tensors["vectors"])
+            state = cls(empty_dl, empty_dl, seed=seed)
+            known = tensors["values"] > 0
+            state.restart(solver_copy(tensors["vectors"])[:, known], tensors["values"][known], moments, center=center)
+            return state
         return cls(
             tensors["test"],
             tensors["sketch"],

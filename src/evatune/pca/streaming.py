@@ -160,6 +160,17 @@ class StreamingPCA:
         self._decomposition = None
         return self
 
+    def refresh(self) -> StreamingPCA:
+        """Fold the rows since the last refresh into the sketch's basis; the other backends have nothing to fold.
+
+        Right after it the state is at its smallest, (d, l), which is what processes exchange.
+        """
+        moments = self._fitted()
+        if isinstance(self._state, SketchState):
+            self._state.refresh(moments, center=self.center)
+            self._decomposition = None
+        return self
+
     def fit(self, rows: Tensor, y: None = None) -> StreamingPCA:
         """Forget everything and learn from one matrix of rows, (n, d)."""
         self._moments = self._state = self._decomposition = None
@@ -321,17 +332,18 @@ class StreamingPCA:
             raise EvaError(f"the state keeps n_components={n_kept}, but this object asks for {self.n_components}.")
         own = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in state.items()}
         prefix = "state."
+        moments = Moments(
+            shift_d=own["shift"], sum_d=own["sum"], squares_d=own["squares"], n_rows=int(own["n_samples_seen"])
+        )
         try:
             backend_state = _STATES[backend].from_tensors(
-                {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+                {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)},
+                moments,
+                center=self.center,
             )
         except KeyError as error:
             raise EvaError(f"this is not a state of StreamingPCA: {prefix}{error.args[0]} missing.") from None
-        self._state = backend_state
-        self._moments = Moments(
-            shift_d=own["shift"], sum_d=own["sum"], squares_d=own["squares"], n_rows=int(own["n_samples_seen"])
-        )
-        self._decomposition = None
+        self._state, self._moments, self._decomposition = backend_state, moments, None
         return self
 
     # -- inside -------------------------------------------------------------------------------------------------------
