@@ -90,9 +90,22 @@ def initialize(
         name: eva(spectra[name].components, rank, singular_values=spectra[name].singular_values, whiten=whiten)
         for name, rank in plan.ranks.items()
     }
-    planned = planned_config(config, plan)
-
     # Everything is known to be right; from here on the model changes.
+    apply_plan(model, plan, down=down, adapter_name=adapter_name)
+    return plan
+
+
+def apply_plan(peft_model: Any, plan: RankPlan, *, down: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    """Give a fresh adapter the ranks and alphas of a plan, the rows `down` as `A`, and B = 0; nothing is checked.
+
+    Args:
+        peft_model: the model that carries the adapter.
+        plan: for exactly the adapter's layers.
+        down: `A` of each layer, shape (its rank, in_features).
+        adapter_name: the adapter.
+    """
+    model, config, layers = find_adapter(peft_model, adapter_name)
+    planned = planned_config(config, plan)
     for name, layer in layers.items():
         if plan.ranks[name] == 0:
             remove_layer(model, name, adapter_name)
@@ -100,7 +113,6 @@ def initialize(
             write_layer(layer, adapter_name, A_rd=down[name], alpha=plan.alphas[name], use_rslora=config.use_rslora)
     model.peft_config[adapter_name] = planned
     _plans(model)[adapter_name] = (planned, plan)
-    return plan
 
 
 def initialized_plan(peft_model: Any, adapter_name: str = "default") -> RankPlan | None:
