@@ -64,6 +64,9 @@ def _sum(target: ComponentVariances) -> Array:
     return target.explained_variance / target.explained_variance.sum()
 
 
+BUDGETS = ("components", "parameters")
+"""What is given away: components, or trainable parameters, of which a component of a target costs in + out."""
+
 METRICS: dict[str, Callable[[ComponentVariances], Array]] = {
     "ratio": _ratio,
     "paper": _paper,
@@ -96,6 +99,8 @@ class RankPlan:
     """How components were compared."""
     use_rslora: bool = False
     """Whether scale is alpha / √r instead of alpha / r."""
+    budget_in: str = "components"
+    """What was given away, one of `BUDGETS`."""
 
     @property
     def budget(self) -> int:
@@ -104,7 +109,7 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        """How many were given; less than the budget only where targets are too narrow to take more."""
+        """How many were given; a budget in components is used up unless targets are too narrow to take more."""
         return sum(self.ranks.values())
 
     @property
@@ -140,7 +145,8 @@ class RankPlan:
             text_table(headers, rows),
             "",
             f"{self.total:,} of {self.budget:,} components over {len(self.ranks)} targets"
-            f" (rho {self.rho:g}, metric {self.metric}), {n_without} targets without an adapter",
+            f" (rho {self.rho:g}, metric {self.metric}{', budget in parameters' if self.budget_in != 'components' else ''})"
+            f", {n_without} targets without an adapter",
             f"{self.n_parameters:,} trainable parameters, {relative:+.1%} against uniform ranks",
         ]
         return "\n".join(lines)
@@ -162,7 +168,8 @@ class RankPlan:
             EvaError: an entry is missing.
         """
         try:
-            return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+            required = {"ranks", "alphas", "base_ranks", "explained", "in_features", "out_features", "rho", "metric"}
+            return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data or name in required})
         except KeyError as error:
             raise EvaError(f"this is not a rank plan: the entry {error} is missing.") from None
 
@@ -186,8 +193,13 @@ def allocate(
     metric: str = "ratio",
     lora_alpha: float | Mapping[str, float] = 1.0,
     use_rslora: bool = False,
+    budget: str = "components",
+    weights: Mapping[str, float] | None = None,
 ) -> RankPlan:
     """Give the Σ r components that explain most to their targets, at most round(rho * r) to one.
+
+    With a budget in parameters, a component of a target costs in_features + out_features, uniform LoRA's parameters are
+    what there is to spend, and the components that explain most per parameter get it, as long as they can be paid.
 
     Ties are broken by component number, then by the order of targets, so that equal targets get equal ranks as far as
     the budget allows. Components of an input that never varies come last.
@@ -199,6 +211,8 @@ def allocate(
         metric: a name from `METRICS`.
         lora_alpha: alpha of uniform LoRA, for all or by target name.
         use_rslora: whether scale is alpha / √r.
+        budget: a name from `BUDGETS`.
+        weights: factor on the scores of each target, by name; by default 1.
 
     Returns:
         The plan.
@@ -214,6 +228,8 @@ def allocate(
         raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
     if not rho >= 1 or rho == float("inf"):
         raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+    if budget not in BUDGETS:
+        raise EvaError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}{near_misses(budget, BUDGETS)}.")
     base_ranks = _per_target(rank, targets, "rank")
     base_alphas = _per_target(lora_alpha, targets, "lora_alpha")
     for name, value in base_ranks.items():
@@ -228,12 +244,18 @@ def allocate(
                 f"rank {base_ranks[name]} with rho {rho:g} needs {caps[name]} components, but {n_kept} were kept of "
                 f"{name}; measure with n_components={caps[name]} or plan with a smaller rank or rho."
             )
-    scores = np.concatenate([_scores(metric, target)[: caps[name]] for name, target in targets.items()])
+    costs = {
+        name: target.in_features + target.out_features if budget == "parameters" else 1
+        for name, target in targets.items()
+    }
+    factors = _per_target(1.0 if weights is None else weights, targets, "weights")
+    scores = np.concatenate(
+        [_scores(metric, target)[: caps[name]] * factors[name] / costs[name] for name, target in targets.items()]
+    )
     component = np.concatenate([np.arange(cap) for cap in caps.values()])
     owner = np.repeat(np.arange(len(caps)), list(caps.values()))
     order = np.lexsort((owner, component, -scores))
-    counts = np.bincount(owner[order[: sum(base_ranks.values())]], minlength=len(caps))
-    ranks = {name: int(count) for name, count in zip(targets, counts, strict=True)}
+    ranks = _spend(owner[order], costs, available=sum(base_ranks[name] * cost for name, cost in costs.items()))
 
     explained = {}
     for name, target in targets.items():
@@ -250,7 +272,23 @@ def allocate(
         rho=float(rho),
         metric=metric,
         use_rslora=use_rslora,
+        budget_in=budget,
     )
+
+
+def _spend(owners: Array, costs: Mapping[str, int], *, available: int) -> dict[str, int]:
+    """Give components to their owners in this order, each that can still be paid.
+
+    The components of one target cost the same, so one that cannot be paid has no later one that can: ranks are prefixes.
+    """
+    names = list(costs)
+    ranks = dict.fromkeys(names, 0)
+    for owner in owners.tolist():
+        name = names[owner]
+        if costs[name] <= available:
+            available -= costs[name]
+            ranks[name] += 1
+    return ranks
 
 
 def _scores(metric: str, target: ComponentVariances) -> Array:

@@ -117,6 +117,8 @@ class Spectra(Mapping[str, Spectrum]):
         metric: str = "ratio",
         lora_alpha: float | Mapping[str, float] = 1.0,
         use_rslora: bool = False,
+        budget: str = "components",
+        weights: Mapping[str, float] | None = None,
     ) -> RankPlan:
         """Redistribute a rank budget over the targets by explained variance (Section 3.3 of the paper).
 
@@ -126,6 +128,9 @@ class Spectra(Mapping[str, Spectrum]):
             metric: how components are compared, one of `evatune.allocation.METRICS`.
             lora_alpha: alpha of uniform LoRA, for all targets or by target name (the paper always takes 1).
             use_rslora: whether adapters are scaled by alpha / √r instead of alpha / r.
+            budget: what uniform LoRA's size limits, "components" or trainable "parameters"; of the latter a component
+                costs in_features + out_features.
+            weights: factor on the scores of each target, by name; by default 1.
 
         Returns:
             The plan; neither model nor data are needed, and it takes milliseconds.
@@ -143,7 +148,16 @@ class Spectra(Mapping[str, Spectrum]):
             )
             for name, target in self.targets.items()
         }
-        return allocate(variances, rank=rank, rho=rho, metric=metric, lora_alpha=lora_alpha, use_rslora=use_rslora)
+        return allocate(
+            variances,
+            rank=rank,
+            rho=rho,
+            metric=metric,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            budget=budget,
+            weights=weights,
+        )
 
     def summary(self) -> str:
         """Return a table of the inputs: rows, explained variance, why measuring stopped."""

@@ -1,0 +1,74 @@
+"""Ablations of EVA's directions: rotate, reorder or shuffle the rows of `A` (Table 26).
+
+Shapes: r rank, d input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotated(A_rd: Tensor, *, seed: int = 0) -> Tensor:
+    """Return Q A with a random orthogonal r x r matrix Q: other directions in the same span (EVA-rot).
+
+    As EVA's rows are orthonormal, so are the new ones, and A^T A, hence the span, stays what it was.
+
+    Args:
+        A_rd: shape (rank, in_features).
+        seed: of Q, which is uniform over all orthogonal matrices (Haar).
+
+    Cost: O(rank^2 * in_features).
+    """
+    r = len(A_rd)
+    Q_rr, R_rr = torch.linalg.qr(torch.randn(r, r, generator=_generator(seed), dtype=torch.float64))
+    Q_rr = Q_rr * R_rr.diagonal().sign()  # without this, the QR decomposition's choice of signs is not uniform
+    return (Q_rr.to(A_rd) @ A_rd).contiguous()
+
+
+def permuted(A_rd: Tensor, *, seed: int = 0) -> Tensor:
+    """Return the same rows in random order (EVA-perm).
+
+    As B starts from zero and an optimizer treats all rows alike, nothing but rounding can come of it: a control.
+
+    Args:
+        A_rd: shape (rank, in_features).
+        seed: of the order.
+
+    Cost: O(rank * in_features).
+    """
+    order = torch.randperm(len(A_rd), generator=_generator(seed))
+    return A_rd[order.to(A_rd.device)].contiguous()
+
+
+def shuffled(A_rd: Tensor, *, seed: int = 0) -> Tensor:
+    """Return the matrix with the entries of each column in random order: same entries, other directions (EVA-shuffle).
+
+    This is what the authors' published image-classification code calls a permutation, and what fits the paper's words
+    that it keeps the scale but spoils directions and row norms.
+
+    Args:
+        A_rd: shape (rank, in_features).
+        seed: of the orders.
+
+    Cost: O(rank log(rank) * in_features).
+    """
+    order = torch.rand(A_rd.shape, generator=_generator(seed), dtype=torch.float64).argsort(dim=0)
+    return A_rd.gather(0, order.to(A_rd.device)).contiguous()
+
+
+def random_rows(rank: int, in_features: int, *, seed: int = 0) -> Tensor:
+    """Return plain LoRA's random `A`: uniform in ±1/sqrt(in_features), as PEFT starts it (LoRA-redist).
+
+    Args:
+        rank: rows.
+        in_features: columns.
+        seed: of the rows.
+
+    Cost: O(rank * in_features).
+    """
+    return (2 * torch.rand(rank, in_features, generator=_generator(seed)) - 1) / in_features**0.5
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
