@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are not for users of this program
     try:
         args.run(args)
         sys.stdout.flush()

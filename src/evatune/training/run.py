@@ -31,7 +31,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from evatune.adapters.attach import load_adapter, quiet_peft, save_adapter
 from evatune.allocation import RankPlan
@@ -125,25 +124,20 @@ class _Run:
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
         if resume and (self.folder / _INITIAL).is_dir():
-            before = json.loads((self.folder / _BEFORE).read_text(encoding="utf-8"))
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
             adapted = load_adapter(model, self.folder / _INITIAL, is_trainable=True)
-            checkpoint = get_last_checkpoint(str(self.folder / _CHECKPOINTS)) if self._has_checkpoints() else None
+            checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS)
         else:
-            result = self._evaluated("before", model, held_out, tokenizer)
-            before, checkpoint = result.to_json() if result else None, None
-            adapted = self._begin(model, encoded, tokenizer, before=before)
-        plan_path = self.folder / _PLAN
-        plan = RankPlan.from_json(json.loads(plan_path.read_text())) if plan_path.is_file() else None
-
+            adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
+        before = self._before(adapted, held_out, tokenizer)
         trainer, resumed_from = self._train(adapted, encoded, held_out, tokenizer, checkpoint=checkpoint)
-        save_adapter(adapted, self.folder / "adapter")
+        save_adapter(adapted, self.folder / "adapter", overwrite=True)
         after = self._evaluated("after", adapted, held_out, tokenizer)
         record = RunRecord(
             recipe=recipe.to_dict(),
             steps=trainer.state.global_step,
             precision="bf16" if uses_bf16(recipe.train) else "fp32",
-            parameters=_count(adapted, plan) | {"base": n_base},
+            parameters=_count(adapted, self._plan()) | {"base": n_base},
             log=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
             before=before,
             after=after.to_json() if after else None,
@@ -175,14 +169,7 @@ class _Run:
         if changed:
             raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
 
-    def _begin(
-        self,
-        model: PreTrainedModel,
-        encoded: EncodedExamples,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        before: dict[str, Any] | None,
-    ) -> Any:
+    def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
         spectra = self._spectra(model, encoded, tokenizer) if self.recipe.adapter.method == "eva" else None
         adapted, plan = new_adapter(self.recipe, model, spectra)
@@ -194,7 +181,6 @@ class _Run:
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
                 f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
-        write_text(self.folder / _BEFORE, json.dumps(before) + "\n")
         save_adapter(adapted, self.folder / _INITIAL)
         return adapted
 
@@ -202,10 +188,14 @@ class _Run:
         if self.recipe.measure.spectra:
             self.say(f"spectra   {self.recipe.measure.spectra}")
             return Spectra.load(self.recipe.measure.spectra)
+        settings = self.recipe.measure
+        self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):
-            spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
+            spectra = measure_recipe(
+                self.recipe, model, encoded, tokenizer, progress=self.progress and sys.stderr.isatty()
+            )
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
-        self.say(f"measure   {n_batches} batches, {len(spectra.inputs)} inputs, {self.seconds['measure']:.1f} s")
+        self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):
             self._start_folder(spectra)
             self.say(f"saved     {self.folder / _SPECTRA}, what was measured so far")
@@ -298,8 +288,19 @@ class _Run:
             progress=self.progress,
         )
 
-    def _has_checkpoints(self) -> bool:
-        return (self.folder / _CHECKPOINTS).is_dir()
+    def _before(
+        self, adapted: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any] | None:
+        """Evaluate before training; as B is zero, this is the base model. A resumed run remembers it."""
+        path = self.folder / _BEFORE
+        if not path.is_file():
+            result = self._evaluated("before", adapted, held_out, tokenizer)
+            write_text(path, json.dumps(result.to_json() if result else None) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _plan(self) -> RankPlan | None:
+        path = self.folder / _PLAN
+        return RankPlan.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -315,6 +316,12 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     check_writable(folder, overwrite=overwrite)
     if folder.exists() and not (folder / _RECIPE).is_file():
         raise EvaError(f"{folder} is not the folder of a run, so it is not overwritten; choose another output.")
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint: the Trainer writes its state last."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def _printer(progress: bool) -> Callable[[str], None]:
