@@ -216,7 +216,7 @@ def test_counts_do_not_overflow(stream, backend):
     state = pca.state_dict()
     huge = 2**33
     scale = huge / 100
-    for name in ("sum", "squares", "state.second_moment", "state.sketch"):
+    for name in ("sum", "squares", "state.second_moment", "state.sketch", "state.values"):
         if name in state:
             state[name] = state[name] * scale
     if "state.singular_values" in state:
