@@ -29,13 +29,19 @@ class Capture:
     got no token) stay hooked, each for itself, and all passes run to the end then. They also do so from the moment on
     that a pass calls the targets another number of times than the probe did.
 
+    Args:
+        targets: what to hook.
+        consumer: takes the name of the first target of a shared input, and the input.
+        to_the_end: let every pass run to its end, because its output is wanted.
+
     Attributes:
         input_of: for every target reached so far, the key of its input: the name of the first target that got it.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], consumer: Consumer) -> None:
+    def __init__(self, targets: Sequence[TargetModule], consumer: Consumer, *, to_the_end: bool = False) -> None:
         self.targets = targets
         self.consumer = consumer
+        self.to_the_end = to_the_end
         self.input_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._expected_calls: Counter[str] | None = None
@@ -109,7 +115,7 @@ class Capture:
         for name, key in self.input_of.items():
             if key != name and name in self._handles:
                 self._handles.pop(name).remove()
-        if len(self.input_of) == len(self.targets):
+        if len(self.input_of) == len(self.targets) and not self.to_the_end:
             self._expected_calls = Counter({name: self._calls[name] for name in self._handles})
         return regular
 

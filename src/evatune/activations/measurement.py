@@ -59,7 +59,7 @@ class Measurement:
         pca = self.pcas.get(key)
         if pca is None:
             pca = self.pcas[key] = self.new_pca(min(self.n_components, target.in_features))
-        checking = self._checking and key not in self.monitor.done and pca.is_fitted
+        checking = self._checking and self.monitor.rule.is_on and key not in self.monitor.done and pca.is_fitted
         n_needed = self._needed.get(key, self.n_components)
         if checking:
             self.monitor.begin_check(key, pca.components_)

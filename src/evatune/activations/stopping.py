@@ -46,6 +46,11 @@ class StoppingRule:
         if self.min_gain is not None and not 0 < self.min_gain < 1:
             raise EvaError(f"min_gain must be in (0, 1), got {self.min_gain!r}; None switches the rule off.")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether either rule can end the measurement; without one, checks would factorize for nothing."""
+        return self.tau is not None or self.min_gain is not None
+
 
 def is_check(n_batches: int) -> bool:
     """Tell whether rules are checked around the batch after `n_batches`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, …
