@@ -51,8 +51,8 @@ def export_portable(
     check_linear(layers, adapter_name, config=config)
     if config.init_lora_weights not in _BASE_UNTOUCHED:
         raise EvaError(
-            f"adapter {adapter_name!r} was initialized by {config.init_lora_weights!r}, which changed the base weights: "
-            "on the original base model it means something else; convert it first "
+            f"adapter {adapter_name!r} was initialized by {config.init_lora_weights!r}, which changed the base "
+            "weights: on the original base model it means something else; convert it first "
             "(save_pretrained with path_initial_model_for_weight_conversion)."
         )
     rank = max(layer.r[adapter_name] for layer in layers.values())
