@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
 from evatune.activations.measurement import Measurement
-from evatune.activations.preserve import measuring_state, preserved_random_state
+from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor, StoppingRule
 from evatune.activations.targets import TargetRules, find_targets, unwrap
@@ -131,6 +131,7 @@ def measure(
         torch.no_grad(),
         preserved_random_state(),
         measuring_state(base),
+        uncompiled(model),
         capture,
         encoder_output_test(base) if encoder_decoder else nullcontext() as is_encoder_output,
         autocast,
@@ -138,31 +139,17 @@ def measure(
     ):
         measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
         try:
-            for batch in batches:
-                masks = RowMasks.of(
-                    batch,
-                    encoder_decoder=encoder_decoder,
-                    use_label_mask=use_label_mask,
-                    label_mask_value=label_mask_value,
-                )
-                if forward is not None:
-                    run = partial(forward, model, batch)
-                else:
-                    args, kwargs = forward_arguments(base, batch, keep_labels=encoder_decoder)
-                    run = partial(base, *args, **kwargs)
-                measurement.begin_batch(n_batches, masks, rank=rank, rho=rho, metric=metric)
-                if not capture.run(run):
-                    measurement.forget()
-                    capture.run(run)
-                n_batches += 1
-                measurement.end_batch(capture.input_of, seconds=time.perf_counter() - started)
-                bar.update()
-                bar.set_postfix_str(measurement.progress_text())
-                if measurement.all_done() or n_batches == max_batches:
-                    stopped = BATCH_CAP
-                    break
+            if ranks is None:
+                for n_batches in passes:
+                    bar.update()
+                    bar.set_postfix_str(measurement.progress_text())
+                    if measurement.all_done() or n_batches == max_batches:
+                        stopped = BATCH_CAP
+                        break
+            else:
+                n_batches, stopped = drive(passes, measurement, ranks, max_batches=max_batches, bar=bar)
         except KeyboardInterrupt:
-            if not measurement.pcas:
+            if n_batches == 0:  # nothing whole was measured
                 raise
             stopped = INTERRUPTED
     settings = {

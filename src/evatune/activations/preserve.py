@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,15 @@ def preserved_random_state() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if device_states:
             torch.cuda.set_rng_state_all(device_states)
+
+
+def uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Run compiled parts of a model as written: what was compiled before the hooks came would pass them by."""
+    modules = list(model.modules())
+    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
+    if not compiled or not hasattr(torch.compiler, "set_stance"):  # torch < 2.6
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
