@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evatune.activations import measure
-    from evatune.adapters import initialize
+    from evatune.adapters import initialize, prepare
     from evatune.allocation import RankPlan
     from evatune.errors import EvaError, EvaWarning
     from evatune.pca import StreamingPCA
@@ -28,6 +28,7 @@ _HOME = {
     "Target": "evatune.spectra",
     "initialize": "evatune.adapters",
     "measure": "evatune.activations",
+    "prepare": "evatune.adapters",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
@@ -37,6 +38,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "Target",
     "RankPlan",
     "initialize",
+    "prepare",
     "StreamingPCA",
     "EvaError",
     "EvaWarning",

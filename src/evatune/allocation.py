@@ -140,13 +140,13 @@ class RankPlan:
             )
         headers = ["matrix", "targets", "least", "mean rank", "most", "change", "explained"]
         relative = self.n_parameters / self.uniform_parameters - 1
+        unit = "" if self.budget_in == "components" else f", budget in {self.budget_in}"
         n_without = Counter(self.ranks.values())[0]
         lines = [
             text_table(headers, rows),
             "",
             f"{self.total:,} of {self.budget:,} components over {len(self.ranks)} targets"
-            f" (rho {self.rho:g}, metric {self.metric}{', budget in parameters' if self.budget_in != 'components' else ''})"
-            f", {n_without} targets without an adapter",
+            f" (rho {self.rho:g}, metric {self.metric}{unit}), {n_without} targets without an adapter",
             f"{self.n_parameters:,} trainable parameters, {relative:+.1%} against uniform ranks",
         ]
         return "\n".join(lines)
@@ -279,7 +279,7 @@ def allocate(
 def _spend(owners: Array, costs: Mapping[str, int], *, available: int) -> dict[str, int]:
     """Give components to their owners in this order, each that can still be paid.
 
-    The components of one target cost the same, so one that cannot be paid has no later one that can: ranks are prefixes.
+    Components of one target cost the same, so after one that cannot be paid none of it can: ranks are prefixes.
     """
     names = list(costs)
     ranks = dict.fromkeys(names, 0)

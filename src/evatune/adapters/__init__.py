@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from evatune.adapters.attach import save_adapter
+from evatune.adapters.base_change import unload
 from evatune.adapters.export import export_portable
 from evatune.adapters.initialize import initialize, initialized_plan, require_initialized
+from evatune.adapters.prepare import prepare
 
-__all__ = ["export_portable", "initialize", "initialized_plan", "require_initialized"]
+__all__ = [
+    "export_portable",
+    "initialize",
+    "initialized_plan",
+    "prepare",
+    "require_initialized",
+    "save_adapter",
+    "unload",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from evatune.adapters.base_change import base_change, convert_saved
 from evatune.errors import EvaError
 from evatune.files import replace_folder
 
@@ -81,13 +82,18 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
 
 
 def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the adapter as PEFT does, complete or not at all.
+    """Write an adapter for the untouched base model as PEFT does, complete or not at all.
+
+    Where the method changed the base weights, the adapter is converted to one of twice the rank that means the same on
+    the base weights as they were.
 
     Raises:
         EvaError: the folder exists or cannot be written.
     """
     with replace_folder(directory, overwrite=overwrite) as folder, quiet_peft():
         model.save_pretrained(str(folder))
+        if (change := base_change(model)) is not None:
+            convert_saved(model, folder, change)
     return Path(directory)
 
 

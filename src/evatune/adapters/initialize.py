@@ -83,7 +83,7 @@ def initialize(
     else:
         options = _needed(ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
         spectra = measure(model, batches_or_spectra, **options)
-    _check_same_targets(spectra, layers, adapter_name)
+    check_same_targets(spectra, {name: down_up(layer, adapter_name)[0].in_features for name, layer in layers.items()})
 
     plan = spectra.plan(rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora)
     down = {
@@ -246,12 +246,16 @@ def _warn_of_eva_config(config: LoraConfig, *, rho: float, whiten: bool) -> None
             )
 
 
-def _check_same_targets(spectra: Spectra, layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    missing = [name for name in layers if name not in spectra.targets]
-    unknown = [name for name in spectra.targets if name not in layers]
+def check_same_targets(spectra: Spectra, widths: Mapping[str, int]) -> None:
+    """Check that spectra are of exactly the adapter's layers, given by name and input width.
+
+    Raises:
+        EvaError: they are not; the message names the first differences.
+    """
+    missing = [name for name in widths if name not in spectra.targets]
+    unknown = [name for name in spectra.targets if name not in widths]
     resized = []
-    for name, layer in layers.items():
-        here = down_up(layer, adapter_name)[0].in_features
+    for name, here in widths.items():
         if name in spectra.targets and spectra.targets[name].in_features != here:
             resized.append(f"{name} ({spectra.targets[name].in_features} features there, {here} here)")
     differences = [
@@ -265,6 +269,6 @@ def _check_same_targets(spectra: Spectra, layers: dict[str, LoraLayer], adapter_
     ]
     if differences:
         raise EvaError(
-            f"the spectra do not fit adapter {adapter_name!r} ({'; '.join(differences)}); "
+            f"the spectra do not fit the adapter ({'; '.join(differences)}); "
             "measure this model with the adapter's own target_modules."
         )
