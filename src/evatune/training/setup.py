@@ -97,7 +97,7 @@ def measure_recipe(
         backend=settings.backend,
         center=settings.center,
         use_label_mask=settings.use_label_mask,
-        dtype=None,
+        dtype=torch.bfloat16 if uses_bf16(recipe.train) else None,
         progress=progress,
         seed=recipe.train.seed,
     )

@@ -64,20 +64,24 @@ def test_loss_and_accuracy(model, tokenizer, questions, batch_tokens):
     assert (result.examples, result.questions) == (16, 16)
 
 
-def test_choices_of_several_tokens(model, tokenizer):
-    choices = ("red green", "red blue one", "two")
+@pytest.mark.parametrize(
+    "choices",
+    [("red green", "red blue one", "two"), ("red one", "two blue"), ("green", "true one"), ("red", "red two")],
+)
+def test_choices_of_several_tokens(model, tokenizer, choices):
     examples = [
-        Example(
-            pieces=((f"{word}: ", False), (choices[answer], True)),
-            choices=choices,
-            answer=answer,
-        )
-        for word in ("green", "one", "blue two", "true")
-        for answer in range(3)
+        Example(pieces=((f"{word}: ", False), (choices[answer], True)), choices=choices, answer=answer)
+        for word in ("green", "one", "blue two", "true", "red", "?", "two two two", "false green", "is")
+        for answer in range(len(choices))
     ]
     result = evaluate(model, examples, tokenizer, progress=False)
-    assert result.accuracy == plain_accuracy(model, examples, tokenizer) == pytest.approx(1 / 3)
+    assert result.accuracy == plain_accuracy(model, examples, tokenizer)
     assert result.loss == pytest.approx(plain_loss(model, examples, tokenizer), rel=1e-5)
+    # Which choice wins, question by question, not only how many were right.
+    for example in examples[:: len(choices)]:
+        assert evaluate(model, [example], tokenizer, progress=False).accuracy == plain_accuracy(
+            model, [example], tokenizer
+        )
 
 
 def test_models_that_always_compute_all_logits(model, tokenizer, questions, monkeypatch):

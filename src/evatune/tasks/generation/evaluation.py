@@ -122,8 +122,8 @@ def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, ma
         columns = zip(*(alternative["input_ids"] for alternative in alternatives), strict=False)
         shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
         forks = [alternative["input_ids"][shared : shared + 1] for alternative in alternatives]
-        lengths = {len(alternative["input_ids"]) for alternative in alternatives}
-        if len({tuple(fork) for fork in forks}) == len(forks) and all(forks) and len(lengths) == 1:
+        rests = {tuple(alternative["input_ids"][shared + 1 :]) for alternative in alternatives}
+        if len({tuple(fork) for fork in forks}) == len(forks) and all(forks) and len(rests) == 1:
             row["fork"] = (shared, [fork[0] for fork in forks])
         else:
             rows += [
