@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
+from evatune.activations.distributed import Ranks, drive
 from evatune.activations.measurement import Measurement
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
@@ -110,12 +111,15 @@ def measure(
         layers_pattern=layers_pattern,
     )
     targets = find_targets(model, rules)
+    ranks = Ranks() if Ranks.present() else None
     base = unwrap(model)
     measurement = Measurement(
         targets=targets,
         new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed),
         n_components=n_components,
-        monitor=StoppingMonitor(rule),
+        monitor=StoppingMonitor(rule, checks_per_doubling=2 if ranks is None else 1),
+        plan_options=None if rank is None else {"rank": rank, "rho": rho, "metric": metric},
+        alone=ranks is None,
     )
     encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     autocast = _autocast(base, dtype)
@@ -124,7 +128,13 @@ def measure(
     # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
     full_precision = torch.autocast(_device_type(base), enabled=False)
     capture = Capture(targets, full_precision(measurement.consume))
-    bar = tqdm(total=max_batches, unit="batch", desc="measuring", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(
+        total=max_batches,
+        unit="batch",
+        desc="measuring",
+        disable=not progress or (ranks is not None and ranks.rank > 0),
+        dynamic_ncols=True,
+    )
     # The loader runs inside, so that its shuffling does not advance the caller's generators either.
     with (
         torch.inference_mode(False),  # tensors made in inference mode cannot tell whether they were changed in place
@@ -138,6 +148,14 @@ def measure(
         bar,
     ):
         measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
+        masks_of = partial(
+            RowMasks.of,
+            encoder_decoder=encoder_decoder,
+            use_label_mask=use_label_mask,
+            label_mask_value=label_mask_value,
+        )
+        run = forward or partial(_forward, keep_labels=encoder_decoder)
+        passes = _passes(batches, partial(run, base if forward is None else model), masks_of, capture, measurement)
         try:
             if ranks is None:
                 for n_batches in passes:
@@ -169,8 +187,10 @@ def measure(
         "dtype": str(dtype) if dtype is not None else None,
         "seed": seed,
     }
+    if ranks is not None:
+        settings |= {"processes": ranks.size, "bytes_sent": ranks.bytes_sent}
     return Spectra(
-        targets=measurement.target_table(capture.input_of, n_batches=n_batches),
+        targets=measurement.target_table(measurement.input_of, n_batches=n_batches),
         inputs=measurement.spectra(stopped, n_batches=n_batches),
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
         settings=settings,
@@ -178,6 +198,28 @@ def measure(
         seconds=time.perf_counter() - started,
         history=measurement.history,
     )
+
+
+def _forward(base: nn.Module, batch: Any, *, keep_labels: bool) -> None:
+    args, kwargs = forward_arguments(base, batch, keep_labels=keep_labels)
+    base(*args, **kwargs)
+
+
+def _passes(
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    masks_of: Callable[[Any], RowMasks],
+    capture: Capture,
+    measurement: Measurement,
+) -> Iterator[int]:
+    """Pass one batch after the other, and yield how many there were."""
+    for n_before, batch in enumerate(batches):
+        measurement.begin_batch(n_before, masks_of(batch))
+        if not capture.run(partial(run, batch)):
+            measurement.forget()
+            capture.run(partial(run, batch))
+        measurement.end_batch(capture.input_of)
+        yield n_before + 1
 
 
 def _check_settings(n_components: int | None, rank: int | None, rho: float, max_batches: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,16 @@ from evatune.spectra import Spectrum, Target
 
 
 class Measurement:
-    """The state of one call of `measure`: a streaming PCA per input, and the checks."""
+    """The state of one call of `measure`: a streaming PCA per input, and the checks.
+
+    Args:
+        targets: the targets, in the order of the model.
+        new_pca: makes the streaming PCA of an input that keeps so many components.
+        n_components: how many that are at most.
+        monitor: follows the inputs through the checks.
+        plan_options: rank, rho and metric of the later plan, if known: checks then look at the components it needs.
+        alone: whether this process checks by itself, or only together with others (`adopt`).
+    """
 
     def __init__(
         self,
@@ -27,11 +37,15 @@ class Measurement:
         new_pca: Callable[[int], StreamingPCA],
         n_components: int,
         monitor: StoppingMonitor,
+        plan_options: Mapping[str, Any] | None = None,
+        alone: bool = True,
     ) -> None:
         self.targets = {target.name: target for target in targets}
         self.new_pca = new_pca
         self.n_components = n_components
         self.monitor = monitor
+        self.plan_options = plan_options
+        self.alone = alone
         self.pcas: dict[str, StreamingPCA] = {}
         self.is_encoder_output: Callable[[Tensor], bool] = lambda activation: False
         self.history: list[dict[str, Any]] = []
@@ -39,14 +53,15 @@ class Measurement:
         self._checking = False
         self._masks = RowMasks()
         self._needed: dict[str, int] = {}
-        self._input_of: dict[str, str] = {}
+        self.input_of: dict[str, str] = {}
+        self._started = time.perf_counter()
 
-    def begin_batch(self, n_batches: int, masks: RowMasks, *, rank: int | None, rho: float, metric: str) -> None:
+    def begin_batch(self, n_batches: int, masks: RowMasks) -> None:
         """Prepare for the batch after `n_batches`."""
         self._n_batches, self._masks = n_batches, masks
-        self._checking = is_check(n_batches)
-        if self._checking and rank is not None:
-            self._needed = self._components_needed(rank=rank, rho=rho, metric=metric)
+        self._checking = self.alone and is_check(n_batches)  # processes check together, see `adopt`
+        if self._checking and self.plan_options:
+            self._needed = self._components_needed(**self.plan_options)
 
     def consume(self, key: str, activation: Tensor) -> None:
         """Take the input of a target."""
@@ -63,7 +78,7 @@ class Measurement:
         n_needed = self._needed.get(key, self.n_components)
         if checking:
             self.monitor.begin_check(key, pca.components_)
-        if self.monitor.scores(key):
+        if self.monitor.scores(key) and pca.is_fitted:
             self.monitor.score_unseen(key, rows_nd, pca.mean_, n_needed=n_needed)
         try:
             pca.partial_fit(rows_nd)
@@ -72,22 +87,46 @@ class Measurement:
         if checking and self.monitor.compares(key):
             self.monitor.compare_update(key, pca.components_, n_needed=n_needed)
 
-    def end_batch(self, input_of: Mapping[str, str], *, seconds: float) -> None:
+    def end_batch(self, input_of: Mapping[str, str]) -> None:
         """Note how far things are."""
-        self._input_of = dict(input_of)
-        self.monitor.conclude()
+        self.input_of = dict(input_of)
+        if self.alone:
+            self.monitor.conclude()
         if self._checking:
-            gains = list(self.monitor.gains.values())
-            self.history.append(
-                {
-                    "batch": self._n_batches + 1,
-                    "rows": self._most_rows(),
-                    "done": len(self.monitor.done),
-                    "inputs": len(self.pcas),
-                    "mean_gain": sum(gains) / len(gains) if gains else None,
-                    "seconds": seconds,
-                }
-            )
+            self._note(self._n_batches + 1)
+
+    def adopt(self, input_of: Mapping[str, str], pcas: dict[str, StreamingPCA], *, n_batches: int) -> None:
+        """Go on with what several processes have measured together, and check it.
+
+        Args:
+            input_of: key of the input of every target that any process has reached.
+            pcas: the merged state of every input.
+            n_batches: how many batches all have passed.
+        """
+        self.input_of, self.pcas = dict(input_of), pcas
+        if self.plan_options:
+            self._needed = self._components_needed(**self.plan_options)
+        for key, pca in pcas.items():
+            if key in self.monitor.done:
+                continue
+            if self.monitor.compares(key):
+                self.monitor.compare_update(key, pca.components_, n_needed=self._needed.get(key, self.n_components))
+            self.monitor.begin_check(key, pca.components_)
+        self.monitor.conclude()
+        self._note(n_batches)
+
+    def _note(self, n_batches: int) -> None:
+        gains = list(self.monitor.gains.values())
+        self.history.append(
+            {
+                "batch": n_batches,
+                "rows": self._most_rows(),
+                "done": len(self.monitor.done),
+                "inputs": len(self.pcas),
+                "mean_gain": sum(gains) / len(gains) if gains else None,
+                "seconds": time.perf_counter() - self._started,
+            }
+        )
 
     def forget(self) -> None:
         """Drop what the probe pass has shown, to take the same batch again."""
@@ -158,7 +197,7 @@ class Measurement:
     def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
         """Return how many components of each input a plan from the present spectra would use."""
         variances = {}
-        for name, key in self._input_of.items():
+        for name, key in self.input_of.items():
             pca, target = self.pcas[key], self.targets[name]
             if pca.is_fitted:
                 variances[name] = ComponentVariances(
@@ -171,7 +210,7 @@ class Measurement:
         needed: dict[str, int] = {}
         if variances:
             for name, n_used in allocate(variances, rank=rank, rho=rho, metric=metric).ranks.items():
-                key = self._input_of[name]
+                key = self.input_of[name]
                 needed[key] = max(needed.get(key, 0), n_used)
         return needed
 

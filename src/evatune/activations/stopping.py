@@ -7,6 +7,7 @@ much more variance of rows that were not seen yet did the last doubling of the d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,9 @@ class StoppingMonitor:
             against those of about half the data, as a share of the former.
     """
 
-    def __init__(self, rule: StoppingRule) -> None:
+    def __init__(self, rule: StoppingRule, *, checks_per_doubling: int = 2) -> None:
         self.rule = rule
+        self.checks_per_doubling = checks_per_doubling
         self.done: dict[str, str] = {}
         self.gains: dict[str, float] = {}
         self._history: dict[str, list[Tensor]] = {}
@@ -85,11 +87,11 @@ class StoppingMonitor:
 
     def begin_check(self, key: str, components_kd: Tensor) -> None:
         """Take the components of an input as they are now, (k, d)."""
-        # Checks come at 1, 2, 3, 4, 6, 8, 12, … batches: two checks ago there were half the rows.
-        history = self._history[key] = [*self._history.get(key, [])[-2:], components_kd]
+        # With checks at 1, 2, 3, 4, 6, 8, 12, … batches, there were half the rows two checks ago.
+        history = self._history[key] = [*self._history.get(key, [])[-self.checks_per_doubling :], components_kd]
         self._energies.pop(key, None)
         self._n_scored.pop(key, None)
-        if self.rule.min_gain is not None and len(history) == 3:
+        if self.rule.min_gain is not None and len(history) > self.checks_per_doubling:
             self._n_scored[key] = 0
 
     def scores(self, key: str) -> bool:
@@ -107,7 +109,7 @@ class StoppingMonitor:
         """
         history = self._history[key]
         centred_nd = rows_nd.to(mean_d.dtype) - mean_d
-        both = torch.stack([captured_energy(centred_nd, components[:n_needed]) for components in history[::-2]])
+        both = torch.stack([captured_energy(centred_nd, history[age][:n_needed]) for age in (-1, 0)])
         self._energies[key] = both + self._energies.get(key, 0.0)
         self._n_scored[key] += len(rows_nd)
 
@@ -115,13 +117,27 @@ class StoppingMonitor:
         """Tell whether the components after this batch are to be compared, which costs a factorization."""
         # They cannot have settled while twice the data still gain much.
         gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) > 5 * self.rule.min_gain
-        return self.rule.tau is not None and not gains_much
+        return self.rule.tau is not None and key in self._history and not gains_much
 
     def compare_update(self, key: str, components_kd: Tensor, *, n_needed: int) -> None:
         """Compare the components after a check's batch, (k, d), with those before it."""
         cosines_k = component_cosines(components_kd[:n_needed], self._history[key][-1][:n_needed])
         converged_k = cosines_k >= (self.rule.tau or 0.0)
         self._shares[key] = converged_k.double().mean() if n_needed else cosines_k.new_ones(())
+
+    def pool(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Make what was scored that of all processes together.
+
+        Args:
+            add: sums a tensor over the processes; all have had the same checks of the same inputs.
+        """
+        keys = list(self._history)
+        scored = [[*self._energies.get(key, torch.zeros(2)).tolist(), self._n_scored.get(key, 0)] for key in keys]
+        if not keys:
+            return
+        for key, (now, then, n_rows) in zip(keys, add(torch.tensor(scored, dtype=torch.float64)).tolist(), strict=True):
+            if key in self._n_scored:
+                self._energies[key], self._n_scored[key] = torch.tensor([now, then]), int(n_rows)
 
     def conclude(self) -> None:
         """Decide which inputs are done, from what was compared and scored."""
