@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from evatune.activations.layers import AnyPCA
 from evatune.activations.measurement import Measurement
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
+from evatune.pca.one_hot import OneHotPCA
 
 
 class Ranks:
@@ -67,13 +69,6 @@ class Ranks:
     def add(self, tensor: Tensor) -> Tensor:
         """Return the sum of the tensors of all processes, the same in each."""
         return torch.stack(self.gather(tensor)).sum(dim=0).to(tensor.device)
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Return the tensor of process 0."""
-        sent = tensor.to(self.device).contiguous().clone()
-        dist.broadcast(sent, src=0)
-        self.bytes_sent += sent.numel() * sent.element_size() if self.rank == 0 else 0
-        return sent.to(tensor.device)
 
 
 def drive(
@@ -148,8 +143,8 @@ def _agreed(tables: list[dict[str, str]]) -> dict[str, str]:
 
 
 def _merge(
-    local: Mapping[str, StreamingPCA], input_of: dict[str, str], ranks: Ranks
-) -> tuple[dict[str, str], dict[str, StreamingPCA]]:
+    local: Mapping[str, AnyPCA], input_of: dict[str, str], ranks: Ranks
+) -> tuple[dict[str, str], dict[str, AnyPCA]]:
     """Return the table of inputs and the merged state of each, the same in all processes."""
     states = {key: pca.refresh().state_dict() for key, pca in local.items() if pca.is_fitted}
     layouts = {
@@ -174,6 +169,8 @@ def _merge(
     return input_of, merged
 
 
-def _restored(state: dict[str, Tensor]) -> StreamingPCA:
+def _restored(state: dict[str, Tensor]) -> AnyPCA:
+    if "counts" in state:
+        return OneHotPCA.from_state_dict(state)
     pca = StreamingPCA(int(state["n_components"]), center=bool(state["center"]))
     return pca.load_state_dict(state)
