@@ -2,8 +2,8 @@
 
 Every process follows its rows with its own `StreamingPCA`. At checks (after 1, 2, 4, 8, … steps and at the end) the
 states are refreshed, gathered and merged: d x l numbers per input and process, whatever the number of rows, where
-gathering activations would send n x d. Merging is done by every process in the same order, and the result is broadcast
-once at the end, so that all end with the same bits.
+gathering activations would send n x d. Every process merges the same states in the same order, so that
+all end with the same bits on equal hardware.
 
 Processes walk in lockstep from check to check. One that has run out of data, or never had any, keeps taking part; one
 that fails says so at the next check, and then all end with an error: none waits for a process that is gone.
