@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,14 @@ def max_components(rank: int, rho: float) -> int:
     return int(rho * rank + 0.5)
 
 
+def check_plan_settings(*, rho: float, metric: str) -> None:
+    """Raise an `EvaError` if these are not settings of a plan, which is worth knowing before minutes of measuring."""
+    if metric not in METRICS:
+        raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
+    if not rho >= 1 or rho == float("inf"):
+        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+
+
 def allocate(
     targets: Mapping[str, ComponentVariances],
     *,
@@ -224,16 +233,14 @@ def allocate(
     """
     if not targets:
         raise EvaError("there are no targets to allocate ranks to.")
-    if metric not in METRICS:
-        raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
-    if not rho >= 1 or rho == float("inf"):
-        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+    check_plan_settings(rho=rho, metric=metric)
     if budget not in BUDGETS:
         raise EvaError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}{near_misses(budget, BUDGETS)}.")
     base_ranks = _per_target(rank, targets, "rank")
     base_alphas = _per_target(lora_alpha, targets, "lora_alpha")
     for name, value in base_ranks.items():
-        if isinstance(value, bool) or value != int(value) or value < 1:
+        whole = isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+        if not whole or value < 1:
             raise EvaError(f"rank must be a whole number of at least 1, got {value!r} for {name}.")
 
     caps = {name: min(max_components(base_ranks[name], rho), target.in_features) for name, target in targets.items()}

@@ -256,11 +256,13 @@ class Spectra(Mapping[str, Spectrum]):
                 facts = {name: entry[name] for name in ("n_rows", "n_batches", "total_variance", "stopped", "backend")}
                 inputs[key] = Spectrum(**{name: tensors[f"{index}.{name}"] for name in _TENSORS}, **facts)
             targets = {entry["name"]: Target(**entry) for entry in manifest["targets"]}
+            for target in targets.values():
+                _ = inputs[target.input]
+            facts = {name: manifest[name] for name in ("model_name", "settings", "versions", "seconds", "history")}
         except (SafetensorError, OSError) as error:
             raise EvaError(
                 f"{tensors_path} cannot be read ({error}); it is damaged or cut short: measure again."
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise EvaError(f"{manifest_path} is damaged ({error!r}); measure again.") from None
-        facts = {name: manifest[name] for name in ("model_name", "settings", "versions", "seconds", "history")}
         return cls(targets=targets, inputs=inputs, **facts)

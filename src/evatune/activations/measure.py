@@ -21,7 +21,7 @@ from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor, StoppingRule
 from evatune.activations.targets import TargetRules, find_targets, unwrap
-from evatune.allocation import max_components
+from evatune.allocation import check_plan_settings, max_components
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
 from evatune.pca.products import has_fast_bfloat16
@@ -102,7 +102,8 @@ def measure(
     Cost: the forward passes up to the last target, and for each batch two thin matrix products per input
     (`evatune.pca.sketch`).
     """
-    n_components = _check_settings(n_components, rank, rho, max_batches)
+    n_components = _check_settings(n_components, rank, rho, metric, max_batches)
+    StreamingPCA(n_components, backend=backend)  # refuses settings before the first batch is passed
     rule = StoppingRule(tau=tau, delta=delta, min_gain=min_gain)
     rules = TargetRules(
         target_modules=target_modules,
@@ -222,12 +223,11 @@ def _passes(
         yield n_before + 1
 
 
-def _check_settings(n_components: int | None, rank: int | None, rho: float, max_batches: int) -> int:
+def _check_settings(n_components: int | None, rank: int | None, rho: float, metric: str, max_batches: int) -> int:
     """Return how many components to keep."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise EvaError(f"rank must be a whole number of at least 1, got {rank!r}.")
-    if not rho >= 1:
-        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
+    check_plan_settings(rho=rho, metric=metric)
     if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
         raise EvaError(f"max_batches must be a whole number of at least 1, got {max_batches!r}.")
     if n_components is None:
