@@ -1,0 +1,131 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from evatune import EvaError
+from evatune.files import check_writable, replace_folder, write_text
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path):
+    goal = tmp_path / "a" / "b"
+    with replace_folder(goal) as folder:
+        (folder / "x").write_text("1")
+        assert not goal.exists() and folder.parent == goal.parent
+    assert listing(goal) == ["x"] and listing(goal.parent) == ["b"]
+
+
+def test_a_failure_leaves_nothing_new(tmp_path):
+    def fail():
+        with replace_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("1")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail()
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("power cut"), KeyboardInterrupt("power cut")])
+def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path, error):
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "precious").write_text("old")
+
+    def fail():
+        with replace_folder(old, overwrite=True) as folder:
+            (folder / "x").write_text("1")
+            raise error
+
+    with pytest.raises(type(error), match="power cut"):
+        fail()
+    assert listing(tmp_path) == ["out"] and (old / "precious").read_text() == "old"
+
+
+def test_what_exists_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def overwrite():
+        with replace_folder(tmp_path / "out"):
+            pytest.fail("the work began")
+
+    with pytest.raises(
+        EvaError, match=r"out exists already; choose another output or allow overwriting \(--overwrite\)"
+    ):
+        overwrite()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to a folder"])
+def test_overwriting_replaces_what_is_there_and_nothing_else(tmp_path, kind):
+    goal, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("keep")
+    if kind == "folder":
+        goal.mkdir()
+        (goal / "stale").write_text("old")
+    elif kind == "file":
+        goal.write_text("old")
+    else:
+        goal.symlink_to(elsewhere)
+    with replace_folder(goal, overwrite=True) as folder:
+        (folder / "x").write_text("1")
+    assert listing(goal) == ["x"] and not goal.is_symlink()
+    assert listing(elsewhere) == ["precious"], "what a link points to is left alone"
+
+
+def test_new_folders_and_files_have_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain.txt").write_text("")
+    with replace_folder(tmp_path / "ours"):
+        pass
+    write_text(tmp_path / "ours.txt", "")
+    for ours, plain in (("ours", "plain"), ("ours.txt", "plain.txt")):
+        assert stat.S_IMODE((tmp_path / ours).stat().st_mode) == stat.S_IMODE((tmp_path / plain).stat().st_mode)
+
+
+def test_text_is_replaced_whole_and_in_utf8(tmp_path):
+    path = write_text(tmp_path / "new" / "a.txt", "σ² first")
+    assert path.read_bytes() == "σ² first".encode()
+    write_text(path, "second")
+    assert path.read_text() == "second" and listing(path.parent) == ["a.txt"]
+
+
+def test_a_failure_while_writing_text_leaves_the_old_text(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and listing(tmp_path) == ["a.txt"]
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaError, match=r"cannot write .*deeper: .*file is not a writable folder"):
+        check_writable(tmp_path / "file" / "deeper")
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    # Not by its permissions: who runs the tests may be allowed everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(EvaError, match="is not a writable folder; choose another output"):
+        check_writable(tmp_path / "new")
+
+
+def test_a_path_that_can_be_written_comes_back_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_writable("new/deeper") == tmp_path / "new" / "deeper"
+    assert listing(tmp_path) == [], "nothing is made"
+    (tmp_path / "there").mkdir()
+    assert check_writable("there", overwrite=True) == tmp_path / "there"
