@@ -49,6 +49,10 @@ def test_version_and_usage_errors(capsys):
         with pytest.raises(SystemExit) as stop:
             main(wrong)
         assert stop.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", "--rnak=3"])
+    assert "unknown argument '--rnak=3' (did you mean '--rank'" in capsys.readouterr().err
 
 
 def test_measure_saves_spectra(spectra):

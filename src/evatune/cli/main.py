@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from evatune import __version__
 from evatune.cli.options import HelpFormatter
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
 COMMANDS = ("measure", "plan", "init", "finetune", "generate")
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        known = [option for option in args.parser._option_string_actions if option.startswith("--")]
+        args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(unknown[0].partition('=')[0], known)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are not for users of this program
     try:
         args.run(args)

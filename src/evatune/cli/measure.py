@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
+
+if TYPE_CHECKING:
+    from evatune.spectra import Spectra
 
 SUMMARY = "measure the activations that data cause in a model"
 USAGE = "[RECIPE]"
@@ -43,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--table", action="store_true", help="print a line for every input")
 
 
 _MEASURE = (
@@ -78,7 +84,26 @@ def run(args: argparse.Namespace) -> None:
     say(f"data      {examples.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
     spectra = measure_recipe(recipe, model, encoded, tokenizer)
     folder = spectra.save(recipe.output, overwrite=args.overwrite)
-    answer(args, text=spectra.summary(), content=spectra.to_json() | {"output": str(folder)})
+    answer(
+        args,
+        text=spectra.summary() if args.table else _summary(spectra),
+        content=spectra.to_json() | {"output": str(folder)},
+    )
     say(f"saved     {folder}")
     if is_interrupted(spectra):
         raise KeyboardInterrupt
+
+
+def _summary(spectra: Spectra) -> str:
+    """Return how much was measured and why it ended, in three lines."""
+    inputs = list(spectra.inputs.values())
+    rows = max(spectrum.n_rows for spectrum in inputs)
+    batches = max(spectrum.n_batches for spectrum in inputs)
+    reasons = Counter(spectrum.stopped for spectrum in inputs).most_common()
+    captured = sum(float(spectrum.explained_variance_ratio.sum()) for spectrum in inputs) / len(inputs)
+    return (
+        f"{len(spectra)} targets with {len(inputs)} different inputs, {rows:,} rows in {batches} batches, "
+        f"{spectra.seconds:.0f} s\n"
+        f"stopped: {', '.join(f'{count} {reason}' for reason, count in reasons)}\n"
+        f"{spectra.n_components} components explain {captured:.1%} of the variance, mean over inputs"
+    )

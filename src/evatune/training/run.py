@@ -191,9 +191,7 @@ class _Run:
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):
-            spectra = measure_recipe(
-                self.recipe, model, encoded, tokenizer, progress=self.progress and sys.stderr.isatty()
-            )
+            spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def measure_recipe(
         model: the base model.
         encoded: the training data.
         tokenizer: pads the batches.
-        progress: show a bar.
+        progress: show a bar, if standard error is a terminal.
     """
     settings, adapter = recipe.measure, recipe.adapter
     return measure(
@@ -98,7 +99,7 @@ def measure_recipe(
         center=settings.center,
         use_label_mask=settings.use_label_mask,
         dtype=torch.bfloat16 if uses_bf16(recipe.train) else None,
-        progress=progress,
+        progress=progress and sys.stderr.isatty(),
         seed=recipe.train.seed,
     )
 
