@@ -65,7 +65,7 @@ def weight_gradients(
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     with _gradients_of(model, weights) as base:
         count = 0
-        for batch in _first(batches, n_batches):
+        for batch in first_batches(batches, n_batches):
             count += 1
             gradients = torch.autograd.grad((loss or batch_loss)(base, batch), weights, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
@@ -120,7 +120,7 @@ def output_gradient_energy(
     handles = [target.module.register_forward_hook(watch(target.name)) for target in targets]
     try:
         with _gradients_of(model, []) as base:
-            for batch in _first(batches, n_batches):
+            for batch in first_batches(batches, n_batches):
                 (loss or batch_loss)(base, batch).backward()
     finally:
         for handle in handles:
@@ -145,14 +145,17 @@ def _gradients_of(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator
                 parameter.requires_grad_(before)
 
 
-def _first(batches: Iterable[Any], n_batches: int) -> Iterator[Any]:
+def first_batches(batches: Iterable[Any], n_batches: int) -> Iterator[Any]:
+    """Yield at most `n_batches` batches.
+
+    Raises:
+        EvaError: there is none, or none is wanted.
+    """
     if n_batches < 1:
-        raise EvaError(f"the number of batches for gradients must be at least 1, got {n_batches}.")
+        raise EvaError(f"the number of batches to look at must be at least 1, got {n_batches}.")
     empty = True
     for batch in itertools.islice(batches, n_batches):
         empty = False
         yield batch
     if empty:
-        raise EvaError(
-            "there was no batch to compute gradients of: the iterable is empty, or a generator used up already."
-        )
+        raise EvaError("there was no batch to look at: the iterable is empty, or a generator that is used up already.")

@@ -190,6 +190,11 @@ def quantize(model: nn.Module, names: Sequence[str]) -> None:
     for name, module in modules.items():
         if not isinstance(module, nn.Linear):
             raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")
+        if module.weight.device.type == "cpu" and module.in_features % 64:
+            raise EvaError(
+                f"{name!r} has {module.in_features} input features; on a CPU, bitsandbytes computes with 4-bit weights "
+                "only where they are a multiple of 64: leave the module out with exclude_modules."
+            )
     for name, module in modules.items():
         if isinstance(module, Linear4bit):
             continue

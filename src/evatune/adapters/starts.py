@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from evatune.activations import measure
 from evatune.activations.batches import forward_arguments
-from evatune.activations.gradients import Loss, batch_loss, output_gradient_energy, weight_gradients
+from evatune.activations.gradients import (
+    Loss,
+    batch_loss,
+    first_batches,
+    output_gradient_energy,
+    weight_gradients,
+)
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.targets import TargetModule
 from evatune.adapters.initialize import apply_plan, check_same_targets
@@ -86,7 +92,8 @@ class Preparation:
             options: of `evatune.measure`; what the caller of `prepare` passed comes before them.
         """
         if self.spectra is None:
-            options = {"rho": self.rho, "metric": self.metric, "seed": self.seed} | options | dict(self.measure_options)
+            ours: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "seed": self.seed}
+            options = ours | options | dict(self.measure_options)
             spectra = measure(self.model, _given(self.batches), target_modules=self.pattern(), **options)
         else:
             spectra = self.spectra
@@ -188,7 +195,7 @@ def corda(p: Preparation) -> None:
         raise EvaError(f"corda needs the module {error.name}, which is not installed: pip install attrs.") from None
 
     def run() -> None:
-        for batch in itertools.islice(_given(p.batches), p.measure_options.get("max_batches", 64)):
+        for batch in first_batches(_given(p.batches), p.measure_options.get("max_batches", 64)):
             for example in _examples(p.model, batch):
                 args, kwargs = forward_arguments(p.model, example, keep_labels=False)
                 p.model(*args, **kwargs)
@@ -202,12 +209,8 @@ def lora_ga(p: Preparation) -> None:
 
     def run() -> None:
         p.model.eval()  # PEFT has switched dropout on
-        empty = True
-        for batch in itertools.islice(_given(p.batches), p.gradient_batches):
-            empty = False
+        for batch in first_batches(_given(p.batches), p.gradient_batches):
             (p.loss or batch_loss)(p.model, batch).backward()
-        if empty:
-            raise EvaError("there was no batch to compute gradients of: the iterable is empty, or used up already.")
 
     with preserved_random_state(), measuring_state(p.model), warnings.catch_warnings():
         # PEFT counts by hooks on modules whose input needs no gradient; torch warns of these.

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.methods import EXAMPLES, METHODS, OPTIONS, parse_method
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "options"),
+    [
+        ("eva", "eva", set()),
+        ("dora", "lora", {"dora"}),
+        ("lora+", "lora", {"lora+"}),
+        ("eva+lora+", "eva", {"lora+"}),
+        ("eva+lora++dora", "eva", {"lora+", "dora"}),
+        ("lora+dora", "lora", {"dora"}),
+        ("dora+eva", "eva", {"dora"}),
+        ("PiSSA+rslora", "pissa", {"rslora"}),
+        ("lora-ga+lora+", "lora-ga", {"lora+"}),
+        ("eva+qlora", "eva", {"qlora"}),
+    ],
+)
+def test_names_are_a_start_and_options(name, start, options):
+    choice = parse_method(name)
+    assert choice.method.name == start
+    assert choice.options == options
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OPTIONS, *EXAMPLES])
+def test_every_name_that_is_offered_is_read(name):
+    assert parse_method(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pisa", r"no method 'pisa' \(did you mean 'pissa'"),
+        ("", "there is no method ''; methods are full, lora,"),
+        ("eva+pissa", "names 2 starts, eva and pissa: A can start in one way only"),
+        ("dora+dora", "names an option twice"),
+        ("full+dora", "full has no adapter: all weights are trained, but dora trains magnitude"),
+        ("pissa+qlora", "pissa computes a new base weight, which 4 bits cannot hold exactly, but qlora holds"),
+        ("vera+rslora", "vera has a scale and parameters of its own"),
+        ("adalora+lora+", "adalora learns a singular value decomposition"),
+        ("lora-ga+qlora", "needs the gradient of the weights"),
+    ],
+)
+def test_senseless_names_are_refused_with_the_reason(name, message):
+    with pytest.raises(EvaError, match=message):
+        parse_method(name)
+
+
+def test_every_start_is_a_function_and_every_idea_one_sentence():
+    from evatune.adapters import starts
+
+    for method in METHODS.values():
+        assert not method.start or callable(getattr(starts, method.start))
+        assert method.idea.endswith(".")
+        assert method.idea.count(". ") == 0
+
+
+def test_the_registry_loads_without_torch():
+    code = "import sys, evatune.methods; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
