@@ -181,5 +181,5 @@ def test_a_model_without_linear_layers_says_so():
 
 
 def test_what_is_not_linear_is_named(build):
-    with pytest.raises(EvaError, match=r"target 'model\.embed_tokens' is a Embedding, .* leave it out"):
-        find_targets(build("llama"), TargetRules(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(EvaError, match=r"target 'model\.norm' is a LlamaRMSNorm, .* leave it out"):
+        find_targets(build("llama"), TargetRules(target_modules=["model.norm", "q_proj"]))

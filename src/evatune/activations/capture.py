@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from evatune.activations.layers import LayerType
 from evatune.activations.sharing import SeenTensors
 from evatune.activations.targets import TargetModule
 
-Consumer = Callable[[str, Tensor], None]
+Consumer = Callable[[str, Any], None]
 
 
 class _LastInputSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -51,12 +52,12 @@ class Capture:
     def _begin_pass(self) -> None:
         self._seen = SeenTensors()
         self._calls: Counter[str] = Counter()
-        self._numbers: dict[str, list[int]] = {}
-        self._owners: dict[int, str] = {}
+        self._numbers: dict[str, list[Hashable]] = {}
+        self._owners: dict[Hashable, str] = {}
 
     def __enter__(self) -> Capture:
         for target in self.targets:
-            hook = self._make_hook(target.name)
+            hook = self._make_hook(target.name, target.layer)
             self._handles[target.name] = target.module.register_forward_pre_hook(hook, with_kwargs=True)
         return self
 
@@ -87,19 +88,19 @@ class Capture:
         self._probed = True
         return self._learn_from_probe()
 
-    def _make_hook(self, name: str) -> Callable[..., None]:
+    def _make_hook(self, name: str, layer: LayerType) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            activation = args[0] if args else next(iter(kwargs.values()))
+            entering = layer.entering(module, args, kwargs)
             self._calls[name] += 1
             if self._probed:
                 if self.input_of.setdefault(name, name) == name:
-                    self.consumer(name, activation)
+                    self.consumer(name, entering)
             else:
-                number = self._seen.number(activation)
+                number = (layer.form(module), *map(self._seen.number, layer.tensors(entering)))
                 self._numbers.setdefault(name, []).append(number)
                 # A target that is called twice with one tensor has its rows twice, as in all passes to come.
                 if self._owners.setdefault(number, name) == name:
-                    self.consumer(name, activation)
+                    self.consumer(name, entering)
             if self._calls == self._expected_calls:
                 raise _LastInputSeen
 
@@ -107,7 +108,7 @@ class Capture:
 
     def _learn_from_probe(self) -> bool:
         """Group the targets whose tensors were the same in every call, and unhook all but the first of each group."""
-        first_of: dict[tuple[int, ...], str] = {}
+        first_of: dict[tuple[Hashable, ...], str] = {}
         regular = True
         for name, numbers in self._numbers.items():
             self.input_of[name] = first_of.setdefault(tuple(numbers), name)

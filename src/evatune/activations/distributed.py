@@ -164,7 +164,7 @@ def _merge(
             for rank in range(ranks.size)
             if int(gathered["n_samples_seen"][rank])
         ]
-        pcas = [_restored(state) for state in present]
+        pcas: list[Any] = [_restored(state) for state in present]
         merged[key] = functools.reduce(lambda first, second: first.merge(second), pcas)
     return input_of, merged
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evatune.activations.layers import AnyPCA
 from evatune.activations.rows import RowMasks
 from evatune.activations.stopping import StoppingMonitor, is_check
 from evatune.activations.targets import TargetModule
@@ -46,7 +47,7 @@ class Measurement:
         self.monitor = monitor
         self.plan_options = plan_options
         self.alone = alone
-        self.pcas: dict[str, StreamingPCA] = {}
+        self.pcas: dict[str, AnyPCA] = {}
         self.is_encoder_output: Callable[[Tensor], bool] = lambda activation: False
         self.history: list[dict[str, Any]] = []
         self._n_batches = 0
@@ -63,29 +64,40 @@ class Measurement:
         if self._checking and self.plan_options:
             self._needed = self._components_needed(**self.plan_options)
 
-    def consume(self, key: str, activation: Tensor) -> None:
-        """Take the input of a target."""
+    def consume(self, key: str, entering: Any) -> None:
+        """Take the input of a target, as its layer type hands it over."""
         target = self.targets[key]
-        if not isinstance(activation, Tensor) or activation.shape[-1] != target.in_features:
-            found = tuple(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
-            raise EvaError(f"target {key!r} takes {target.in_features} features, but its input is {found}.")
-        in_decoder = "decoder" in key.split(".") and not self.is_encoder_output(activation)
-        rows_nd = self._masks.select(activation, in_decoder=in_decoder)
-        pca = self.pcas.get(key)
-        if pca is None:
-            pca = self.pcas[key] = self.new_pca(min(self.n_components, target.in_features))
-        checking = self._checking and self.monitor.rule.is_on and key not in self.monitor.done and pca.is_fitted
-        n_needed = self._needed.get(key, self.n_components)
-        if checking:
-            self.monitor.begin_check(key, pca.components_)
-        if self.monitor.scores(key) and pca.is_fitted:
-            self.monitor.score_unseen(key, rows_nd, pca.mean_, n_needed=n_needed)
-        try:
-            pca.partial_fit(rows_nd)
-        except EvaError as error:
-            raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
-        if checking and self.monitor.compares(key):
-            self.monitor.compare_update(key, pca.components_, n_needed=n_needed)
+        in_decoder = "decoder" in key.split(".") and not any(
+            map(self.is_encoder_output, target.layer.tensors(entering)[:1])
+        )
+        pieces = target.layer.rows(target.module, entering, self._masks, in_decoder=in_decoder)
+        compares = False
+        while True:
+            try:
+                rows = next(pieces, None)
+            except EvaError as error:
+                raise EvaError(f"target {key!r} {error}") from None
+            if rows is None:
+                break
+            pca = self.pcas.get(key)
+            if pca is None:
+                pca = self.pcas[key] = target.layer.new_pca(target.module, self.n_components, self.new_pca)
+            if not compares and self._checks(key) and pca.is_fitted:
+                self.monitor.begin_check(key, pca.components_)
+                compares = self.monitor.compares(key)
+            if self.monitor.scores(key) and pca.is_fitted:
+                self.monitor.score_unseen(key, pca, rows, n_needed=self._needed.get(key, self.n_components))
+            try:
+                pca.partial_fit(rows)
+            except EvaError as error:
+                raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
+        if compares:
+            self.monitor.compare_update(
+                key, self.pcas[key].components_, n_needed=self._needed.get(key, self.n_components)
+            )
+
+    def _checks(self, key: str) -> bool:
+        return self._checking and self.monitor.rule.is_on and key not in self.monitor.done
 
     def end_batch(self, input_of: Mapping[str, str]) -> None:
         """Note how far things are."""
@@ -95,7 +107,7 @@ class Measurement:
         if self._checking:
             self._note(self._n_batches + 1)
 
-    def adopt(self, input_of: Mapping[str, str], pcas: dict[str, StreamingPCA], *, n_batches: int) -> None:
+    def adopt(self, input_of: Mapping[str, str], pcas: dict[str, AnyPCA], *, n_batches: int) -> None:
         """Go on with what several processes have measured together, and check it.
 
         Args:

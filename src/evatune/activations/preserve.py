@@ -56,9 +56,12 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
         )
     training = [(module, module.training) for module in modules]
     adapters = [(module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")]
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     try:
+        # torch's fast path in evaluation mode computes whole encoder layers at once and calls no module inside.
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         for module, _ in adapters:
             module._disable_adapters = True
@@ -66,6 +69,7 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
             config.use_cache = False
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
         for module, mode in training:
             module.training = mode
         for module, disabled in adapters:

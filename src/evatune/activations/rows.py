@@ -62,27 +62,38 @@ class RowMasks:
                 masks[encoder_decoder] = counted if present is None else counted & present.to(counted.device)
         return cls(encoder_bt=masks[False], decoder_bt=masks[True])
 
-    def select(self, activation: Tensor, *, in_decoder: bool = False) -> Tensor:
+    def fitting(self, leading: torch.Size, *, in_decoder: bool = False) -> Tensor | None:
+        """Return the mask (B, T) of activations with this leading shape, or None if none fits or all positions count.
+
+        Args:
+            leading: shape of an activation without its last dimension: (B, T), or (B T,).
+            in_decoder: the activation belongs to the decoder of an encoder-decoder model, so where both masks fit in
+                shape, the decoder's is meant.
+        """
+        order = (self.decoder_bt, self.encoder_bt) if in_decoder else (self.encoder_bt, self.decoder_bt)
+        mask_bt = next((mask for mask in order if mask is not None and _fits(mask, leading)), None)
+        return None if mask_bt is None or mask_bt.all() else mask_bt
+
+    def select(self, activation: Tensor, *, in_decoder: bool = False, also: Tensor | None = None) -> Tensor:
         """Return the rows of an activation that count.
 
         Args:
             activation: (..., d); its leading shape is compared with the masks.
-            in_decoder: it belongs to the decoder of an encoder-decoder model, so where both masks fit in shape, the
-                decoder's is meant.
+            in_decoder: see `fitting`.
+            also: a further mask, of exactly its leading shape.
 
         Returns:
             Rows, (n, d). All rows where no mask fits: pooled vectors, image patches, batches without a mask.
         """
         rows_nd = activation.reshape(-1, activation.shape[-1])
-        order = (self.decoder_bt, self.encoder_bt) if in_decoder else (self.encoder_bt, self.decoder_bt)
-        for mask_bt in order:
-            if mask_bt is not None and _fits(mask_bt, activation):
-                if mask_bt.all():
-                    return rows_nd
-                # Positions are found where the mask lives, which for a loader's batch is the CPU.
-                kept_n = mask_bt.reshape(-1).nonzero().squeeze(1)
-                return rows_nd.index_select(0, kept_n.to(rows_nd.device, non_blocking=True))
-        return rows_nd
+        mask_bt = self.fitting(activation.shape[:-1], in_decoder=in_decoder)
+        if also is not None and also.shape == activation.shape[:-1]:
+            mask_bt = also if mask_bt is None else also & mask_bt.to(also.device).view_as(also)
+        if mask_bt is None:
+            return rows_nd
+        # Positions are found where the mask lives, which for a loader's batch is the CPU.
+        kept_n = mask_bt.reshape(-1).nonzero().squeeze(1)
+        return rows_nd.index_select(0, kept_n.to(rows_nd.device, non_blocking=True))
 
 
 def _matrix(mask: Any) -> Tensor | None:
@@ -90,6 +101,5 @@ def _matrix(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _fits(mask_bt: Tensor, activation: Tensor) -> bool:
-    leading = activation.shape[:-1]
+def _fits(mask_bt: Tensor, leading: torch.Size) -> bool:
     return leading == mask_bt.shape or (leading == torch.Size([mask_bt.numel()]) and mask_bt.shape[1] > 1)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatune.activations.layers import AnyPCA
 from evatune.errors import EvaError
-from evatune.pca.subspace import captured_energy, component_cosines
+from evatune.pca.subspace import component_cosines
 
 CONVERGED = "converged"
 ACCURATE = "accurate"
@@ -98,20 +99,18 @@ class StoppingMonitor:
         """Tell whether rows of this input are still wanted for scoring."""
         return key in self._n_scored
 
-    def score_unseen(self, key: str, rows_nd: Tensor, mean_d: Tensor, *, n_needed: int) -> None:
+    def score_unseen(self, key: str, pca: AnyPCA, rows: Any, *, n_needed: int) -> None:
         """Score rows that an input has not seen, with the components of the last check and of half its data.
 
         Args:
             key: the input.
-            rows_nd: the rows, (n, d).
-            mean_d: mean of the rows seen, (d,).
+            pca: what has been learned of it so far.
+            rows: the rows, as `pca` takes them.
             n_needed: how many components the present plan needs.
         """
-        history = self._history[key]
-        centred_nd = rows_nd.to(mean_d.dtype) - mean_d
-        both = torch.stack([captured_energy(centred_nd, history[age][:n_needed]) for age in (-1, 0)])
-        self._energies[key] = both + self._energies.get(key, 0.0)
-        self._n_scored[key] += len(rows_nd)
+        bases = [self._history[key][age][:n_needed] for age in (-1, 0)]
+        self._energies[key] = pca.captured_energies(rows, bases) + self._energies.get(key, 0.0)
+        self._n_scored[key] += len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))
 
     def compares(self, key: str) -> bool:
         """Tell whether the components after this batch are to be compared, which costs a factorization."""

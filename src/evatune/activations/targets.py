@@ -9,10 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from evatune.activations.attention import AttentionType
+from evatune.activations.convolution import ConvolutionType
+from evatune.activations.layers import LINEAR, EmbeddingType, LayerType
 from evatune.errors import EvaError, near_misses
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")
+LAYER_TYPES: tuple[LayerType, ...] = (LINEAR, EmbeddingType(), ConvolutionType(), AttentionType())
+"""All kinds of modules that can be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,8 @@ class TargetModule:
     """Width of its input."""
     out_features: int
     """Width of its output."""
+    layer: LayerType = LINEAR
+    """How its input becomes rows."""
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -87,35 +94,59 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
         At least one target.
 
     Raises:
-        EvaError: nothing matches (with the nearest names), or something matches that is not a linear layer.
+        EvaError: nothing matches (with the nearest names), or something matches that cannot be measured.
     """
     base = unwrap(model)
     candidates = dict(_adaptable(base))
+    uncalled = {
+        f"{name}.out_proj": name for name, module in candidates.items() if isinstance(module, nn.MultiheadAttention)
+    }
+    linear = [name for name, module in candidates.items() if LINEAR.features(module) and name not in uncalled]
     if isinstance(rules.target_modules, str) and rules.target_modules.lower() == ALL_LINEAR:
         heads = _head_names(base)
-        names = [name for name, module in candidates.items() if _features(module) and name not in heads]
+        names = [name for name in linear if name not in heads]
         rules = TargetRules(target_modules=names, exclude_modules=rules.exclude_modules)
     matched = {name: module for name, module in candidates.items() if rules.match(name)}
     if not matched:
-        raise EvaError(_nothing_matches(rules, [name for name, module in candidates.items() if _features(module)]))
-    targets = []
-    for name, module in matched.items():
-        features = _features(module)
-        if features is None:
-            raise EvaError(
-                f"target {name!r} is a {type(module).__name__}, which has no matrix that EVA can measure; "
-                "leave it out of target_modules or name it in exclude_modules."
+        raise EvaError(_nothing_matches(rules, linear))
+    return [
+        _target(name, module, inside=uncalled.get(name))
+        for name, module in matched.items()
+        if uncalled.get(name) not in matched  # the attention module brings its output projection with it
+    ]
+
+
+def _target(name: str, module: nn.Module, *, inside: str | None) -> TargetModule:
+    """Return a matched module as a target; `inside` names the attention module that it is a part of."""
+    if inside is not None:
+        raise EvaError(
+            f"target {name!r} is never called: nn.MultiheadAttention uses its weight alone, and an adapter there has "
+            f"no effect; target {inside!r} instead, or name it in exclude_modules."
+        )
+    for layer in LAYER_TYPES:
+        try:
+            features = layer.features(module)
+        except EvaError as error:
+            raise EvaError(f"target {name!r} is {error}") from None
+        if features is not None:
+            return TargetModule(
+                name=name, module=module, in_features=features[0], out_features=features[1], layer=layer
             )
-        targets.append(TargetModule(name=name, module=module, in_features=features[0], out_features=features[1]))
-    return targets
+    raise EvaError(
+        f"target {name!r} is a {type(module).__name__}, which has no matrix that EVA can measure; "
+        "leave it out of target_modules or name it in exclude_modules."
+    )
 
 
 def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module that could be a target, with what PEFT put into and around it left out."""
     hidden: tuple[str, ...] = ()
-    for name, module in base.named_modules():
+    for path, module in base.named_modules():
+        name = path.replace("._orig_mod", "")  # of parts that were compiled one by one
         if name.startswith(hidden) and hidden:
             continue
+        if hasattr(module, "_orig_mod"):
+            continue  # the module inside comes next, under the same name
         if hasattr(module, "base_layer"):
             hidden += (name + ".",)
             while hasattr(module, "base_layer"):
@@ -125,15 +156,6 @@ def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if name:
             yield name, module
-
-
-def _features(module: Any) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a linear layer or of the Conv1D of GPT-2, else None."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
 
 
 def _head_names(base: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ Shapes: n rows, d features, k components.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from evatune.pca.incremental import IncrementalState
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype
 from evatune.pca.sketch import SketchState, sketch_width
-from evatune.pca.subspace import complete_basis, fix_signs, one_thread
+from evatune.pca.subspace import captured_energy, complete_basis, fix_signs, one_thread
 
 BACKENDS = ("auto", "exact", "sketch", "incremental")
 
@@ -222,6 +222,13 @@ class StreamingPCA:
             theirs_moved._state, self._moments, theirs_moved._moments, center=self.center
         )
         return result
+
+    @torch.no_grad()
+    def captured_energies(self, rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
+        """Return the energy of rows (n, d) about the mean in the span of each of several sets of components (k, d)."""
+        mean_d = self.mean_
+        centred_nd = rows.to(mean_d.dtype) - mean_d
+        return torch.stack([captured_energy(centred_nd, basis_kd) for basis_kd in bases])
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""`nn.MultiheadAttention`: what enters its packed projections, and what enters its output projection.
+
+Shapes: B samples, T positions, E features.
+
+Neither projection is called as a module: both happen inside one function. PEFT adapts them together, with one rank: `A`
+of the packed projections multiplies query, key and value, `A` of the output projection what the heads give. So the
+layer has two parts (`StackedPCA`):
+
+- the rows of query, key and value; of only one of them where all three are the same tensor;
+- the heads' output, which is the module's output with the identity in place of the output projection. It is computed
+  once more for this, at the cost of one attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from evatune.activations.layers import LayerType, Rows, check_width
+from evatune.activations.rows import RowMasks
+from evatune.errors import EvaError
+from evatune.pca import StreamingPCA
+from evatune.pca.stacked import StackedPCA
+
+_SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
+
+
+class AttentionType(LayerType):
+    """`nn.MultiheadAttention` with equal widths of query, key and value."""
+
+    def features(self, module: Any) -> tuple[int, int] | None:
+        """Return the widths of both parts together: (2 E, 3 E + E)."""
+        if not isinstance(module, nn.MultiheadAttention):
+            return None
+        if module.in_proj_weight is None:
+            raise EvaError(
+                f"an nn.MultiheadAttention whose kdim={module.kdim} or vdim={module.vdim} is not its "
+                f"embed_dim={module.embed_dim} has no packed projection; leave it out with exclude_modules."
+            )
+        return 2 * module.embed_dim, 4 * module.embed_dim
+
+    def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name."""
+        arguments = dict(_SIGNATURE.bind(module, *args, **kwargs).arguments)
+        del arguments["self"]
+        return arguments
+
+    def tensors(self, entering: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return query, key and value."""
+        return entering["query"], entering["key"], entering["value"]
+
+    def form(self, module: nn.Module) -> Hashable:
+        """Return the module: what its heads give is its own."""
+        return "attention", id(module)
+
+    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
+        """Yield the rows of both parts."""
+        query, key, value = self.tensors(entering)
+        for tensor in (query, key, value):
+            check_width(tensor, module.embed_dim)
+        itself = query is key is value
+        unpadded_bt = _unpadded(entering.get("key_padding_mask"))
+        query_mask = unpadded_bt if itself else None
+
+        def select(tensor: Tensor, mask_bt: Tensor | None) -> Tensor:
+            if tensor.ndim == 2:
+                tensor, batch_first = tensor.unsqueeze(0), True
+            else:
+                batch_first = module.batch_first
+            return masks.select(tensor if batch_first else tensor.transpose(0, 1), in_decoder=in_decoder, also=mask_bt)
+
+        entered = [select(query, query_mask)]
+        if not itself:
+            entered += [select(key, unpadded_bt), select(value, unpadded_bt)]
+        yield [torch.cat(entered), select(_heads_output(module, entering), query_mask)]
+
+    def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> StackedPCA:
+        """Return a stack of two parts."""
+        return StackedPCA(n_components, widths=[module.embed_dim] * 2, new_pca=make)
+
+
+class _WithoutHooks(nn.Module):
+    """Calls the forward function of a module, past the hooks on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.module.forward(**arguments)
+
+
+def _heads_output(module: Any, arguments: dict[str, Any]) -> Tensor:
+    """Return what enters the output projection, in the layout of the query."""
+    projection = module.out_proj
+    path = "module.out_proj."
+    while hasattr(projection, "base_layer"):  # PEFT wraps it together with the module
+        projection, path = projection.base_layer, path + "base_layer."
+    neutral = {path + "weight": torch.eye(module.embed_dim).to(projection.weight)}
+    if projection.bias is not None:
+        neutral[path + "bias"] = torch.zeros_like(projection.bias)
+    return functional_call(_WithoutHooks(module), neutral, kwargs=arguments | {"need_weights": False})[0]
+
+
+def _unpadded(key_padding_mask: Any) -> Tensor | None:
+    """Return which keys are attended to, (B, T), from a boolean or an additive mask."""
+    if not isinstance(key_padding_mask, Tensor):
+        return None
+    mask_bt = key_padding_mask == 0 if key_padding_mask.is_floating_point() else ~key_padding_mask.bool()
+    return mask_bt if mask_bt.ndim == 2 else mask_bt.unsqueeze(0)

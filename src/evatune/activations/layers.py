@@ -1,0 +1,135 @@
+"""Layer types: how the input of each kind of layer becomes the rows that its low-rank update multiplies.
+
+Shapes: B samples, T positions, n rows, d features, V tokens.
+
+A new layer type is one subclass of `LayerType` and one entry in `evatune.activations.targets.LAYER_TYPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from evatune.activations.rows import RowMasks
+from evatune.errors import EvaError
+from evatune.pca import StreamingPCA
+from evatune.pca.one_hot import OneHotPCA
+from evatune.pca.stacked import StackedPCA
+
+Rows = Any
+"""What the PCA of a layer type takes: a matrix (n, d), token numbers (n,), or one matrix for each part."""
+
+AnyPCA = StreamingPCA | OneHotPCA | StackedPCA
+
+
+class LayerType:
+    """How one kind of layer is measured; what is here is right for layers that multiply vectors by one matrix."""
+
+    is_linear = False
+    """Whether "all-linear" means this kind of layer."""
+
+    def features(self, module: Any) -> tuple[int, int] | None:
+        """Return the widths (in, out) of what a low-rank update of this module multiplies, or None for other kinds.
+
+        Raises:
+            EvaError: the module is of this kind, but of a form that cannot be measured.
+        """
+        raise NotImplementedError
+
+    def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what enters the module, from the arguments of its call."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def tensors(self, entering: Any) -> tuple[Tensor, ...]:
+        """Return the tensors by which targets with the same input are recognized."""
+        return (entering,) if isinstance(entering, Tensor) else ()
+
+    def form(self, module: nn.Module) -> Hashable:
+        """Return what makes different rows out of the same tensors; targets share an input if they agree in both."""
+        return None
+
+    def rows(self, module: nn.Module, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
+        """Yield the rows of one call that count, in pieces that fit in memory.
+
+        Args:
+            module: the module.
+            entering: what entered it.
+            masks: which positions of the batch count.
+            in_decoder: which of two masks is meant where both fit.
+
+        Raises:
+            EvaError: what entered has another shape than the module takes.
+        """
+        width = self.features(module)
+        assert width is not None
+        check_width(entering, width[0])
+        yield masks.select(entering, in_decoder=in_decoder)
+
+    def new_pca(self, module: nn.Module, n_components: int, make: Callable[[int], StreamingPCA]) -> AnyPCA:
+        """Return the PCA of this module's rows; `make` makes a `StreamingPCA` with so many components."""
+        width = self.features(module)
+        assert width is not None
+        return make(min(n_components, width[0]))
+
+
+class LinearType(LayerType):
+    """Linear layers, the Conv1D of GPT-2, and the quantized linear layers of other libraries: rows are vectors."""
+
+    is_linear = True
+
+    def features(self, module: Any) -> tuple[int, int] | None:
+        """Return (in_features, out_features)."""
+        if isinstance(module, nn.Linear):
+            return module.in_features, module.out_features
+        kind = type(module).__name__
+        if kind == "Conv1D" and hasattr(module, "nf"):
+            return module.weight.shape[0], module.weight.shape[1]
+        widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT goes by their names too.
+        if kind.endswith("Linear") and all(isinstance(width, int) for width in widths):
+            return widths  # type: ignore[return-value]
+        return None
+
+
+class EmbeddingType(LayerType):
+    """Embeddings: rows are one-hot, so counting tokens is all there is to do."""
+
+    def features(self, module: Any) -> tuple[int, int] | None:
+        """Return (num_embeddings, embedding_dim)."""
+        return (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) else None
+
+    def form(self, module: Any) -> Hashable:
+        """Return the size of the vocabulary, and the token that does not count."""
+        return "tokens", module.num_embeddings, module.padding_idx
+
+    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
+        """Yield token numbers, (n,), without padding."""
+        if not isinstance(entering, Tensor) or entering.is_floating_point():
+            raise EvaError(f"takes token numbers, but its input is {described(entering)}.")
+        tokens_n = masks.select(entering.unsqueeze(-1), in_decoder=in_decoder).squeeze(1)
+        # The column of A that belongs to the padding token gets no gradient.
+        yield tokens_n if module.padding_idx is None else tokens_n[tokens_n != module.padding_idx]
+
+    def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> OneHotPCA:
+        """Return a `OneHotPCA`."""
+        return OneHotPCA(n_components, n_features=module.num_embeddings, center=make(1).center)
+
+
+def check_width(entering: Any, n_features: int) -> None:
+    """Check that a tensor with so many features in its last dimension has entered.
+
+    Raises:
+        EvaError: it has not.
+    """
+    if not isinstance(entering, Tensor) or not entering.ndim or entering.shape[-1] != n_features:
+        raise EvaError(f"takes {n_features} features, but its input is {described(entering)}.")
+
+
+def described(entering: Any) -> str:
+    """Return the shape of a tensor, the type of anything else."""
+    return str(tuple(entering.shape)) if isinstance(entering, Tensor) else type(entering).__name__
+
+
+LINEAR = LinearType()
