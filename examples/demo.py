@@ -39,8 +39,7 @@ N_HELD_OUT = 200
 FAIRNESS = """
 The runs differ in where their adapters start and in how the same number of ranks is spread; the examples, their order,
 the learning rate and the seed are equal. One seed and one task prove little. A larger learning rate suits plain LoRA
-better and closes part of the gap or all of it: see for yourself with
-`python examples/demo.py --learning-rates 5e-4 2e-3 --output both-rates`, which runs both methods at both rates.
+better and closes part of the gap or all of it; this runs both methods at two rates:
 """
 
 
@@ -126,13 +125,9 @@ def write_data(target: Path, *, folder: Path | None, seed: int) -> str:
 
 
 def example(sentence: str, label: int) -> dict[str, str]:
-    """Return one question in the words of the paper's multiple-choice sets, which the format `commonsense` reads."""
+    """Return one multiple-choice question in the fields that the format `commonsense` reads."""
     answer = ("negative", "positive")[label]
-    return {
-        "instruction": f"Review: {sentence}\nAnswer format: positive/negative",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+    return {"instruction": f"Review: {sentence}\nAnswer format: positive/negative", "output": answer, "answer": answer}
 
 
 def packaged_rows() -> list[tuple[str, int]]:
@@ -179,7 +174,7 @@ def run_all(folder: Path, options: argparse.Namespace) -> dict[str, dict]:
                 adapter=AdapterSettings(method=method, rank=options.rank, rho=2.0),
                 measure=MeasureSettings(spectra=str(spectra) if spectra else None, batch_size=8, max_batches=16),
                 train=TrainSettings(
-                    steps=options.steps, batch_size=8, learning_rate=rate, seed=options.seed, logging_steps=1
+                    steps=options.steps, batch_size=16, learning_rate=rate, seed=options.seed, logging_steps=1
                 ),
                 output=str(run),
             )
@@ -267,6 +262,7 @@ def report(
                     f"{percent:.0f} percentage points (one standard error). Losses are nats per answer token.",
                 ),
                 FAIRNESS,
+                Verbatim(text="python examples/demo.py --learning-rates 5e-4 2e-3 --output both-rates"),
             ],
         ),
         Section(

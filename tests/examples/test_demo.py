@@ -54,14 +54,14 @@ def test_the_whole_demo_on_a_tiny_model(demo, reviews, tiny_model, tmp_path, mon
     assert "exists already" in capsys.readouterr().err
 
 
-def test_questions_read_as_those_of_the_paper(demo, reviews, tmp_path):
+def test_a_sentence_becomes_a_question_with_two_choices(demo, reviews, tmp_path):
     source = demo.write_data(tmp_path / "data", folder=reviews, seed=0)
     assert "SST-2" in source
     held_out = [json.loads(line) for line in (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()]
     assert held_out == [
         {
             "instruction": f"Review: {sentence}\nAnswer format: positive/negative",
-            "output": f"the correct answer is {answer}",
+            "output": answer,
             "answer": answer,
         }
         for sentence, answer in [("a fine\tfilm", "positive"), ("dull", "negative")]

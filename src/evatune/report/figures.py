@@ -143,6 +143,7 @@ def ranks_by_matrix(plan: RankPlan, *, path: str | Path | None = None) -> Figure
     axes.set_ylim(len(kinds) - 0.5, -0.8)
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.06 * max(*map(max, kinds.values()), uniform) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rank: mean over layers (bar), least to largest (line)")
     axes.set_title(f"Mean rank by matrix, ρ = {plan.rho:g}", pad=14)
     return save(figure, path)
