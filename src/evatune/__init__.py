@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evatune.activations import measure
+    from evatune.activations import measure, measure_from_disk
     from evatune.adapters import initialize, prepare
     from evatune.allocation import RankPlan
     from evatune.errors import EvaError, EvaWarning
@@ -28,11 +28,13 @@ _HOME = {
     "Target": "evatune.spectra",
     "initialize": "evatune.adapters",
     "measure": "evatune.activations",
+    "measure_from_disk": "evatune.activations",
     "prepare": "evatune.adapters",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
     "measure",
+    "measure_from_disk",
     "Spectra",
     "Spectrum",
     "Target",

@@ -1,5 +1,6 @@
 """From a model and batches to spectra; knows nothing of adapters."""
 
 from evatune.activations.measure import measure
+from evatune.activations.streaming import measure_from_disk
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_from_disk"]

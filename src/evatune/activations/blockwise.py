@@ -1,0 +1,279 @@
+"""Measure a model block by block: all batches pass through one block before the next one is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from evatune.activations.batches import forward_arguments
+from evatune.activations.capture import Capture
+from evatune.activations.checkpoint import StoredWeights
+from evatune.activations.measurement import Measurement
+from evatune.activations.outline import HIDDEN, Call, Outline
+from evatune.activations.rows import RowMasks
+from evatune.activations.targets import TargetModule
+from evatune.activations.waiting import WaitingTensors
+from evatune.errors import EvaError
+from evatune.spectra import Spectrum, Target
+
+
+@dataclass(frozen=True)
+class _Waits:
+    """Stands for a tensor that waits under this key."""
+
+    key: tuple[Any, ...]
+
+
+class BlockwiseRun:
+    """One measurement, block by block.
+
+    Args:
+        model: a model whose parameters are on the meta device.
+        targets: what to measure.
+        blocks: its blocks by name, in order.
+        weights: fills parts of the model.
+        device: where blocks run.
+        autocast: returns the context of a forward pass.
+        new_measurement: returns the state of a measurement of `targets`.
+        masks_of: reads which rows of a batch count.
+        forward: calls the model with a batch, or None for the default.
+
+    Attributes:
+        table: the targets that were reached, by name.
+        spectra: the spectrum of every input, by key.
+        n_batches: how many batches there were.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        blocks: Mapping[str, nn.Module],
+        weights: StoredWeights,
+        device: torch.device,
+        autocast: Callable[[], Any],
+        new_measurement: Callable[..., Measurement],
+        masks_of: Callable[[Any], RowMasks],
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.weights = weights
+        self.device = device
+        self.autocast = autocast
+        self.new_measurement = new_measurement
+        self.masks_of = masks_of
+        self.forward = forward
+        self.targets_of: dict[str, list[TargetModule]] = {name: [] for name in blocks}
+        self.outside: list[TargetModule] = []
+        for target in targets:
+            block = next((name for name in blocks if target.name.startswith(name + ".")), None)
+            (self.outside if block is None else self.targets_of[block]).append(target)
+        self.table: dict[str, Target] = {}
+        self.spectra: dict[str, Spectrum] = {}
+        self.n_batches = 0
+        self._fill_outside = False
+        self._forwards: list[Callable[[], Any]] = []
+        self._masks: list[RowMasks] = []
+        self._calls: list[list[Call]] = []
+
+    def run(self, batches: Iterable[Any], waiting: WaitingTensors, bar: tqdm[Any]) -> None:
+        """Measure all targets on all batches.
+
+        Args:
+            batches: gone through once.
+            waiting: keeps hidden states and arguments between blocks.
+            bar: moves by one for each batch in each block.
+
+        Raises:
+            EvaError: there is no batch, or the model is not one list of blocks.
+        """
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(self.device)
+        last_measured = [name for name, targets in self.targets_of.items() if targets][-1]
+        # Targets outside the blocks may come behind them; the first pass tells.
+        outline = Outline(self.model, self.blocks, last=list(self.blocks)[-1] if self.outside else last_measured)
+        outside = self.new_measurement(targets=self.outside)
+        before = self._run_before(batches, outline, outside, waiting, bar)
+        behind = [target for target in self.outside if target.name not in before]
+        names = list(self.blocks)
+        names = names[: names.index(outline.last if behind else last_measured) + 1]
+        bar.total = self.n_batches * (1 + len(names))
+        output: Any = None
+        for position, name in enumerate(names):
+            bar.set_description(f"block {position + 1}/{len(names)}")
+            last = position + 1 == len(names)
+            with self.weights.filled(name):
+                output = self._run_block(name, position, waiting, bar, to_the_end=not last or bool(behind))
+        after = self._run_behind(behind, outline, outside, waiting, output) if behind else {}
+        if self.outside:
+            self._conclude(outside, before | after)
+
+    def _run_before(
+        self,
+        batches: Iterable[Any],
+        outline: Outline,
+        measurement: Measurement,
+        waiting: WaitingTensors,
+        bar: tqdm[Any],
+    ) -> dict[str, str]:
+        """Run what comes before the blocks for every batch, and return which targets were reached there."""
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            measurement.target_table({}, n_batches=0)  # raises
+        capture = self._capture(measurement, self.outside, to_the_end=True)
+        with self._filled_on_demand():
+            try:
+                outline.learn_style(self._forward(first))
+            except EvaError:
+                # Some models take the weights of a module without calling it. Then all have to be there.
+                self._fill_outside = True
+                self.weights.fill(name for name in self._outside_names() if name in self.weights)
+                outline.learn_style(self._forward(first))
+            with capture:
+                for number, batch in enumerate(chain([first], iterator)):
+                    forward = self._forward(batch)
+                    self._masks.append(self.masks_of(batch))
+                    hidden, calls = self._measure_pass(number, measurement, capture, partial(outline.record, forward))
+                    waiting["hidden", number] = hidden
+                    self._calls.append(_put_away(calls, number, waiting))
+                    if self.outside:
+                        self._forwards.append(forward)
+                    self.n_batches += 1
+                    bar.update()
+        return capture.input_of
+
+    def _run_block(self, name: str, position: int, waiting: WaitingTensors, bar: tqdm[Any], *, to_the_end: bool) -> Any:
+        """Run all batches through one block, and return the form of its output."""
+        block, targets = self.blocks[name], self.targets_of[name]
+        measurement = self.new_measurement(targets=targets)
+        output: Any = None
+        # Entered once a block, since autocast keeps its copies of weights until it is left.
+        with self._capture(measurement, targets, to_the_end=to_the_end) as capture, self.autocast():
+            for number, calls in enumerate(self._calls):
+                call = calls[position]
+                if call.block != name:
+                    raise EvaError(f"{type(self.model).__name__} does not call its blocks in the order of its list.")
+                hidden = waiting["hidden", number].to(self.device)
+                args, kwargs = (_fetched(part, hidden, waiting, self.device) for part in (call.args, call.kwargs))
+                result = self._measure_pass(number, measurement, capture, partial(block, *args, **kwargs))
+                if to_the_end:
+                    output = result
+                    waiting["hidden", number] = result if isinstance(result, Tensor) else result[0]
+                bar.update()
+        if targets:
+            self._conclude(measurement, capture.input_of)
+        return output
+
+    def _run_behind(
+        self,
+        targets: Sequence[TargetModule],
+        outline: Outline,
+        measurement: Measurement,
+        waiting: WaitingTensors,
+        output: Any,
+    ) -> dict[str, str]:
+        """Run what comes behind the blocks for every batch, and return which targets were reached there."""
+        capture = self._capture(measurement, targets, to_the_end=False)
+        with self._filled_on_demand(), capture:
+            for number, forward in enumerate(self._forwards):
+                hidden = waiting["hidden", number].to(self.device)
+                given = hidden if isinstance(output, Tensor) else (hidden, *(None for _ in output[1:]))
+                self._measure_pass(number, measurement, capture, partial(outline.finish, forward, given))
+        return capture.input_of
+
+    def _capture(self, measurement: Measurement, targets: Sequence[TargetModule], *, to_the_end: bool) -> Capture:
+        full_precision = torch.autocast(self.device.type, enabled=False)
+        return Capture(targets, full_precision(measurement.consume), to_the_end=to_the_end)
+
+    def _measure_pass(self, number: int, measurement: Measurement, capture: Capture, forward: Callable[[], Any]) -> Any:
+        """Return what `forward` returns, or None where it was ended early."""
+        results: list[Any] = [None]
+        measurement.begin_batch(number, self._masks[number])
+        if not capture.run(lambda: results.append(forward())):
+            measurement.forget()
+            capture.run(lambda: results.append(forward()))
+        return results[-1]
+
+    def _conclude(self, measurement: Measurement, input_of: Mapping[str, str]) -> None:
+        """Keep the spectra of a measurement; its states can go."""
+        self.table |= measurement.target_table(input_of, n_batches=self.n_batches)
+        self.spectra |= measurement.spectra("", n_batches=self.n_batches)
+
+    def _forward(self, batch: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            with self.autocast():
+                if self.forward is not None:
+                    return self.forward(self.model, batch)
+                arguments = forward_arguments(self.model, batch, keep_labels=False)
+                args, kwargs = _mapped(arguments, lambda tensor: tensor.to(self.device))
+                return self.model(*args, **kwargs)
+
+        return run
+
+    def _outside_names(self) -> list[str]:
+        """Return the names of all weights outside the blocks."""
+        prefixes = tuple(name + "." for name in self.blocks)
+        return [name for name in self.model.state_dict() if not name.startswith(prefixes)]
+
+    @contextmanager
+    def _filled_on_demand(self) -> Iterator[None]:
+        """Fill each module outside the blocks when it is called, and empty them all at the end."""
+        handles = []
+        owned: dict[str, list[str]] = {}
+        for name in self._outside_names():
+            owned.setdefault(name.rpartition(".")[0], []).append(name)
+        for owner, names in owned.items():
+
+            def fill(module: nn.Module, args: Any, names: Sequence[str] = names) -> None:
+                self.weights.fill(names)
+
+            handles.append(self.model.get_submodule(owner).register_forward_pre_hook(fill, prepend=True))
+        try:
+            if self._fill_outside:
+                self.weights.fill(name for name in self._outside_names() if name in self.weights)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.weights.empty()
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested tuples, lists and dicts with a function applied to their tensors and marks."""
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(member, function) for member in value)
+    if type(value) is dict:
+        return {key: _mapped(member, function) for key, member in value.items()}
+    return function(value) if isinstance(value, Tensor | _Waits) or value is HIDDEN else value
+
+
+def _put_away(calls: Sequence[Call], number: int, waiting: WaitingTensors) -> list[Call]:
+    """Let the tensors among the arguments of a batch wait; those that several blocks get wait once."""
+    keys: dict[int, _Waits] = {}
+
+    def away(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in keys:
+            keys[id(value)] = _Waits(("argument", number, len(keys)))
+            waiting[keys[id(value)].key] = value
+        return keys[id(value)]
+
+    return [Call(block=call.block, args=_mapped(call.args, away), kwargs=_mapped(call.kwargs, away)) for call in calls]
+
+
+def _fetched(arguments: Any, hidden: Tensor, waiting: WaitingTensors, device: torch.device) -> Any:
+    """Return arguments with the hidden state and what waited in their places."""
+    return _mapped(arguments, lambda value: hidden if value is HIDDEN else waiting[value.key].to(device))
