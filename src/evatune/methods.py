@@ -40,6 +40,8 @@ class Method:
     """Whether it looks at data before training."""
     needs_spectra: bool = False
     """Whether what it looks at are activations, so that spectra measured before will do instead of batches."""
+    needs_gradients: bool = False
+    """Whether it computes the loss of batches and its gradient, for which spectra do not do."""
     changes_base: bool = False
     """Whether it takes the adapter's start out of the base weights; evatune saves such adapters converted."""
     peft_config: str = "LoraConfig"
@@ -55,8 +57,15 @@ class Method:
 
 
 def _eva(name: str, idea: str, **options: Any) -> Method:
-    start = options.pop("start", "eva")
-    return Method(name=name, idea=idea, needs_batches=True, needs_spectra=True, start=start, options=options)
+    return Method(
+        name=name,
+        idea=idea,
+        needs_batches=True,
+        needs_spectra=True,
+        needs_gradients=options.pop("needs_gradients", False),
+        start=options.pop("start", "eva"),
+        options=options,
+    )
 
 
 def _alone(reason: str) -> dict[str, str]:
@@ -105,6 +114,7 @@ METHODS: dict[str, Method] = {
             name="lora-ga",
             idea="A and B start as singular vectors of the loss gradient, so the first steps follow full fine-tuning.",
             needs_batches=True,
+            needs_gradients=True,
             changes_base=True,
             settings={"init_lora_weights": "lora_ga"},
             start="lora_ga",
@@ -135,6 +145,7 @@ METHODS: dict[str, Method] = {
             name="lora-one",
             idea="A and B start as the best low-rank step down the full gradient.",
             needs_batches=True,
+            needs_gradients=True,
             start="lora_one",
             refuses={"qlora": _NEEDS_GRADIENT},
         ),
@@ -146,7 +157,12 @@ METHODS: dict[str, Method] = {
         _eva("eva-perm", "EVA with the rows of each A in random order.", rows="permuted"),
         _eva("eva-shuffle", "EVA with each column of A shuffled, which spoils its directions.", rows="shuffled"),
         _eva("eva-minor", "A starts as the directions in which the input varies least.", start="eva_minor"),
-        _eva("eva-grad", "EVA with ranks by input variance times output-gradient energy.", start="eva_grad"),
+        _eva(
+            "eva-grad",
+            "EVA with ranks by input variance times output-gradient energy.",
+            start="eva_grad",
+            needs_gradients=True,
+        ),
         _eva("lora-redist", "EVA's ranks, but a random A.", rows="random"),
     )
 }

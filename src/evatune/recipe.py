@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evatune.errors import EvaError, near_misses
+from evatune.methods import Choice, parse_method
 from evatune.settings import Section, field_docs, number
 
 
@@ -72,14 +73,16 @@ class AdapterSettings(Section):
 
     section: ClassVar[str] = "adapter"
 
-    method: Literal["eva", "lora"] = "eva"
-    """`eva` measures activations and redistributes ranks, `lora` starts at random with uniform ranks."""
+    method: str = "eva"
+    """`eva`, `lora`, `pissa`, ... with options behind a plus: `eva+dora`; `evatune methods` lists them all."""
     rank: int = number(16, low=1)
     """Average rank; the budget is this times the number of targets."""
     rho: float = number(2.0, low=1)
     """No target gets more than rho times the average rank; 1 keeps the ranks uniform."""
     metric: Literal["ratio", "paper", "raw", "max", "sum"] = "ratio"
     """Explained-variance metric by which components compete for the budget."""
+    budget: Literal["components", "parameters"] = "components"
+    """What is redistributed: components, or trainable parameters, of which a component of a wide layer costs more."""
     lora_alpha: float = number(1.0, above=0)
     """Scale of the adapter; the paper uses 1 throughout."""
     lora_dropout: float = number(0.0, low=0, high=1)
@@ -88,12 +91,20 @@ class AdapterSettings(Section):
     """Names of the adapted modules, a regular expression for them, or `all-linear`."""
     exclude_modules: str | tuple[str, ...] | None = None
     """Names of modules, or a regular expression for them, that stay without adapter."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    use_dora: bool = False
-    """Train magnitude and direction apart (DoRA)."""
-    whiten: bool = False
-    """Divide each component by the square root of its singular value."""
+    train_a: bool = True
+    """Train A as well as B; without it, A stays where it started."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            parse_method(self.method)
+        except EvaError as error:
+            raise EvaError(f"adapter.method: {error}") from None
+
+    @property
+    def choice(self) -> Choice:
+        """What the method's name means."""
+        return parse_method(self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +133,8 @@ class MeasureSettings(Section):
     """Subtract the mean of the activations."""
     use_label_mask: bool = False
     """Leave out the positions that the loss ignores (for example prompts)."""
+    gradient_batches: int = number(8, low=1)
+    """Batches that the methods which look at gradients take them of (lora-ga, lora-one, eva-grad)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +153,8 @@ class TrainSettings(Section):
     """Forward passes in one optimizer step."""
     learning_rate: float = number(5e-4, above=0)
     """Highest learning rate of AdamW."""
+    lora_plus_ratio: float = number(16.0, low=1)
+    """Learning rate of B over that of A, with `lora+`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
     warmup_ratio: float = number(0.03, low=0, high=1)

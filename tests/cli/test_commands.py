@@ -37,7 +37,7 @@ def test_help_of_each_command(command, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text
-    assert "default:" in text
+    assert "default:" in text or command == "methods"  # which has no options
 
 
 def test_version_and_usage_errors(capsys):
@@ -149,3 +149,23 @@ def test_interrupted_measurement_is_saved(tiny_model, tiny_data, tmp_path, monke
     assert "interrupted" in capsys.readouterr().err
     spectra = Spectra.load(tmp_path / "spectra")
     assert {(spectrum.n_batches, spectrum.stopped) for spectrum in spectra.inputs.values()} == {(2, "interrupted")}
+
+
+def test_methods_are_listed(capsys):
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert "pissa" in text
+    assert "eva+dora" in text
+    assert main(["methods", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["methods"]["lora-ga"]["changes_base"]
+    assert set(content["options"]) == {"rslora", "dora", "lora+", "qlora"}
+
+
+def test_init_refuses_starts_that_need_changed_base_weights(tiny_model, tiny_data, tmp_path, capsys):
+    data = str(tiny_data / "train.jsonl")
+    options = ["--model", str(tiny_model), "--data", data, "--output", str(tmp_path / "adapter"), "--rank", "4"]
+    assert main(["init", *options, "--method", "pissa"]) == 1
+    assert "since it changes the base weights; call evatune.prepare" in capsys.readouterr().err
+    assert main(["init", *options, "--method", "eva-rot+rslora", "--max-batches", "2"]) == 0
+    assert "trainable parameters" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from evatune.adapters.base_change import base_change, convert_saved
+from evatune.adapters.base_change import base_change, convert_saved, load_start
 from evatune.errors import EvaError
 from evatune.files import replace_folder
 
@@ -66,7 +66,7 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
     Args:
         model: the base model that the adapter was made for.
         directory: what `save_pretrained` wrote.
-        is_trainable: make it ready for training.
+        is_trainable: make it ready for training; an adapter that was saved unconverted changes the base weights.
 
     Raises:
         EvaError: the folder holds no adapter, or one for another model.
@@ -75,24 +75,33 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
         raise EvaError(f"{directory} holds no adapter: it has no adapter_config.json.")
     try:
         with quiet_peft():
+            if is_trainable and (started := load_start(model, directory)) is not None:
+                return started
             return PeftModel.from_pretrained(model, directory, is_trainable=is_trainable)
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise EvaError(f"the adapter in {directory} does not fit this model: {reason[:300]}") from error
 
 
-def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = False) -> Path:
+def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = False, convert: bool = True) -> Path:
     """Write an adapter for the untouched base model as PEFT does, complete or not at all.
 
     Where the method changed the base weights, the adapter is converted to one of twice the rank that means the same on
     the base weights as they were.
+
+    Args:
+        model: the model with the adapter.
+        directory: the folder to write.
+        overwrite: replace a folder that exists.
+        convert: without it, what is written is the adapter as it is, which only `load_adapter` with `is_trainable=True`
+            understands: it changes the base weights again, and training goes on from there.
 
     Raises:
         EvaError: the folder exists or cannot be written.
     """
     with replace_folder(directory, overwrite=overwrite) as folder, quiet_peft():
         model.save_pretrained(str(folder))
-        if (change := base_change(model)) is not None:
+        if convert and (change := base_change(model)) is not None:
             convert_saved(model, folder, change)
     return Path(directory)
 

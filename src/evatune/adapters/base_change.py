@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -145,7 +145,7 @@ def load_start(model: Any, folder: str | Path) -> PeftModel | None:
     Returns:
         The model, ready to train; None if the adapter's method leaves the base as it is.
     """
-    config = LoraConfig.from_pretrained(str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
     method = {value: name for name, value in _IN_CONFIG.items()}.get(getattr(config, "init_lora_weights", None))  # type: ignore[arg-type]
     if method is None:
         return None

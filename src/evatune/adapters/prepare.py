@@ -111,7 +111,8 @@ def prepare(
     if not choice.method.peft_config:
         model.requires_grad_(True)
         return model
-    targets = find_targets(model, TargetRules(target_modules=target_modules, exclude_modules=exclude_modules))
+    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
+    targets = find_targets(model, rules)
     _check_targets(choice, targets, rank)
     config = _config(
         choice,
@@ -127,13 +128,12 @@ def prepare(
         task_type=task_type,
         seed=seed,
     )
-    names = [target.name for target in targets]
-    originals = copy_weights(model, names) if choice.method.changes_base else {}
+    originals = copy_weights(model, [target.name for target in targets]) if choice.method.changes_base else {}
     with preserved_random_state():
         torch.manual_seed(seed)
         if "qlora" in choice.options:
-            quantize(model, names)
-            targets = find_targets(model, TargetRules(target_modules=target_modules, exclude_modules=exclude_modules))
+            quantize_targets(model, target_modules=target_modules, exclude_modules=exclude_modules)
+            targets = find_targets(model, rules)
         finish = None
         if choice.method.start:
             preparation = Preparation(
@@ -172,12 +172,15 @@ def freeze_a(peft_model: PeftModel) -> None:
             parameter.requires_grad_(False)
 
 
-def quantize(model: nn.Module, names: Sequence[str]) -> None:
-    """Hold the weights of these linear modules in 4 bits (NF4), as QLoRA does.
+def quantize_targets(
+    model: nn.Module, *, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None
+) -> None:
+    """Hold the weights of the targets in 4 bits (NF4), as QLoRA does.
 
     Args:
-        model: changed in place.
-        names: of its `nn.Linear` modules; those in 4 bits already are left alone.
+        model: changed in place; targets in 4 bits already are left alone.
+        target_modules: as in `prepare`.
+        exclude_modules: as in `prepare`.
 
     Raises:
         EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
@@ -186,7 +189,8 @@ def quantize(model: nn.Module, names: Sequence[str]) -> None:
         raise EvaError("qlora needs the package bitsandbytes, which is not installed: pip install bitsandbytes.")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    modules = {name: model.get_submodule(name) for name in names}
+    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
+    modules = {target.name: target.module for target in find_targets(model, rules)}
     for name, module in modules.items():
         if not isinstance(module, nn.Linear):
             raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")

@@ -11,8 +11,8 @@ USAGE = "[RECIPE]"
 DESCRIPTION = """
 Fine-tune a LoRA adapter that starts from EVA: measure the model on the training data, redistribute ranks, initialize,
 train with transformers' Trainer, and evaluate held-out data before and after. The output folder holds spectra, plan,
-initial and final adapter, log (JSON lines, TensorBoard) and a record of the run. With --method lora the same run starts
-from plain LoRA, with the same data in the same order.
+initial and final adapter, log (JSON lines, TensorBoard) and a record of the run. Another
+--method runs the same data in the same order; `evatune methods` lists them.
 
 Ctrl-C saves a checkpoint; --resume goes on from the last one.
 """

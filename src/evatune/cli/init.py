@@ -6,6 +6,7 @@ import argparse
 import json
 
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
+from evatune.errors import EvaError
 
 SUMMARY = "write an initialized PEFT adapter for a trainer of your own"
 USAGE = "[RECIPE]"
@@ -52,25 +53,38 @@ def run(args: argparse.Namespace) -> None:
         load_pretrained,
         load_training_data,
         measure_recipe,
+        measures,
         new_adapter,
         use_threads,
     )
 
     recipe = recipe_from(args)
-    recipe.require("model", "output", *(() if recipe.measure.spectra else ("data",)))
+    method, given = recipe.adapter.choice.method, recipe.measure.spectra
+    if method.changes_base or method.peft_config != "LoraConfig":
+        raise EvaError(
+            f"init cannot write a start of method {recipe.adapter.method!r} for a trainer of your own, since "
+            + (
+                "it changes the base weights"
+                if method.changes_base
+                else "it is no LoRA adapter that can start anywhere"
+            )
+            + "; call evatune.prepare in your script, or use `evatune finetune`."
+        )
+    needs_data = method.needs_batches and (method.needs_gradients or not given)
+    recipe.require("model", "output", *(("data",) if needs_data else ()))
     check_writable(recipe.output, overwrite=args.overwrite)
     use_threads(recipe)
-    spectra = Spectra.load(recipe.measure.spectra) if recipe.measure.spectra else None
+    spectra = Spectra.load(given) if given and measures(recipe) else None
     model, tokenizer = load_pretrained(recipe)
-    if spectra is None and recipe.adapter.method == "eva":
-        _, encoded = load_training_data(recipe, tokenizer)
+    encoded = load_training_data(recipe, tokenizer)[1] if needs_data else None
+    if spectra is None and encoded is not None and measures(recipe):
         spectra = measure_recipe(recipe, model, encoded, tokenizer)
         if is_interrupted(spectra):
             raise KeyboardInterrupt
-    adapted, plan = new_adapter(recipe, model, spectra)
+    adapted, plan = new_adapter(recipe, model, spectra, encoded=encoded, tokenizer=tokenizer)
     folder = save_adapter(adapted, recipe.output, overwrite=args.overwrite)
     content = plan.to_json() if plan else {}
     if plan:
         write_text(folder / "plan.json", json.dumps(content, indent=2) + "\n")
-    answer(args, text=plan.table() if plan else "plain LoRA", content={"output": str(folder), "plan": content})
+    answer(args, text=plan.table() if plan else method.idea, content={"output": str(folder), "plan": content})
     say(f"saved     {folder}")

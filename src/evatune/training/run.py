@@ -5,10 +5,10 @@ A run is a folder:
     recipe.yaml        the complete recipe
     spectra/           what was measured (EVA)
     plan.json          the ranks (EVA)
-    initial_adapter/   the adapter before training
+    initial_adapter/   the adapter before training (not converted, where the method changed the base weights)
     before.json        the evaluation before training
     checkpoints/       what resuming needs
-    adapter/           the trained adapter, an ordinary PEFT folder
+    adapter/           the trained adapter, an ordinary PEFT folder; after full fine-tuning `model/` instead
     log.jsonl          one line a logged step
     tensorboard/       the same for TensorBoard, where installed
     run.json           the record; it is written last, so a folder that has it is complete
@@ -28,20 +28,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from evatune.adapters.attach import load_adapter, quiet_peft, save_adapter
+from evatune.adapters.attach import quiet_peft, save_adapter
+from evatune.adapters.loraplus import loraplus_optimizer
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.files import check_writable, write_text
 from evatune.hardware import describe_machine
+from evatune.models import save_model
 from evatune.recipe import Recipe, load_recipe
 from evatune.spectra import Spectra
 from evatune.tasks.generation import Collator, EncodedExamples, Evaluation, Examples, evaluate
 from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
+    AdaLoraCallback,
     ConsoleCallback,
     EvaluateCallback,
     InterruptCallback,
@@ -56,7 +60,9 @@ from evatune.training.setup import (
     load_pretrained,
     load_training_data,
     measure_recipe,
+    measures,
     new_adapter,
+    resumed_adapter,
     use_threads,
     uses_bf16,
 )
@@ -72,8 +78,9 @@ _FREE |= {"train.keep_checkpoints", "data.eval", "data.eval_split", "data.max_ev
 def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
     """Fine-tune an adapter as the recipe says.
 
-    Method `eva` measures the model on the training data, redistributes the ranks and initializes the adapter; method
-    `lora` starts at random with uniform ranks. Both see the same examples in the same order for the same seed.
+    Method `eva` measures the model on the training data, redistributes the ranks and initializes the adapter; `lora`
+    starts at random with uniform ranks; `evatune.methods` has them all. Every method sees the same examples in the same
+    order for the same seed.
 
     Args:
         recipe: what to do; model, data and output must be given.
@@ -123,15 +130,18 @@ class _Run:
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
-        if resume and (self.folder / _INITIAL).is_dir():
+        if resume and ((self.folder / _INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
-            adapted = load_adapter(model, self.folder / _INITIAL, is_trainable=True)
+            adapted = resumed_adapter(recipe, model, self.folder / _INITIAL)
             checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS)
         else:
             adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
         before = self._before(adapted, held_out, tokenizer)
         trainer, resumed_from = self._train(adapted, encoded, held_out, tokenizer, checkpoint=checkpoint)
-        save_adapter(adapted, self.folder / "adapter", overwrite=True)
+        if self._is_full():
+            save_model(adapted, self.folder / "model", tokenizer=tokenizer, overwrite=True)
+        else:
+            save_adapter(adapted, self.folder / "adapter", overwrite=True)
         after = self._evaluated("after", adapted, held_out, tokenizer)
         record = RunRecord(
             recipe=recipe.to_dict(),
@@ -171,8 +181,16 @@ class _Run:
 
     def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
-        spectra = self._spectra(model, encoded, tokenizer) if self.recipe.adapter.method == "eva" else None
-        adapted, plan = new_adapter(self.recipe, model, spectra)
+        spectra = self._spectra(model, encoded, tokenizer) if measures(self.recipe) else None
+        with self._timed("prepare"):
+            adapted, plan = new_adapter(
+                self.recipe,
+                model,
+                spectra,
+                encoded=encoded,
+                tokenizer=tokenizer,
+                total_steps=total_steps(self.recipe.train, n_examples=len(encoded)),
+            )
         self._start_folder(spectra)
         if plan is not None:
             write_text(self.folder / _PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
@@ -181,7 +199,8 @@ class _Run:
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
                 f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
-        save_adapter(adapted, self.folder / _INITIAL)
+        if not self._is_full():
+            save_adapter(adapted, self.folder / _INITIAL, convert=False)
         return adapted
 
     def _spectra(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Spectra:
@@ -224,11 +243,13 @@ class _Run:
             model.config.use_cache = False
         interrupt = InterruptCallback()
         callbacks: list[TrainerCallback] = [
-            RequireEva(asked=self.recipe.adapter.method == "eva"),
             JsonLinesCallback(self.folder / "log.jsonl"),
             LastStepCallback(),
             interrupt,
         ]
+        method = self.recipe.adapter.choice.method
+        callbacks += [RequireEva(asked=True)] if method.name == "eva" else []
+        callbacks += [AdaLoraCallback()] if method.name == "adalora" else []
         callbacks += [ConsoleCallback()] if self.progress else []
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -240,6 +261,7 @@ class _Run:
             train_dataset=encoded,
             data_collator=Collator(tokenizer),
             callbacks=callbacks,
+            optimizers=(self._optimizer(model), None),
         )
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
@@ -265,6 +287,18 @@ class _Run:
             raise KeyboardInterrupt
         return trainer, step
 
+    def _optimizer(self, model: Any) -> torch.optim.Optimizer | None:
+        """Return the optimizer of LoRA+, or None for the Trainer's own."""
+        if "lora+" not in self.recipe.adapter.choice.options:
+            return None
+        settings = self.recipe.train
+        return loraplus_optimizer(
+            model,
+            learning_rate=settings.learning_rate,
+            ratio=settings.lora_plus_ratio,
+            weight_decay=settings.weight_decay,
+        )
+
     def _evaluated(
         self, when: str, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
     ) -> Evaluation | None:
@@ -289,12 +323,15 @@ class _Run:
     def _before(
         self, adapted: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any] | None:
-        """Evaluate before training; as B is zero, this is the base model. A resumed run remembers it."""
+        """Evaluate before training; all methods but LoRA-One start as the base model. A resumed run remembers it."""
         path = self.folder / _BEFORE
         if not path.is_file():
             result = self._evaluated("before", adapted, held_out, tokenizer)
             write_text(path, json.dumps(result.to_json() if result else None) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def _is_full(self) -> bool:
+        return not self.recipe.adapter.choice.method.peft_config
 
     def _plan(self) -> RankPlan | None:
         path = self.folder / _PLAN
@@ -336,9 +373,10 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _count(model: Any, plan: RankPlan | None) -> dict[str, int]:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     downs = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
+    adapted = sum(hasattr(module, "base_layer") for module in model.modules())
     return {
         "trainable": trainable,
-        "targets": len(plan.ranks) if plan else len(downs),
+        "targets": len(plan.ranks) if plan else adapted,
         "without_adapter": list(plan.ranks.values()).count(0) if plan else 0,
         "components": sum(parameter.shape[0] for parameter in downs),
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from evatune.activations import measure
-from evatune.adapters import initialize
-from evatune.adapters.attach import attach_adapter
+from evatune.activations.gradients import batch_loss
+from evatune.adapters import initialized_plan, prepare
+from evatune.adapters.attach import load_adapter
+from evatune.adapters.prepare import freeze_a, quantize_targets
 from evatune.allocation import RankPlan
 from evatune.hardware import best_device
 from evatune.models import load_model, load_tokenizer
@@ -89,7 +92,7 @@ def measure_recipe(
         exclude_modules=adapter.exclude_modules,
         rank=adapter.rank,
         rho=adapter.rho,
-        metric=adapter.metric,
+        metric=adapter.choice.method.options.get("metric", adapter.metric),
         n_components=settings.n_components,
         max_batches=settings.max_batches,
         tau=settings.tau,
@@ -109,32 +112,87 @@ def is_interrupted(spectra: Spectra) -> bool:
     return any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values())
 
 
-def new_adapter(recipe: Recipe, model: Any, spectra: Spectra | None) -> tuple[Any, RankPlan | None]:
-    """Put a new adapter on a model, and start it from EVA if there are spectra.
+def measures(recipe: Recipe) -> bool:
+    """Return whether the recipe's method starts from spectra that were given or that `measure_recipe` can measure.
+
+    EVA-minor needs all components, which are too many to keep with a run: `prepare` measures them.
+    """
+    method = recipe.adapter.choice.method
+    return method.needs_spectra and (method.start != "eva_minor" or recipe.measure.spectra is not None)
+
+
+def new_adapter(
+    recipe: Recipe,
+    model: Any,
+    spectra: Spectra | None,
+    *,
+    encoded: EncodedExamples | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    total_steps: int | None = None,
+) -> tuple[Any, RankPlan | None]:
+    """Make a model ready for training by the recipe's method.
 
     Args:
         recipe: its section `adapter` is used, and the seed.
         model: the base model; it is changed in place, as PEFT does.
-        spectra: measured on the same targets; None leaves the adapter as plain LoRA.
+        spectra: measured on the same targets, for the methods that start from them.
+        encoded: the training data, for the methods that look at data otherwise.
+        tokenizer: pads the batches.
+        total_steps: optimizer steps to come.
 
     Returns:
-        The PEFT model and the plan, which is None for plain LoRA.
+        The PEFT model, or the model itself for full fine-tuning, and the plan, which is None for uniform ranks.
     """
-    settings = recipe.adapter
+    settings, method = recipe.adapter, recipe.adapter.choice.method
+    options: dict[str, Any] = {}
+    if method.needs_batches and encoded is not None and tokenizer is not None:
+        options["batches"] = batches(encoded, tokenizer, batch_size=recipe.measure.batch_size, seed=recipe.train.seed)
+        if not method.needs_spectra:
+            options["max_batches"] = recipe.measure.max_batches
+        elif spectra is None:
+            options |= {"max_batches": recipe.measure.max_batches, "center": recipe.measure.center, "progress": False}
     set_seed(recipe.train.seed)
-    adapted = attach_adapter(
+    adapted = prepare(
         model,
+        method=settings.method,
         rank=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        spectra=spectra,
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        rho=settings.rho,
+        metric=settings.metric,
+        budget=settings.budget,
+        train_a=settings.train_a,
+        total_steps=total_steps,
+        gradient_batches=recipe.measure.gradient_batches,
+        loss=_autocast_loss if uses_bf16(recipe.train) else None,
+        task_type="CAUSAL_LM",
+        keep_base=False,
+        seed=recipe.train.seed,
+        **options,
     )
-    if spectra is None:
-        return adapted, None
-    return adapted, initialize(adapted, spectra, rho=settings.rho, metric=settings.metric, whiten=settings.whiten)
+    return adapted, initialized_plan(adapted) if method.needs_spectra else None
+
+
+def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path) -> Any:
+    """Return the model as `new_adapter` made it, from the adapter that was saved then, for a checkpoint to fill."""
+    if not recipe.adapter.choice.method.peft_config:
+        return model.requires_grad_(True)
+    if "qlora" in recipe.adapter.choice.options:
+        quantize_targets(
+            model, target_modules=recipe.adapter.target_modules, exclude_modules=recipe.adapter.exclude_modules
+        )
+    adapted = load_adapter(model, directory, is_trainable=True)
+    if not recipe.adapter.train_a:
+        freeze_a(adapted)
+    return adapted
+
+
+def _autocast_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    with torch.autocast(best_device().type, torch.bfloat16):
+        return batch_loss(model, batch)
 
 
 def _data_options(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

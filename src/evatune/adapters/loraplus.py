@@ -1,0 +1,34 @@
+"""LoRA+: a higher learning rate for B than for A (Hayou et al. 2024, arXiv:2402.12354)."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+
+from evatune.errors import EvaError
+
+
+def loraplus_optimizer(
+    model: PeftModel, *, learning_rate: float, ratio: float = 16.0, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return AdamW with the learning rate of B above that of everything else.
+
+    Args:
+        model: a model with a LoRA adapter.
+        learning_rate: of A.
+        ratio: learning rate of B over that of A; the authors recommend 2 to 32 and take 16.
+        weight_decay: of all matrices.
+
+    Raises:
+        EvaError: `ratio` is below 1.
+
+    Example:
+        >>> optimizer = loraplus_optimizer(model, learning_rate=2e-4)  # doctest: +SKIP
+        >>> Trainer(model=model, args=args, train_dataset=data, optimizers=(optimizer, None))  # doctest: +SKIP
+    """
+    if not ratio >= 1:
+        raise EvaError(f"the ratio of LoRA+ must be at least 1, got {ratio!r}: B learns faster than A.")
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
+    )

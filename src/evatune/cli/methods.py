@@ -1,0 +1,45 @@
+"""`evatune methods`: what can be written after `--method`."""
+
+from __future__ import annotations
+
+import argparse
+
+from evatune.cli.options import answer
+from evatune.methods import EXAMPLES as COMBINATIONS
+from evatune.methods import METHODS, OPTIONS
+from evatune.report.tables import text_table
+
+SUMMARY = "list the methods that --method takes"
+USAGE = ""
+DESCRIPTION = """
+List the ways to start fine-tuning, whether they look at data before training and change the base weights, and the
+options that go behind a plus.
+"""
+EXAMPLES = """
+examples:
+  evatune methods
+  evatune finetune recipe.yaml --method eva+dora --output runs/eva-dora
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command: there are none."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    rows = [
+        [name, "yes" if row.needs_batches else "", "yes" if row.changes_base else "", row.idea]
+        for name, row in METHODS.items()
+    ]
+    table = text_table(["method", "data", "changes base", "idea"], rows)
+    options = text_table(["option", "what it does"], [[name, text] for name, text in OPTIONS.items()])
+    text = f"{table}\n\n{options}\n\nfor example {', '.join(COMBINATIONS)}"
+    content = {
+        "methods": {
+            name: {"idea": row.idea, "needs_batches": row.needs_batches, "changes_base": row.changes_base}
+            for name, row in METHODS.items()
+        },
+        "options": OPTIONS,
+    }
+    answer(args, text=text, content=content)
