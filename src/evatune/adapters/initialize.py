@@ -16,7 +16,8 @@ from torch import Tensor
 
 from evatune.activations import measure
 from evatune.adapters.config import configured, planned_config
-from evatune.adapters.lora import check_linear, down_up, find_adapter, is_linear, remove_layer, write_layer
+from evatune.adapters.factors import factors_of
+from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer
 from evatune.allocation import ComponentVariances, RankPlan, allocate, max_components
 from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.initialization import eva
@@ -70,7 +71,7 @@ def initialize(
         >>> trainer.train()
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
-    check_linear(layers, adapter_name, config=config)
+    check_layers(layers, adapter_name, config=config)
     _check_fresh(model, layers, adapter_name)
     _check_planning(rho=rho, metric=metric)
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
@@ -83,7 +84,9 @@ def initialize(
     else:
         options = _needed(ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
         spectra = measure(model, batches_or_spectra, **options)
-    check_same_targets(spectra, {name: down_up(layer, adapter_name)[0].in_features for name, layer in layers.items()})
+    check_same_targets(
+        spectra, {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in layers.items()}
+    )
 
     plan = spectra.plan(rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora)
     down = {
@@ -148,10 +151,10 @@ def require_initialized(peft_model: Any, adapter_name: str = "default", *, asked
         asked = config.init_lora_weights == "eva" or config.eva_config is not None
     if not asked or initialized_plan(model, adapter_name) is not None:
         return
-    linear = [layer for layer in layers.values() if is_linear(layer, adapter_name)]
-    if any(_is_trained(layer, adapter_name) for layer in linear):
+    if any(_is_trained(layer, adapter_name) for layer in layers.values()):
         return
-    if linear and all(_has_orthogonal_rows(down_up(layer, adapter_name)[0].weight) for layer in linear):
+    blocks = [block for layer in layers.values() for pair in factors_of(layer, adapter_name) for block in pair.blocks()]
+    if blocks and all(map(_has_orthogonal_rows, blocks)):
         return
     raise EvaError(
         f"adapter {adapter_name!r} is to start from EVA but was never initialized, so its A is random; "
@@ -217,8 +220,9 @@ def _needed(ranks: Mapping[str, int], *, rho: float) -> dict[str, Any]:
 
 
 def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
-    weight = down_up(layer, adapter_name)[1].weight
-    return not weight.is_meta and bool(weight.any())
+    """Tell whether the adapter changes anything; PEFT starts embeddings from A = 0, all else from B = 0."""
+    pairs = [pair for pair in factors_of(layer, adapter_name) if not pair.up_weight.is_meta]
+    return any(bool(pair.up_weight.any()) and bool(pair.down_weight.any()) for pair in pairs)
 
 
 def _has_orthogonal_rows(A_rd: Tensor) -> bool:
@@ -226,6 +230,9 @@ def _has_orthogonal_rows(A_rd: Tensor) -> bool:
     if A_rd.is_meta:
         return False
     rows = A_rd.detach().float()
+    rows = rows[rows.any(dim=1)]  # later pieces of a narrow part of a stacked input are zero
+    if not len(rows):
+        return False
     lengths = rows.norm(dim=1, keepdim=True)
     if len(rows) == 1:
         return bool((lengths - 1).abs() < 1e-2)

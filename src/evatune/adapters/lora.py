@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import MutableMapping
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from evatune.adapters.factors import assign, check_form, factors_of, layers_of
 from evatune.errors import EvaError, near_misses
 
 
@@ -45,12 +48,19 @@ def find_adapter(peft_model: Any, adapter_name: str) -> tuple[PeftModel, LoraCon
             f"adapter {adapter_name!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; "
             "evatune works on LoRA adapters (LoraConfig)."
         )
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
+    layers: dict[str, LoraLayer] = {}
+    brought: set[int] = set()
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.r and id(module) not in brought:
+            layers[_base_name(path, module)] = module
+            brought.update(id(part) for part in layers_of(module)[1:])
     return model, config, layers
+
+
+def _base_name(path: str, layer: LoraLayer) -> str:
+    """Return the name that a layer, or the parameter that it wraps, has in the base model."""
+    name = path.replace("._orig_mod", "").replace(".base_layer", "")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
@@ -78,8 +88,8 @@ def check_linear(layers: dict[str, LoraLayer], adapter_name: str, *, config: Lor
     """
     if getattr(config, "target_parameters", None):
         raise EvaError(
-            f"adapter {adapter_name!r} adapts bare parameters (target_parameters={config.target_parameters}); "
-            "evatune works on linear layers: leave target_parameters out."
+            f"adapter {adapter_name!r} adapts bare parameters (target_parameters={config.target_parameters}), "
+            "and this works on linear layers only."
         )
     for name, layer in layers.items():
         held = {attribute for attribute in layer.adapter_layer_names if adapter_name in getattr(layer, attribute)}
@@ -91,6 +101,29 @@ def check_linear(layers: dict[str, LoraLayer], adapter_name: str, *, config: Lor
             )
 
 
+def check_layers(layers: dict[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
+    """Check that every layer holds the adapter as factors that can be written, and DoRA's magnitude at most.
+
+    Raises:
+        EvaError: a LoRA variant with further tensors, tied adapters, or a form of layer that `check_form` refuses.
+    """
+    if getattr(config, "ensure_weight_tying", False):
+        raise EvaError(
+            f"adapter {adapter_name!r} was made with ensure_weight_tying=True, so that embedding and head share one A; "
+            "make it without, or leave both out with exclude_modules."
+        )
+    known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+    for name, layer in layers.items():
+        held = {attribute for attribute in layer.adapter_layer_names if adapter_name in getattr(layer, attribute)}
+        if held - known:
+            raise EvaError(
+                f"adapter {adapter_name!r} sits on {name!r}, a {type(layer.get_base_layer()).__name__} with "
+                f"{', '.join(sorted(held))}; evatune works on plain LoRA and DoRA: "
+                "leave this module out with exclude_modules."
+            )
+        check_form(name, layer)
+
+
 @torch.no_grad()
 def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: float, use_rslora: bool) -> None:
     """Give a layer's adapter the rank of `A_rd`, these rows, B = 0 and the scale alpha / r (rsLoRA: alpha / sqrt(r)).
@@ -99,31 +132,29 @@ def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: flo
     device and `requires_grad` are kept, and dropout and the adapter's other settings are not touched.
 
     Args:
-        layer: a linear LoRA layer.
+        layer: a LoRA layer that `check_layers` lets pass.
         adapter_name: the adapter to write.
-        A_rd: the new down-projection, shape (rank, in_features), rank >= 1; the layer keeps this very tensor if it has
-            the right dtype and device.
+        A_rd: the new down-projection, shape (rank, in_features), rank >= 1; a linear layer keeps this very tensor if
+            it has the right dtype and device.
         alpha: the layer's `lora_alpha`.
         use_rslora: the rule for the scale.
     """
-    down, up = down_up(layer, adapter_name)
+    pairs = factors_of(layer, adapter_name)
     rank = len(A_rd)
-    _assign(down, "weight", A_rd, device=layer.weight.device)
-    _assign(up, "weight", torch.zeros(up.weight.shape[0], rank), device=layer.weight.device)
-    if up.bias is not None:
-        _assign(up, "bias", torch.zeros(up.bias.shape), device=layer.weight.device)
-    down.out_features = up.in_features = rank
-    layer.r[adapter_name] = rank
-    layer.lora_alpha[adapter_name] = alpha
-    # The very expression of PEFT, so that a reloaded adapter has the same scale to the last bit.
-    layer.scaling[adapter_name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+    for pair, piece_rd in zip(pairs, A_rd.split([pair.width for pair in pairs], dim=1), strict=True):
+        pair.write(piece_rd if len(pairs) == 1 else piece_rd * len(pairs) ** 0.5)
+    for part in layers_of(layer):
+        part.r[adapter_name] = rank
+        part.lora_alpha[adapter_name] = alpha
+        # The very expression of PEFT, so that a reloaded adapter has the same scale to the last bit.
+        part.scaling[adapter_name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
     if adapter_name in layer.lora_magnitude_vector:
         # PEFT measures the norms in the base model's dtype; its forward pass does so in the adapter's. Measured in the
         # latter, magnitude / norm is exactly one and a bfloat16 base model keeps its outputs.
         magnitude: Any = layer.lora_magnitude_vector[adapter_name]
         weight = dequantize_module_weight(layer.get_base_layer()).to(magnitude.weight.dtype)
         norms = magnitude.get_weight_norm(weight, torch.zeros_like(weight[:1, :1]), 1.0)
-        _assign(magnitude, "weight", norms, device=layer.weight.device)
+        assign(magnitude, "weight", norms, device=layer.weight.device)
 
 
 def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
@@ -131,25 +162,23 @@ def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
 
     PEFT's own `delete_adapter` of a layer would also activate another adapter and make it trainable.
     """
-    base = model.get_base_model()
-    layer: Any = base.get_submodule(name)
-    for attribute in {*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"}:
-        values = getattr(layer, attribute, {})
-        if adapter_name in values:
-            del values[adapter_name]
+    base, tuner = model.get_base_model(), cast("Any", model.base_model)
+    path, layer = next(
+        (path, module)
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer) and _base_name(path, module) == name
+    )
+    for part in layers_of(layer):
+        for attribute in {*part.adapter_layer_names, *part.other_param_names, "lora_variant"}:
+            values = getattr(part, attribute, {})
+            if isinstance(values, MutableMapping | nn.ModuleDict | nn.ParameterDict) and adapter_name in values:
+                del values[adapter_name]
     if not layer.r:
-        parent, _, child = name.rpartition(".")
+        if isinstance(layer, MultiheadAttention):
+            attention: Any = layer.base_layer
+            attention.out_proj = attention.out_proj.base_layer
+        parent, _, child = path.rpartition(".")
         setattr(base.get_submodule(parent), child, layer.base_layer)
-        tuner: Any = model.base_model
-        if name in tuner.targeted_module_names:
-            tuner.targeted_module_names.remove(name)
-
-
-def _assign(module: nn.Module, name: str, value: Tensor, *, device: torch.device) -> None:
-    """Put `value` into the parameter `name`, whatever shape it had."""
-    old = getattr(module, name)
-    if old.is_meta:  # made with low_cpu_mem_usage=True: there is no memory yet
-        setattr(module, name, nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad))
-    else:
-        old.data = value.to(old.device, old.dtype)
-        old.grad = None
+        for targeted in (tuner.targeted_module_names, getattr(tuner, "targeted_parameter_names", [])):
+            if name in targeted:
+                targeted.remove(name)

@@ -1,0 +1,190 @@
+"""Where each kind of PEFT layer keeps the two factors of an adapter, A and B, and in which shape.
+
+Shapes: r rank, d input features, o output features, V tokens, C channels, E experts. Everywhere else in evatune, A is a
+matrix (r, d) and B a matrix (o, r); here it becomes what PEFT stores. A layer with several inputs and one rank (see
+`evatune.pca.stacked`) has several pairs of factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
+from torch import Tensor, nn
+
+from evatune.errors import EvaError
+
+
+class Factors:
+    """One pair of factors of one adapter on one layer; what is here is right for linear layers.
+
+    Args:
+        layer: the PEFT layer.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer = layer
+        self.adapter_name = adapter_name
+        self.down: Any = layer.lora_A[adapter_name]
+        self.up: Any = layer.lora_B[adapter_name]
+
+    @property
+    def width(self) -> int:
+        """Features d of a row of A."""
+        return self.down.in_features
+
+    @property
+    def down_weight(self) -> Tensor:
+        """A as PEFT stores it."""
+        return self.down.weight
+
+    @property
+    def up_weight(self) -> Tensor:
+        """B as PEFT stores it."""
+        return self.up.weight
+
+    def blocks(self) -> Sequence[Tensor]:
+        """Return the matrices (r, d) that A consists of."""
+        return [self.down_weight.flatten(1)]
+
+    def write(self, A_rd: Tensor) -> None:
+        """Store A, and B = 0 of the same rank; parameters stay the same objects where they can."""
+        rank = len(A_rd)
+        assign(self.down, "weight", A_rd, device=self._device)
+        assign(self.up, "weight", torch.zeros(self.up_weight.shape[0], rank), device=self._device)
+        if self.up.bias is not None:
+            assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
+        self.down.out_features = self.up.in_features = rank
+
+    @property
+    def _device(self) -> torch.device:
+        weight = getattr(self.layer, "weight", None)
+        return (self.layer.in_proj_weight if weight is None else weight).device
+
+
+class ConvolutionFactors(Factors):
+    """A is a convolution (r, C, *kernel) like the layer, B one of size 1."""
+
+    @property
+    def width(self) -> int:
+        """Channels times kernel size."""
+        return prod(self.down_weight.shape[1:])
+
+    def write(self, A_rd: Tensor) -> None:
+        """Store A and B = 0."""
+        rank, kernel = len(A_rd), self.down_weight.shape[1:]
+        ones = (1,) * (self.up_weight.ndim - 2)
+        assign(self.down, "weight", A_rd.reshape(rank, *kernel), device=self._device)
+        assign(self.up, "weight", torch.zeros(self.up_weight.shape[0], rank, *ones), device=self._device)
+        if self.up.bias is not None:
+            assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
+        self.down.out_channels = self.up.in_channels = rank
+
+
+class EmbeddingFactors(Factors):
+    """A is a bare parameter (r, V), B one (o, r)."""
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer = layer
+        self.adapter_name = adapter_name
+        self.down = layer.lora_embedding_A
+        self.up = layer.lora_embedding_B
+
+    @property
+    def width(self) -> int:
+        """Size of the vocabulary."""
+        return self.down_weight.shape[1]
+
+    @property
+    def down_weight(self) -> Tensor:
+        """A as PEFT stores it."""
+        return self.down[self.adapter_name]
+
+    @property
+    def up_weight(self) -> Tensor:
+        """B as PEFT stores it."""
+        return self.up[self.adapter_name]
+
+    def write(self, A_rd: Tensor) -> None:
+        """Store A and B = 0."""
+        assign(self.down, self.adapter_name, A_rd, device=self._device)
+        assign(self.up, self.adapter_name, torch.zeros(self.up_weight.shape[0], len(A_rd)), device=self._device)
+
+
+class ExpertFactors(Factors):
+    """A holds the matrices of all experts one below the other, (E r, d); B is (o, r E)."""
+
+    @property
+    def width(self) -> int:
+        """Features of all experts together."""
+        return self.layer.num_experts * self.down.in_features
+
+    def blocks(self) -> Sequence[Tensor]:
+        """Return the A of each expert."""
+        return self.down_weight.unflatten(0, (self.layer.num_experts, -1)).unbind(0)
+
+    def write(self, A_rd: Tensor) -> None:
+        """Store the pieces of a stacked A, (r, E d), and B = 0."""
+        n_experts = self.layer.num_experts
+        A_erd = A_rd.unflatten(1, (n_experts, -1)).transpose(0, 1) * n_experts**0.5
+        super().write(A_erd.flatten(0, 1))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layer.get_param().device
+
+
+def factors_of(layer: LoraLayer, adapter_name: str) -> list[Factors]:
+    """Return the pairs of factors of an adapter on a layer, in the order in which their inputs are stacked."""
+    if isinstance(layer, Embedding):
+        return [EmbeddingFactors(layer, adapter_name)]
+    if isinstance(layer, _ConvNd):
+        return [ConvolutionFactors(layer, adapter_name)]
+    if isinstance(layer, ParamWrapper):
+        return [ExpertFactors(layer, adapter_name)]
+    return [Factors(part, adapter_name) for part in layers_of(layer)]
+
+
+def layers_of(layer: LoraLayer) -> list[Any]:
+    """Return the layer, and the layers that PEFT adapts together with it."""
+    return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
+
+
+def check_form(name: str, layer: LoraLayer) -> None:
+    """Check that PEFT's adapter on a layer can start from components of what enters the layer.
+
+    Raises:
+        EvaError: it cannot.
+    """
+    base: Any = layer.get_base_layer()
+    if isinstance(layer, _ConvNd):
+        if base.groups > 1:
+            raise EvaError(
+                f"{name!r} is a convolution with groups={base.groups}, of which PEFT's A sees all groups at once and "
+                "its rank must stay a multiple of them; leave this module out with exclude_modules."
+            )
+        if any(step != 1 for step in base.dilation):
+            raise EvaError(
+                f"{name!r} is a convolution with dilation={base.dilation}, which PEFT's adapter does not have; "
+                "leave this module out with exclude_modules."
+            )
+    if isinstance(layer, ParamWrapper) and layer.num_experts == 1:
+        raise EvaError(
+            f"{name!r} is one matrix and not the weights of several experts; "
+            "name its module in target_modules instead of target_parameters."
+        )
+
+
+def assign(owner: Any, name: str, value: Tensor, *, device: torch.device) -> None:
+    """Put `value` into the parameter `name` of a module, whatever shape it had."""
+    old = getattr(owner, name)
+    if old.is_meta:  # made with low_cpu_mem_usage=True: there is no memory yet
+        setattr(owner, name, nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad))
+    else:
+        old.data = value.to(old.device, old.dtype).contiguous()
+        old.grad = None
