@@ -138,7 +138,6 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
 
