@@ -273,3 +273,19 @@ def test_qlora_without_bitsandbytes_is_refused(llama, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
     with pytest.raises(EvaError, match="qlora needs the package bitsandbytes, which is not installed"):
         evatune.prepare(llama(), method="qlora")
+
+
+def test_corda_takes_examples_one_by_one_and_without_padding(batches):
+    from evatune.adapters.starts import _examples
+
+    mask = torch.ones(4, 16, dtype=torch.long)
+    mask[1, 10:] = 0
+    mask[2, :5] = 0
+    examples = list(_examples(batches[0] | {"attention_mask": mask}))
+    assert [example["input_ids"].shape for example in examples] == [(1, 16), (1, 10), (1, 11), (1, 16)]
+    assert torch.equal(examples[2]["input_ids"][0], batches[0]["input_ids"][2, 5:])
+    images = torch.randn(3, 2, 8, 8)
+    assert [example["pixel_values"].shape for example in _examples({"pixel_values": images})] == [(1, 2, 8, 8)] * 3
+    assert [image.shape for image in _examples((images, torch.zeros(3)))] == [(1, 2, 8, 8)] * 3
+    vectors = torch.randn(5, 7)
+    assert [example.shape for example in _examples(vectors)] == [(5, 7)]

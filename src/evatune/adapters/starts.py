@@ -196,7 +196,7 @@ def corda(p: Preparation) -> None:
 
     def run() -> None:
         for batch in first_batches(_given(p.batches), p.measure_options.get("max_batches", 64)):
-            for example in _examples(p.model, batch):
+            for example in _examples(batch):
                 args, kwargs = forward_arguments(p.model, example, keep_labels=False)
                 p.model(*args, **kwargs)
 
@@ -246,12 +246,20 @@ def _preprocess(
         raise EvaError(f"PEFT's preprocessing failed: {failures[0]}") from failures[0]
 
 
-def _examples(model: nn.Module, batch: Any) -> Iterator[Any]:
-    """Split a mapping into its examples, without padding; anything else is one example, or rows without an order."""
+def _examples(batch: Any) -> Iterator[Any]:
+    """Split sequences and images into examples, without padding; vectors of shape (rows, features) stay whole.
+
+    PEFT takes the first dimension away where it is 1 and wants (rows, features) then.
+    """
     if not isinstance(batch, Mapping):
-        yield batch[0] if isinstance(batch, tuple | list) else batch
+        batch = batch[0] if isinstance(batch, tuple | list) else batch
+        yield from batch.split(1) if isinstance(batch, Tensor) and batch.ndim > 2 else [batch]
         return
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    inputs = [value for name, value in tensors.items() if name != "labels"]
+    if all(value.ndim == 2 and value.is_floating_point() for value in inputs):
+        yield batch
+        return
     mask = tensors.get("attention_mask")
     for i in range(len(next(iter(tensors.values())))):
         example = {name: value[i : i + 1] for name, value in tensors.items()}
