@@ -134,6 +134,18 @@ def test_lora_is_uniform_and_sees_the_same_data(recipe, monkeypatch):
     assert not (Path(record.recipe["output"]) / "spectra").exists()
 
 
+@pytest.mark.parametrize("method", ["eva", "lora"])
+def test_equal_seed_equal_adapter(recipe, method):
+    settings = {"adapter": {"method": method}, "data": {"eval": []}, "train": {"steps": 1}}
+    torch.manual_seed(1)
+    finetune(recipe("one", **settings), progress=False)
+    torch.manual_seed(2)  # what happened before in this process does not matter
+    finetune(recipe("two", **settings), progress=False)
+    one, two = recipe("one").output, recipe("two").output
+    assert_same_adapter(Path(one) / "initial_adapter", Path(two) / "initial_adapter")
+    assert_same_adapter(Path(one) / "adapter", Path(two) / "adapter")
+
+
 def test_resumed_run_equals_uninterrupted_run(recipe, monkeypatch):
     dropout = {"lora_dropout": 0.2}
     train = {"gradient_accumulation": 2, "warmup_ratio": 0.2, "schedule": "cosine"}
