@@ -90,7 +90,9 @@ class SketchState:
     def restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> None:
         """Continue from known eigenpairs of the scatter matrix: columns (d, p) and eigenvalues (p,)."""
         width = self.test_dl.shape[1]
-        vectors_dp, values_p = vectors_dp[:, :width], values_p[:width]
+        # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
+        vectors_dp = solver_copy(vectors_dp[:, :width].to(self.test_dl)).contiguous()
+        values_p = values_p[:width]
         basis_dl = complete_basis(vectors_dp, width, seed=self.seed + moments.n_rows)
         # Rounded to bfloat16 now, so that half-precision products see the very same test matrix as the formulas do.
         test_dl = basis_dl.to(torch.bfloat16).to(basis_dl)
