@@ -147,6 +147,33 @@ def test_layers_called_another_number_of_times_later_are_measured_whole(batches,
             seen.check(name, spectra[name])
 
 
+def test_equal_memory_read_in_another_order_is_another_input(observe, quiet):
+    squares = [torch.randn(D, D, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    spectra = check("ab", lambda m, x: m.a(x) + m.b(x.T), squares, observe, quiet)
+    assert [t.input for t in spectra.targets.values()] == ["a", "b"]
+
+
+def test_once_the_number_of_calls_has_changed_passes_run_to_their_end(batches, observe, quiet):
+    """The third pass begins as the probe did and goes on where the probe had ended."""
+    times = [1, 0, 2, 1]
+    count = [0]
+
+    def run(m, x):
+        n = times[count[0] % 4]
+        count[0] += 1
+        y = torch.tanh(m.a(x))
+        if n > 0:
+            y = m.b(y)
+        y = m.c(torch.tanh(y))
+        return m.b(torch.tanh(y)) if n > 1 else y
+
+    seen = observe(Net("abc", run), batches, "abc", forward=lambda model, batch: model(batch))
+    count[0] = 0
+    spectra = measure(Net("abc", run), batches, target_modules=list("abc"), **quiet)
+    for name in "abc":
+        seen.check(name, spectra[name])
+
+
 def test_targets_that_appear_late_and_share_do_not_drop_what_was_measured(batches, observe, quiet):
     count = [0]
 

@@ -232,24 +232,31 @@ def test_merged_adapters_are_refused(build, batches_for, quiet):
 
 @pytest.mark.parametrize("kind", ["torch.compile(model)", "by an own forward", "model.compile()", "layer.compile()"])
 def test_defect_16_after_compilation_and_a_forward_pass(build, batches_for, quiet, kind):
-    batches = batches_for("llama")
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    batches = batches_for("llama", size=2)
     expected = measure(build("llama"), batches, **quiet)
     model = build("llama")
     if kind in ("torch.compile(model)", "by an own forward"):
-        model = torch.compile(model, backend="eager")
+        model = torch.compile(model, backend=backend)
     elif kind == "model.compile()":
-        model.compile(backend="eager")
+        model.compile(backend=backend)
     else:
-        for layer in model.model.layers:
-            layer.compile(backend="eager")
+        model.model.layers[0].compile(backend=backend)
     with torch.no_grad():
         model(**batches[0])
+    n_compiled = len(compiled)
     forward = (lambda model, batch: model(**batch)) if kind == "by an own forward" else None
     spectra = measure(model, batches, forward=forward, **quiet)
     assert list(spectra) == list(expected)
     for name in expected:
         assert spectra[name].n_rows == expected[name].n_rows
         torch.testing.assert_close(spectra[name].singular_values, expected[name].singular_values, rtol=1e-3, atol=1e-3)
+    assert len(compiled) == n_compiled > 0, "neither the model nor our hooks are compiled anew"
     with torch.no_grad():
         model(**batches[0])
     torch._dynamo.reset()
