@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import evatune
 from evatune import EvaError
@@ -172,4 +173,103 @@ def test_tied_adapters_are_refused(lora, token_batches):
     model = lora(Encoder(), target_modules=["tokens"])
     model.peft_config["default"].ensure_weight_tying = True
     with pytest.raises(EvaError, match="ensure_weight_tying=True"):
+        evatune.initialize(model, token_batches)
+
+
+# -- fused experts ----------------------------------------------------------------------------------------------------
+
+
+def mixture(*, transposed=False, seed=0):
+    """A tiny mixture-of-experts model: Mixtral, or gpt-oss, which stores its experts transposed and with biases."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": 40,
+        "hidden_size": E,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    kind = (
+        GptOssForCausalLM(GptOssConfig(**common, head_dim=8))
+        if transposed
+        else MixtralForCausalLM(MixtralConfig(**common))
+    )
+    with torch.no_grad():
+        for parameter in kind.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return kind.eval()
+
+
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.fixture
+def run_causal():
+    def outputs(model, batches):
+        with torch.no_grad():
+            return torch.stack([model(**batch).logits for batch in batches])
+
+    return outputs
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("modules", [[], ["q_proj", "o_proj"]])
+def test_fused_experts(lora, run_causal, token_batches, tmp_path, transposed, modules):
+    base = run_causal(mixture(transposed=transposed), token_batches)
+    model = lora(mixture(transposed=transposed), target_modules=modules, target_parameters=PARAMETERS)
+    plan = evatune.initialize(model, token_batches, rho=2.0, progress=False)
+    assert plan.total == plan.budget == 4 * (4 + 2 * len(modules))
+    torch.testing.assert_close(run_causal(model, token_batches), base, rtol=1e-5, atol=1e-5)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert plan.n_parameters == trainable
+
+    train_a_little(model)
+    assert (run_causal(model, token_batches) - base).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mixture(transposed=transposed), tmp_path).eval()
+    check_read_again(model, again, run_causal, token_batches)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_expert_starts_from_its_own_components(lora, token_batches, transposed):
+    model = lora(mixture(transposed=transposed), target_modules=[], target_parameters=PARAMETERS)
+    options = {"target_modules": [], "target_parameters": PARAMETERS, "n_components": 8, "progress": False}
+    spectra = evatune.measure(model, token_batches, **options)
+    plan = evatune.initialize(model, spectra)
+    for name, layer in find_adapter(model, "default")[2].items():
+        pieces = spectra[name].components[: plan.ranks[name]].chunk(4, dim=1)
+        (pair,) = factors_of(layer, "default")
+        for block, piece in zip(pair.blocks(), pieces, strict=True):
+            torch.testing.assert_close(block, 2 * piece)
+        # What PEFT adds to expert 3 is made of the rows of A of expert 3 alone.
+        pair.up_weight.data.view(pair.up_weight.shape[0], -1, 4)[:, :, 3] = 1.0
+        delta = layer.get_delta_weight("default")
+        assert not delta[:3].any() and delta[3].any()
+        inputs = delta[3].T if transposed else delta[3]
+        residual = inputs - inputs @ torch.linalg.pinv(pair.blocks()[3]) @ pair.blocks()[3]
+        assert residual.abs().max() < 1e-5
+    require_initialized(model, asked=True)
+
+
+@pytest.mark.parametrize("gone", PARAMETERS)
+def test_fused_experts_with_rank_zero_lose_their_adapter(lora, run_causal, token_batches, tmp_path, gone):
+    model = lora(mixture(), target_modules=["q_proj"], target_parameters=PARAMETERS)
+    options = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS, "n_components": 8, "progress": False}
+    spectra = evatune.measure(model, token_batches, **options)
+    name = f"model.layers.1.mlp.{gone}"
+    still = dataclasses.replace(spectra.inputs[name], singular_values=torch.zeros(8))
+    plan = evatune.initialize(model, dataclasses.replace(spectra, inputs=spectra.inputs | {name: still}))
+    assert plan.ranks[name] == 0 and name not in find_adapter(model, "default")[2]
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    check_read_again(model, PeftModel.from_pretrained(mixture(), tmp_path).eval(), run_causal, token_batches)
+
+
+def test_a_matrix_among_target_parameters_is_refused(lora, token_batches):
+    model = lora(mixture(), target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(EvaError, match=r"q_proj\.weight' is one matrix .* target_modules instead"):
         evatune.initialize(model, token_batches)

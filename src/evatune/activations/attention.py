@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evatune.activations.layers import LayerType, Rows, check_width
+from evatune.activations.layers import LayerType, Rows, check_width, running_autocast
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
@@ -44,15 +44,15 @@ class AttentionType(LayerType):
             )
         return 2 * module.embed_dim, 4 * module.embed_dim
 
-    def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by name."""
+    def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments by name, and the autocast that the call runs under."""
         arguments = dict(_SIGNATURE.bind(module, *args, **kwargs).arguments)
         del arguments["self"]
-        return arguments
+        return arguments, running_autocast(*arguments.values())
 
-    def tensors(self, entering: dict[str, Any]) -> tuple[Tensor, ...]:
+    def tensors(self, entering: Any) -> tuple[Tensor, ...]:
         """Return query, key and value."""
-        return entering["query"], entering["key"], entering["value"]
+        return tuple(entering[0][name] for name in ("query", "key", "value"))
 
     def form(self, module: nn.Module) -> Hashable:
         """Return the module: what its heads give is its own."""
@@ -64,7 +64,8 @@ class AttentionType(LayerType):
         for tensor in (query, key, value):
             check_width(tensor, module.embed_dim)
         itself = query is key is value
-        unpadded_bt = _unpadded(entering.get("key_padding_mask"))
+        arguments, autocast = entering
+        unpadded_bt = _unpadded(arguments.get("key_padding_mask"))
         query_mask = unpadded_bt if itself else None
 
         def select(tensor: Tensor, mask_bt: Tensor | None) -> Tensor:
@@ -77,7 +78,9 @@ class AttentionType(LayerType):
         entered = [select(query, query_mask)]
         if not itself:
             entered += [select(key, unpadded_bt), select(value, unpadded_bt)]
-        yield [torch.cat(entered), select(_heads_output(module, entering), query_mask)]
+        with autocast:
+            given = _heads_output(module, arguments)
+        yield [torch.cat(entered), select(given, query_mask)]
 
     def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> StackedPCA:
         """Return a stack of two parts."""

@@ -49,7 +49,7 @@ class ConvolutionType(LayerType):
             mask_bt = masks.fitting(torch.Size([entering.shape[0], entering.shape[2]]), in_decoder=in_decoder)
             if mask_bt is not None:
                 mask_b1t = mask_bt.unsqueeze(1).to(entering.device, torch.uint8)
-                counted_bo = _unfold(F.pad(mask_b1t, _padding(module)), module).flatten(2).any(dim=2)
+                counted_bo = _unfold(F.pad(mask_b1t, _padding(module)), module).flatten(2).bool().any(dim=2)
         padded = F.pad(entering, _padding(module), mode=_PAD_MODES[module.padding_mode])
         patches = _unfold(padded, module)  # a view, (B, o..., C, kernel...)
         width = module.in_channels // module.groups * prod(module.kernel_size)

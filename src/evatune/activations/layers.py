@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evatune.activations.rows import RowMasks
@@ -115,6 +116,14 @@ class EmbeddingType(LayerType):
     def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> OneHotPCA:
         """Return a `OneHotPCA`."""
         return OneHotPCA(n_components, n_features=module.num_embeddings, center=make(1).center)
+
+
+def running_autocast(*arguments: Any) -> torch.autocast:
+    """Return the autocast that is in force for the device of the first tensor, to compute something again under it."""
+    device_type = next((value.device.type for value in arguments if isinstance(value, Tensor)), "cpu")
+    return torch.autocast(
+        device_type, torch.get_autocast_dtype(device_type), enabled=torch.is_autocast_enabled(device_type)
+    )
 
 
 def check_width(entering: Any, n_features: int) -> None:

@@ -54,6 +54,7 @@ def measure(
     forward: Forward | None = None,
     progress: bool = True,
     seed: int = 0,
+    target_parameters: Sequence[str] | None = None,
 ) -> Spectra:
     """Measure the activations that enter the targets of a model while batches of downstream data pass through it.
 
@@ -91,6 +92,8 @@ def measure(
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
         progress: show a bar on standard error.
         seed: of the sketches.
+        target_parameters: names or name endings of parameters that hold the weights of all experts of a layer, beside
+            `target_modules`, which may then be empty.
 
     Returns:
         Spectra by target name; `stopped` of each says why measuring ended.
@@ -110,6 +113,7 @@ def measure(
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
+        target_parameters=target_parameters,
     )
     targets = find_targets(model, rules)
     ranks = Ranks() if Ranks.present() else None
@@ -173,6 +177,7 @@ def measure(
             stopped = INTERRUPTED
     settings = {
         "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "target_parameters": None if target_parameters is None else sorted(target_parameters),
         "n_components": n_components,
         "rank": rank,
         "rho": rho,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from evatune.activations.attention import AttentionType
 from evatune.activations.convolution import ConvolutionType
+from evatune.activations.experts import ExpertsType
 from evatune.activations.layers import LINEAR, EmbeddingType, LayerType
 from evatune.errors import EvaError, near_misses
 
@@ -32,6 +33,8 @@ class TargetRules:
     """Only layers with these numbers, where `target_modules` are names."""
     layers_pattern: str | Sequence[str] | None = None
     """Name of the list of layers, where it is not the first numbered one."""
+    target_parameters: Sequence[str] | None = None
+    """Names or name endings of parameters that hold the weights of all experts of a layer."""
 
     def match(self, name: str) -> bool:
         """Tell whether the module of this name is a target."""
@@ -98,6 +101,7 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     """
     base = unwrap(model)
     candidates = dict(_adaptable(base))
+    order = {id(module): number for number, module in enumerate(candidates.values())}
     uncalled = {
         f"{name}.out_proj": name for name, module in candidates.items() if isinstance(module, nn.MultiheadAttention)
     }
@@ -105,15 +109,49 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     if isinstance(rules.target_modules, str) and rules.target_modules.lower() == ALL_LINEAR:
         heads = _head_names(base)
         names = [name for name in linear if name not in heads]
-        rules = TargetRules(target_modules=names, exclude_modules=rules.exclude_modules)
+        rules = replace(rules, target_modules=names, layers_to_transform=None, layers_pattern=None)
     matched = {name: module for name, module in candidates.items() if rules.match(name)}
-    if not matched:
+    parameters = _parameters(candidates, rules.target_parameters or ())
+    if not matched and (rules.target_modules or not parameters):
         raise EvaError(_nothing_matches(rules, linear))
-    return [
+    targets = [
         _target(name, module, inside=uncalled.get(name))
         for name, module in matched.items()
         if uncalled.get(name) not in matched  # the attention module brings its output projection with it
     ]
+    return sorted([*targets, *parameters], key=lambda target: order[id(target.module)])
+
+
+def _parameters(candidates: Mapping[str, nn.Module], wanted: Sequence[str]) -> list[TargetModule]:
+    """Return the parameters that match one of the wanted names or name endings as targets."""
+    targets, used = [], set()
+    known: dict[str, None] = {}
+    for module_name, module in candidates.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{parameter_name}"
+            if parameter.ndim == 3:
+                known[".".join(name.rsplit(".", 2)[-2:])] = None
+            endings = {ending for ending in wanted if name == ending or name.endswith(f".{ending}")}
+            if not endings:
+                continue
+            layer = ExpertsType(parameter_name)
+            features = layer.features(module)
+            if features is None:
+                raise EvaError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} does not hold the weights of several "
+                    "experts; name its module in target_modules instead of target_parameters."
+                )
+            used |= endings
+            targets.append(
+                TargetModule(name=name, module=module, in_features=features[0], out_features=features[1], layer=layer)
+            )
+    missing = [ending for ending in wanted if ending not in used]
+    if missing:
+        raise EvaError(
+            f"no parameter of the model matches target_parameters={missing[0]!r}{near_misses(missing[0], known)}; "
+            f"its fused experts are {', '.join(list(known)[:12]) or 'none'}."
+        )
+    return targets
 
 
 def _target(name: str, module: nn.Module, *, inside: str | None) -> TargetModule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -23,18 +23,22 @@ def configured(pattern: Mapping[str, Any] | None, name: str, *, default: Any) ->
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def planned_config(config: LoraConfig, plan: RankPlan) -> LoraConfig:
+def planned_config(config: LoraConfig, plan: RankPlan, *, parameters: Collection[str] = ()) -> LoraConfig:
     """Return a copy of `config` from which PEFT rebuilds exactly the layers, ranks and alphas of `plan`.
 
     Patterns for modules that the plan does not know, `target_modules` and what was excluded before are kept. The
     copy says `init_lora_weights=True`, which every loader accepts; the tensors that it stands beside are loaded anyway.
+    PEFT excludes modules only, so of `parameters`, the targets that are no modules, those with an adapter are named.
     """
     planned = copy.copy(config)  # the original may be the caller's, for a second model
     ranks = {name: rank for name, rank in plan.ranks.items() if rank > 0}
     alphas = {name: plan.alphas[name] for name in ranks}
     planned.rank_pattern = _pattern(config.rank_pattern, ranks, default=config.r, known=plan.ranks)
     planned.alpha_pattern = _pattern(config.alpha_pattern, alphas, default=config.lora_alpha, known=plan.ranks)
-    planned.exclude_modules = _exclude(config.exclude_modules, [name for name in plan.ranks if name not in ranks])
+    without = [name for name in plan.ranks if name not in ranks and name not in parameters]
+    planned.exclude_modules = _exclude(config.exclude_modules, without)
+    if parameters:
+        planned.target_parameters = [name for name in ranks if name in parameters]
     planned.init_lora_weights = True
     planned.eva_config = None
     return planned

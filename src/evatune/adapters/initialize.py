@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from evatune.activations import measure
@@ -23,7 +24,16 @@ from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.initialization import eva
 from evatune.spectra import Spectra
 
-_FROM_ADAPTER = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank", "rho", "metric")
+_FROM_ADAPTER = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "rank",
+    "rho",
+    "metric",
+)
 """Options of `measure` that follow from the adapter and the arguments of `initialize`."""
 
 
@@ -82,7 +92,7 @@ def initialize(
     if isinstance(batches_or_spectra, Spectra):
         spectra = batches_or_spectra
     else:
-        options = _needed(ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
+        options = _needed(layers, ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
         spectra = measure(model, batches_or_spectra, **options)
     check_same_targets(
         spectra, {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in layers.items()}
@@ -108,7 +118,8 @@ def apply_plan(peft_model: Any, plan: RankPlan, *, down: Mapping[str, Tensor], a
         adapter_name: the adapter.
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
-    planned = planned_config(config, plan)
+    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    planned = planned_config(config, plan, parameters=parameters)
     for name, layer in layers.items():
         if plan.ranks[name] == 0:
             remove_layer(model, name, adapter_name)
@@ -211,9 +222,13 @@ def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
             )
 
 
-def _needed(ranks: Mapping[str, int], *, rho: float) -> dict[str, Any]:
+def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int], *, rho: float) -> dict[str, Any]:
     """Return the options that make `measure` learn what the plan will need, of these targets and no others."""
-    options: dict[str, Any] = {"target_modules": "|".join(re.escape(name) for name in ranks)}
+    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    options: dict[str, Any] = {
+        "target_modules": "|".join(re.escape(name) for name in layers if name not in parameters),
+        "target_parameters": parameters,
+    }
     if len(set(ranks.values())) == 1:  # then measuring may stop as the paper does, by the ranks that a plan would give
         return options | {"rank": next(iter(ranks.values()))}
     return options | {"n_components": max(max_components(rank, rho) for rank in ranks.values())}

@@ -1,0 +1,164 @@
+"""Fused experts: the weights of all experts in one parameter, (experts, ...), multiplied by the rows routed to each.
+
+Shapes: E experts, N positions, d input features of one expert.
+
+Such a parameter is no module with an input of its own, and implementations differ in how they gather rows. So the
+module is run once more on what entered it, without the positions that do not count, while every product with a slice of
+one of its parameters is watched: the other factor is the input of that expert. One part for each expert (`StackedPCA`),
+because PEFT gives all experts of a parameter one rank.
+
+An expert with fewer rows than components takes its directions from the rows of all experts together where these rows
+are hidden states, which all experts share; behind a first projection, where each expert has a space of its own, it
+completes its own directions at random. In both cases it counts with the variance of its own rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from evatune.activations.layers import LayerType, Rows, running_autocast
+from evatune.activations.rows import RowMasks
+from evatune.errors import EvaError
+from evatune.pca import StreamingPCA
+from evatune.pca.stacked import StackedPCA
+
+
+class ExpertsType(LayerType):
+    """One parameter of a module that holds the weights of all experts.
+
+    Args:
+        parameter_name: its name in the module.
+    """
+
+    def __init__(self, parameter_name: str) -> None:
+        self.parameter_name = parameter_name
+        self._are_hidden_states = False
+
+    def features(self, module: Any) -> tuple[int, int] | None:
+        """Return the widths of the inputs and of the outputs of all experts together, (E d, E o)."""
+        parameter = getattr(module, self.parameter_name)
+        if parameter.ndim != 3:
+            return None
+        n_experts, n_out, n_in = parameter.shape
+        if getattr(module, "is_transposed", False):  # stored as x W and not as x Wᵀ, as PEFT reads it too
+            n_in, n_out = n_out, n_in
+        return n_experts * n_in, n_experts * n_out
+
+    def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments of the call, and the autocast that it runs under."""
+        return args, kwargs, running_autocast(*args, *kwargs.values())
+
+    def tensors(self, entering: Any) -> tuple[Tensor, ...]:
+        """Return the tensors among the arguments."""
+        args, kwargs, _ = entering
+        return tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+    def form(self, module: nn.Module) -> Hashable:
+        """Return the parameter: which rows reach an expert is the module's own."""
+        return "experts", id(module), self.parameter_name
+
+    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
+        """Yield the rows of every expert."""
+        args, kwargs, autocast = entering
+        args, kwargs = _counted(args, kwargs, masks, in_decoder=in_decoder)
+        watched = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        with autocast, _written_out(module), _Products(watched) as products:
+            module.forward(*args, **kwargs)
+        found = products.rows.get(self.parameter_name)
+        if not found and next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).numel():
+            raise EvaError(
+                f"is multiplied in a way that cannot be followed in {type(module).__name__}; "
+                "leave it out of target_parameters."
+            )
+        self._are_hidden_states |= next(iter(products.rows), None) == self.parameter_name
+        parameter = watched[self.parameter_name]
+        features = self.features(module)
+        assert features is not None
+        empty = parameter.new_empty(0, features[0] // len(parameter))
+        yield [torch.cat((found or {}).get(number) or [empty]) for number in range(len(parameter))]
+
+    def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> StackedPCA:
+        """Return a stack with one part for each expert."""
+        n_experts = len(getattr(module, self.parameter_name))
+        features = self.features(module)
+        assert features is not None
+        widths = [features[0] // n_experts] * n_experts
+        return StackedPCA(n_components, widths=widths, new_pca=make, alike=self._are_hidden_states)
+
+
+_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+
+class _Products(TorchFunctionMode):
+    """Keeps the other factor of every product with a slice of a watched parameter.
+
+    Attributes:
+        rows: by parameter name, in the order of first use, the rows of each expert by its number.
+    """
+
+    def __init__(self, watched: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.rows: dict[str, dict[int, list[Tensor]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and len(args) >= 2:
+            self._keep(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, rows: Tensor, weight: Tensor) -> None:
+        for name, parameter in self.watched.items():
+            if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                continue
+            experts = self.rows.setdefault(name, {})
+            first = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            if weight.ndim == 2 and weight.numel() == parameter[0].numel():
+                experts.setdefault(first, []).append(rows.detach().reshape(-1, rows.shape[-1]))
+            elif weight.ndim == 3 and rows.ndim == 3 and len(rows) == len(weight):
+                for number, rows_nd in enumerate(rows.detach()):
+                    # All positions go through all experts then; those of other experts are zero.
+                    experts.setdefault(first + number, []).append(rows_nd[rows_nd.any(dim=1)])
+            return
+
+
+def _counted(
+    args: tuple[Any, ...], kwargs: dict[str, Any], masks: RowMasks, *, in_decoder: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments without the positions that do not count; the first one holds the hidden states."""
+    hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    mask_bt = None if hidden is None else masks.fitting(hidden.shape[:-1], in_decoder=in_decoder)
+    if hidden is None or mask_bt is None:
+        return args, kwargs
+    kept_n = mask_bt.reshape(-1).nonzero().squeeze(1).to(hidden.device)
+    leading, n_positions = hidden.shape[:-1], mask_bt.numel()
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if value.shape[: len(leading)] == leading and len(leading) == 2:
+            return value.flatten(0, 1)[kept_n].unsqueeze(0)
+        return value[kept_n] if value.shape[0] == n_positions else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _written_out(module: Any) -> Iterator[None]:
+    """Have transformers go through the experts one by one, as their code is written, and not by a fused kernel."""
+    config: Any = getattr(module, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    try:
+        config._experts_implementation = "eager"
+        yield
+    finally:
+        config._experts_implementation = before

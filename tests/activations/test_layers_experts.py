@@ -1,0 +1,161 @@
+"""Mixtures of experts: fused parameters and single linear layers, experts with few rows and with none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from evatune import EvaError, measure
+
+D, INNER, EXPERTS = 16, 12, 4
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": D,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+MODELS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON, num_local_experts=EXPERTS)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**COMMON, num_experts=EXPERTS, moe_intermediate_size=INNER, head_dim=8)
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**COMMON, num_local_experts=EXPERTS, head_dim=8)),
+}
+QUIET = {"progress": False, "tau": None, "min_gain": None, "n_components": 4}
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request):
+    torch.manual_seed(0)
+    model = MODELS[request.param]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter)) if parameter.ndim > 1 else None
+    return model.eval()
+
+
+def routed(model, batches, *, layer, unrouted=()):
+    """What enters both products of every expert, from the definition of the layer."""
+    block = model.model.layers[layer].mlp
+    experts = block.experts
+    kept = []
+    handle = experts.register_forward_pre_hook(
+        lambda m, args, kwargs: kept.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    transposed = getattr(experts, "is_transposed", False)
+    first, second = {e: [] for e in range(EXPERTS)}, {e: [] for e in range(EXPERTS)}
+    for (hidden, index, *_), batch in zip(kept, batches, strict=True):
+        hidden, index = hidden.reshape(-1, D), index.reshape(hidden.numel() // D, -1)
+        counted = batch["attention_mask"].reshape(-1).bool()
+        for e in range(EXPERTS):
+            rows = hidden[counted & (index == e).any(dim=1)]
+            weight = experts.gate_up_proj[e] if transposed else experts.gate_up_proj[e].T
+            gate_up = rows @ weight
+            if hasattr(experts, "gate_up_proj_bias"):
+                gate_up = gate_up + experts.gate_up_proj_bias[e]
+            first[e].append(rows)
+            second[e].append(experts._apply_gate(gate_up).detach())
+    return [{e: torch.cat(rows).double() for e, rows in stage.items()} for stage in (first, second)]
+
+
+def check_experts(spectrum, rows, width):
+    k = len(spectrum.singular_values)
+    pieces = (spectrum.components.double() * EXPERTS**0.5).split(width, dim=1)
+    squares = torch.zeros(k, dtype=torch.float64)
+    for e, piece in enumerate(pieces):
+        centred = rows[e] - rows[e].mean(dim=0)
+        values, right = torch.linalg.svd(centred, full_matrices=False)[1:]
+        squares += values[:k].square()
+        assert (piece[0] @ right[0]).abs() > 0.999, e
+        assert (centred @ piece.T).square().sum() > 0.999 * values[:k].square().sum(), e
+    torch.testing.assert_close(spectrum.singular_values.double().square(), squares, rtol=1e-3, atol=1e-4)
+    assert spectrum.n_rows == sum(map(len, rows.values()))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_fused_experts_are_measured_expert_by_expert(model, batches_for, implementation):
+    batches = batches_for("llama", 6, size=8, length=20)
+    model.config._experts_implementation = implementation
+    spectra = measure(model, batches, target_modules=[], target_parameters=PARAMETERS, **QUIET)
+    assert model.config._experts_implementation == implementation
+    first, second = routed(model, batches, layer=1)
+    prefix = "model.layers.1.mlp.experts."
+    check_experts(spectra[prefix + "gate_up_proj"], first, D)
+    check_experts(spectra[prefix + "down_proj"], second, INNER)
+    shapes = {name: (target.in_features, target.out_features) for name, target in spectra.targets.items()}
+    assert shapes[prefix + "gate_up_proj"] == (EXPERTS * D, EXPERTS * 2 * INNER)
+    assert shapes[prefix + "down_proj"] == (EXPERTS * INNER, EXPERTS * D)
+
+
+def test_experts_under_autocast(model, batches_for):
+    spectra = measure(
+        model,
+        batches_for("llama", 2),
+        target_modules=["q_proj"],
+        target_parameters=PARAMETERS,
+        dtype=torch.bfloat16,
+        **QUIET,
+    )
+    assert len(spectra) == 6 and all(torch.isfinite(spectrum.components).all() for spectrum in spectra.inputs.values())
+
+
+def test_experts_with_too_few_rows_take_their_directions_from_all(batches_for):
+    torch.manual_seed(0)
+    model = MODELS["mixtral"]().eval()
+    model.model.layers[0].mlp.gate.weight.data[2] = -100 * torch.ones(D)  # nobody goes there
+    model.model.layers[0].input_layernorm.weight.data.abs_()
+    model.get_input_embeddings().weight.data.abs_()
+    batches = batches_for("llama", 4)
+    spectra = measure(model, batches, target_modules=[], target_parameters=PARAMETERS, **QUIET)
+    first, _ = routed(model, batches, layer=0)
+    assert len(first[2]) == 0
+    prefix = "model.layers.0.mlp.experts."
+    everyone = torch.cat(list(first.values()))
+    leading = torch.linalg.svd(everyone - everyone.mean(dim=0), full_matrices=False).Vh[:4]
+    piece = spectra[prefix + "gate_up_proj"].components.double()[:, 2 * D : 3 * D] * EXPERTS**0.5
+    assert (piece @ leading.T).square().sum() > 3.99
+    own = spectra[prefix + "down_proj"].components.double()[:, 2 * INNER : 3 * INNER] * EXPERTS**0.5
+    torch.testing.assert_close(own @ own.T, torch.eye(4).double(), rtol=0, atol=1e-5)
+
+
+def test_parameters_that_match_nothing_or_are_no_experts():
+    model = MODELS["mixtral"]()
+    with pytest.raises(EvaError, match=r"target_parameters='experts.down_prj' \(did you mean .*experts.down_proj"):
+        measure(model, [], target_modules=[], target_parameters=["experts.down_prj"], **QUIET)
+    with pytest.raises(EvaError, match=r"q_proj.weight' of shape \(16, 16\) does not hold the weights of several"):
+        measure(model, [], target_modules=[], target_parameters=["q_proj.weight"], **QUIET)
+
+
+class Odd(nn.Module):
+    """Experts that are multiplied as one einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.weights = nn.Parameter(torch.randn(EXPERTS, D, D))
+        self.experts.forward = lambda x: torch.einsum("nd,eod->no", x, self.experts.weights)
+
+    def forward(self, x):
+        return self.experts(x)
+
+
+def test_experts_that_cannot_be_followed_say_so():
+    with pytest.raises(EvaError, match=r"target 'experts.weights' is multiplied in a way .* target_parameters"):
+        measure(Odd(), [torch.randn(5, D)], target_modules=[], target_parameters=["experts.weights"], **QUIET)
