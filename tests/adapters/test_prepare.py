@@ -289,3 +289,36 @@ def test_corda_takes_examples_one_by_one_and_without_padding(batches):
     assert [image.shape for image in _examples((images, torch.zeros(3)))] == [(1, 2, 8, 8)] * 3
     vectors = torch.randn(5, 7)
     assert [example.shape for example in _examples(vectors)] == [(5, 7)]
+
+
+@pytest.mark.parametrize("method", ["milora", "lora-ga", "eva-grad"])
+def test_methods_of_matrices_refuse_other_layers(batches, method):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    with pytest.raises(EvaError, match=f"method '{method}' works on linear layers, and '0' is a Conv2d"):
+        evatune.prepare(model, method=method, rank=2, batches=batches, target_modules=["0", "2"])
+
+
+@pytest.mark.parametrize("method", ["qlora", "eva+qlora"])
+def test_qlora_starts_as_the_base_in_four_bits(llama, batches, outputs, tmp_path, method):
+    bnb = pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
+    from evatune.adapters.prepare import quantize_targets
+
+    quantized = llama()
+    quantize_targets(quantized, target_modules="all-linear")
+    expected = outputs(quantized, batches[0])
+    assert (expected - outputs(llama(), batches[0])).abs().max() > 1e-3
+    model = evatune.prepare(llama(), **settings(method, batches)).eval()
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert isinstance(layer.base_layer, bnb.nn.Linear4bit)
+    assert not layer.base_layer.weight.requires_grad
+    torch.testing.assert_close(outputs(model, batches[0]), expected)
+    loss = model(**batches[0]).loss
+    loss.backward()
+    assert layer.lora_B["default"].weight.grad.any()  # also after an evaluation
+    shake(model)
+    trained = outputs(model, batches[0])
+    save_adapter(model, tmp_path / "trained")
+    again = llama()
+    quantize_targets(again, target_modules="all-linear")
+    loaded = load_adapter(again, tmp_path / "trained").eval()
+    torch.testing.assert_close(outputs(loaded, batches[0]), trained)

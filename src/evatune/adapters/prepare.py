@@ -194,11 +194,6 @@ def quantize_targets(
     for name, module in modules.items():
         if not isinstance(module, nn.Linear):
             raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")
-        if module.weight.device.type == "cpu" and module.in_features % 64:
-            raise EvaError(
-                f"{name!r} has {module.in_features} input features; on a CPU, bitsandbytes computes with 4-bit weights "
-                "only where they are a multiple of 64: leave the module out with exclude_modules."
-            )
     for name, module in modules.items():
         if isinstance(module, Linear4bit):
             continue
@@ -213,6 +208,8 @@ def quantize_targets(
             device="meta",
         )
         quantized.bias = module.bias
+        # On a CPU, bitsandbytes repacks the weights at the first evaluation; from then on no gradient passes them.
+        quantized.support_avx512bf16_for_cpu = False
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
         quantized.weight = packed.to(weight.device)  # this is where bitsandbytes quantizes
         parent, _, child = name.rpartition(".")
@@ -265,17 +262,24 @@ _TRIPLES = {"pissa": 1, "milora": 1, "olora": 1, "corda": 1, "lora-one": 1, "lor
 
 
 def _check_targets(choice: Choice, targets: Sequence[TargetModule], rank: int) -> None:
-    needed = _TRIPLES.get(choice.method.name, 0) * rank
+    method = choice.method
+    needed = _TRIPLES.get(method.name, 0) * rank
     for target in targets:
+        is_matrix = isinstance(target.module, nn.Linear) or type(target.module).__name__ == "Conv1D"
+        if (method.changes_base or method.needs_gradients) and not is_matrix:
+            raise EvaError(
+                f"method {choice.name!r} works on linear layers, and {target.name!r} is a "
+                f"{type(target.module).__name__}; leave it out with exclude_modules."
+            )
         smaller = min(target.in_features, target.out_features)
         if needed > smaller:
             raise EvaError(
                 f"rank {rank} is too large for method {choice.name!r} on {target.name!r}: it takes {needed} singular "
                 f"vectors of {smaller}; take a smaller rank or leave the module out with exclude_modules."
             )
-        if choice.method.name in ("olora", "boft") and not isinstance(target.module, nn.Linear):
+        if method.name in ("olora", "boft") and not isinstance(target.module, nn.Linear):
             raise EvaError(
-                f"{target.name!r} is a {type(target.module).__name__}, which PEFT's {choice.method.name} cannot "
+                f"{target.name!r} is a {type(target.module).__name__}, which PEFT's {method.name} cannot "
                 "adapt; take another method."
             )
 

@@ -24,7 +24,7 @@ def eva_minor(components_kd: Tensor, rank: int) -> Tensor:
     Raises:
         EvaError: not all components are there, so the last one is not the least; or `rank` is out of range.
 
-    Cost: O(rank * in_features); the components cost far more, see `docs/methods/eva-minor.md`.
+    Cost: O(rank * in_features); the components cost far more, see `docs/methods/ablations.md`.
     """
     k, d = components_kd.shape
     if k < d:
