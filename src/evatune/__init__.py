@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evatune.activations import measure, measure_from_disk
+    from evatune.activations import estimate, measure, measure_from_disk
     from evatune.adapters import initialize, prepare
     from evatune.allocation import RankPlan
     from evatune.errors import EvaError, EvaWarning
@@ -27,6 +27,7 @@ _HOME = {
     "StreamingPCA": "evatune.pca",
     "Target": "evatune.spectra",
     "initialize": "evatune.adapters",
+    "estimate": "evatune.activations",
     "measure": "evatune.activations",
     "measure_from_disk": "evatune.activations",
     "prepare": "evatune.adapters",
@@ -35,6 +36,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - in the order of use
     "measure",
     "measure_from_disk",
+    "estimate",
     "Spectra",
     "Spectrum",
     "Target",

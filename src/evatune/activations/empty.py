@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def empty_model(
-    config: Any, *, dtype: torch.dtype | None = None, task: str | None = None, trust_remote_code: bool = False
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    context: AbstractContextManager[Any] | None = None,
 ) -> nn.Module:
     """Return the model of a configuration, in evaluation mode, with parameters on the meta device.
 
@@ -57,12 +64,11 @@ def empty_model(
         dtype: of the parameters; by default that of the configuration.
         task: as for `evatune.models.load_model`; by default the architecture that the configuration names.
         trust_remote_code: run Python code that comes with a hub model.
+        context: another context that keeps tensors from taking memory, in which the model is made.
 
     Raises:
         EvaError: the model is quantized, or its class cannot be told.
     """
-    import copy
-
     import transformers
     from accelerate import init_empty_weights
 
@@ -76,7 +82,7 @@ def empty_model(
     if dtype is not None:
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     names = getattr(config, "architectures", None) or []
-    with init_empty_weights(include_buffers=False):
+    with context or init_empty_weights(include_buffers=False):
         if task is not None:
             _check_choice("task", task, _CLASSES)
             auto = getattr(transformers, _CLASSES[task])

@@ -376,14 +376,11 @@ class StreamingPCA:
                 stacklevel=3,
             )
         n_components = min(self.n_components, n_features)
-        width = sketch_width(n_components, n_features)
-        backend = self.backend
-        if backend == "auto":
-            backend = "exact" if n_features <= 2 * width else "sketch"
+        backend = choose_backend(self.backend, n_components, n_features)
         if backend == "exact":
             return ExactState.start(rows_nd)
         if backend == "sketch":
-            return SketchState.start(rows_nd, width, seed=self.seed)
+            return SketchState.start(rows_nd, sketch_width(n_components, n_features), seed=self.seed)
         return IncrementalState.start(rows_nd, n_components)
 
     def _fitted(self) -> Moments:
@@ -409,6 +406,13 @@ class StreamingPCA:
         values_k = torch.zeros(self.n_components_, dtype=values_p.dtype, device=values_p.device)
         values_k[:n_known] = values_p[:n_known].sqrt()
         return fix_signs(basis_dk.T).contiguous().to(moments.shift_d), values_k.to(moments.shift_d)
+
+
+def choose_backend(backend: str, n_components: int, n_features: int) -> str:
+    """Return the backend in use where `backend` was asked for, for so many components of so many features."""
+    if backend != "auto":
+        return backend
+    return "exact" if n_features <= 2 * sketch_width(n_components, n_features) else "sketch"
 
 
 def _refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:

@@ -1,0 +1,426 @@
+"""What a measurement will take, from the model's configuration alone: memory as a bound, time as an estimate.
+
+The model is made without weights, and one batch without values goes through it (`evatune.activations.trace`).
+
+Shapes: n rows of a batch, d features, k components, l sketch columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from evatune.activations.empty import empty_model, model_folder, read_config
+from evatune.activations.layers import AnyPCA
+from evatune.activations.measure import _check_settings
+from evatune.activations.streaming import find_blocks
+from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
+from evatune.activations.trace import Trace, follow
+from evatune.errors import EvaError
+from evatune.pca import StreamingPCA
+from evatune.pca.one_hot import OneHotPCA
+from evatune.pca.sketch import FIRST_BATCH_ITERATIONS, sketch_width
+from evatune.pca.stacked import StackedPCA
+from evatune.pca.streaming import choose_backend
+from evatune.report.tables import text_table
+
+SCALARS_BYTES = 256
+"""Room for the counters and flags of one state."""
+
+_FLOAT, _DOUBLE = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast this machine multiplied and factorized just now."""
+
+    products: float
+    """Operations per second of matrix products in the dtype of the forward pass."""
+    factorizations: float
+    """Operations per second of a symmetric eigendecomposition of 256 × 256 in float64, counted as 9 n³."""
+    dtype: str
+    """That dtype."""
+    threads: int
+    """Processor threads that torch used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputKind:
+    """The inputs that differ only in the number of their block."""
+
+    name: str
+    """Name of the first target, with `*` for the numbers."""
+    count: int
+    """How many such inputs the model has."""
+    n_targets: int
+    """How many targets share each of them."""
+    in_features: int
+    """Width, d."""
+    backend: str
+    """Backend of the streaming PCA."""
+    width: int | None
+    """Columns of the sketch, l, where there is one."""
+    n_rows: int
+    """Rows of a full batch, n."""
+    state_bytes: int
+    """Bound of what one of them accumulates: the tensors of its `state_dict`."""
+    cached_bytes: int
+    """Bound of what is kept beside each state from one check to the next."""
+    product_flops: float
+    """Operations of one batch."""
+    factorization_flops: float
+    """Operations of all refreshes and checks together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a measurement will take; memory is a bound, time is an estimate."""
+
+    model: str
+    """Class of the model."""
+    batch_size: int
+    """Samples in a batch."""
+    length: int | None
+    """Positions of a sample, where the model takes tokens."""
+    max_batches: int
+    """Batches, if no rule ends the measurement earlier."""
+    kinds: list[InputKind] = field(default_factory=list)
+    """The inputs."""
+    traced: bool = True
+    """Whether a batch could be followed through the empty model. Otherwise no input counts as shared, and there is no
+    time."""
+    forward_flops: float = 0.0
+    """Operations of one forward pass up to the last target."""
+    weights_bytes: int = 0
+    """All parameters in the dtype of the model."""
+    block_bytes: int | None = None
+    """Parameters of the largest block, where `measure_from_disk` can be used."""
+    hidden_bytes: int | None = None
+    """Hidden states of all batches, which wait between blocks then."""
+    speed: Speed | None = None
+    """How fast this machine is."""
+
+    @property
+    def n_inputs(self) -> int:
+        """How many inputs are measured."""
+        return sum(kind.count for kind in self.kinds)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bound of all states together."""
+        return sum(kind.count * kind.state_bytes for kind in self.kinds)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bound of what is kept beside the states."""
+        return sum(kind.count * kind.cached_bytes for kind in self.kinds)
+
+    @property
+    def forward_seconds(self) -> float | None:
+        """Estimated time of all forward passes."""
+        if self.speed is None or not self.traced:
+            return None
+        return self.max_batches * self.forward_flops / self.speed.products
+
+    @property
+    def pca_seconds(self) -> float | None:
+        """Estimated time of all streaming PCA."""
+        if self.speed is None or not self.traced:
+            return None
+        products = self.max_batches * sum(kind.count * kind.product_flops for kind in self.kinds)
+        factorizations = sum(kind.count * kind.factorization_flops for kind in self.kinds)
+        return products / self.speed.products + factorizations / self.speed.factorizations
+
+    def table(self) -> str:
+        """Return the inputs as a table, and below it the sums and how to read them."""
+        rows = [
+            [
+                kind.name + (f" (+{kind.n_targets - 1})" if kind.n_targets > 1 else ""),
+                kind.count,
+                kind.in_features,
+                kind.backend,
+                kind.width,
+                f"{kind.n_rows:,}",
+                _size(kind.state_bytes),
+                _size(kind.count * kind.state_bytes),
+            ]
+            for kind in self.kinds
+        ]
+        titles = ["input (+ shared by)", "inputs", "width", "backend", "sketch", "rows a batch", "state", "all"]
+        lines = [
+            text_table(titles, rows),
+            "",
+            f"states    {_size(self.state_bytes)} at most, and {_size(self.cached_bytes)} kept from check to check",
+            f"weights   {_size(self.weights_bytes)}",
+        ]
+        if self.block_bytes is not None and self.hidden_bytes is not None:
+            lines.append(
+                f"from disk largest block {_size(self.block_bytes)}, waiting hidden states {_size(self.hidden_bytes)}"
+            )
+        if not self.traced:
+            lines.append("time      unknown: no batch can be followed through this model without its weights")
+        elif self.speed is not None and self.forward_seconds is not None and self.pca_seconds is not None:
+            lines += [
+                f"time      about {_duration(self.forward_seconds + self.pca_seconds)} for {self.max_batches} batches: "
+                f"{_duration(self.forward_seconds)} forward, {_duration(self.pca_seconds)} PCA",
+                f"          an estimate at {self.speed.products / 1e9:,.0f} Gflop/s, measured just now on products in "
+                f"{self.speed.dtype} with {self.speed.threads} threads;",
+                "          what is no product (norms, softmax, data) comes on top, and stopping rules may end earlier",
+            ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, for programs."""
+        names = ("n_inputs", "state_bytes", "cached_bytes", "forward_seconds", "pca_seconds")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+def estimate(
+    model: Any,
+    *,
+    batch_size: int = 4,
+    length: int = 256,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    n_components: int | None = None,
+    rank: int | None = None,
+    rho: float = 2.0,
+    max_batches: int = 64,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    weights_dtype: torch.dtype | None = None,
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    timing: bool = True,
+) -> Estimate:
+    """Tell what `measure` or `measure_from_disk` will take, without weights and without data.
+
+    Args:
+        model: a transformers configuration, a model (only its class and configuration are used), or the folder or hub
+            id of one (only its configuration is read).
+        batch_size: samples in a batch.
+        length: tokens of a sample; models of images take the size in their configuration.
+        target_modules: as for `measure`, like all settings that are not explained here.
+        exclude_modules: what is left out of these.
+        layers_to_transform: only layers with these numbers.
+        layers_pattern: name of the list of layers.
+        n_components: how many components to keep of each input.
+        rank: rank r of the later plan.
+        rho: of the later plan.
+        max_batches: the most batches.
+        backend: of `StreamingPCA`.
+        dtype: of autocast.
+        weights_dtype: of the weights; by default that of the configuration.
+        task: which class of model, as for `evatune.models.load_model`.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run Python code that comes with a hub model.
+        timing: measure how fast this machine is, for half a second.
+
+    Returns:
+        The bounds of memory are those of states of float32 sums, which float32 and half-precision models have.
+
+    Raises:
+        EvaError: a setting is out of range, nothing matches, or there is no such configuration.
+    """
+    n_components = _check_settings(n_components, rank, rho, "ratio", max_batches)
+    make = StreamingPCA(n_components, backend=backend)
+    for name, value in (("batch_size", batch_size), ("length", length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise EvaError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    config = _config(model, task=task, revision=revision, trust_remote_code=trust_remote_code)
+    if isinstance(model, nn.Module):
+        weights_dtype = weights_dtype or next(unwrap(model).parameters()).dtype
+    build = partial(empty_model, config, task=task, trust_remote_code=trust_remote_code)
+    rules = TargetRules(
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+    )
+    empty: Any = build(dtype=weights_dtype)
+    targets = find_targets(empty, rules)
+    trace = follow(build, rules, weights_dtype, batch_size=batch_size, length=length)
+    traced = trace is not None
+    trace = trace or Trace()
+    length_or_none = None if _takes_images(empty) else length
+    kinds: dict[tuple[Any, ...], list[TargetModule]] = {}
+    for target in targets:
+        first = trace.first_of.get(target.name, target.name)
+        if first == target.name:
+            sharing = sum(owner == first for owner in trace.first_of.values()) or 1
+            name = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", target.name)
+            kinds.setdefault((name, target.in_features, sharing), []).append(target)
+    default_rows = batch_size * (length_or_none or 1)
+    block_bytes, hidden_bytes = _blocks(empty, targets, trace, max_batches)
+    tied = getattr(empty, "all_tied_weights_keys", None) or {}
+    compute_dtype = dtype or next(empty.parameters()).dtype
+    return Estimate(
+        model=type(empty).__name__,
+        batch_size=batch_size,
+        length=length_or_none,
+        max_batches=max_batches,
+        kinds=[
+            _kind(
+                name,
+                members,
+                n_targets=sharing,
+                n_rows=max(trace.n_rows.get(target.name, default_rows if not traced else 0) for target in members),
+                pca=members[0].layer.new_pca(
+                    members[0].module, n_components, lambda k: StreamingPCA(k, backend=make.backend)
+                ),
+                max_batches=max_batches,
+            )
+            for (name, _, sharing), members in kinds.items()
+        ],
+        traced=traced,
+        forward_flops=trace.flops,
+        weights_bytes=sum(parameter.nbytes for name, parameter in empty.named_parameters() if name not in tied),
+        block_bytes=block_bytes,
+        hidden_bytes=hidden_bytes,
+        speed=measure_speed(compute_dtype) if timing and traced else None,
+    )
+
+
+def measure_speed(dtype: torch.dtype = torch.float32, *, seconds: float = 0.2) -> Speed:
+    """Measure how fast the processor multiplies matrices in a dtype and factorizes one, for so many seconds each."""
+    left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 768).to(dtype)
+    square = torch.randn(256, 256, dtype=torch.float64)
+    square = square @ square.T
+    return Speed(
+        products=2 * 1024 * 768 * 768 / _fastest(lambda: left @ right, seconds),
+        factorizations=9 * 256**3 / _fastest(lambda: torch.linalg.eigh(square), seconds),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _fastest(run: Any, seconds: float) -> float:
+    run()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def _config(model: Any, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the configuration of whatever names a model."""
+    if isinstance(model, str | os.PathLike):
+        folder = model_folder(model, revision=revision, weights=False)
+        return read_config(folder, trust_remote_code=trust_remote_code)
+    if not isinstance(model, nn.Module):
+        return model
+    base: Any = unwrap(model)
+    if not hasattr(base, "config"):
+        raise EvaError(f"{type(base).__name__} has no configuration to make an empty model of.")
+    config = copy.deepcopy(base.config)
+    if task is None:
+        config.architectures = [type(base).__name__]
+    return config
+
+
+def _takes_images(model: Any) -> bool:
+    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
+
+
+def _blocks(
+    model: nn.Module, targets: Sequence[TargetModule], trace: Trace, max_batches: int
+) -> tuple[int | None, int | None]:
+    """Return the bytes of the largest block and of all waiting hidden states, where there is one list of blocks."""
+    try:
+        blocks = find_blocks(model, targets)
+    except EvaError:
+        return None, None
+    largest = max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks.values())
+    hidden = max((trace.n_hidden.get(name, 0) for name in blocks), default=0)
+    return largest, hidden * next(model.parameters()).itemsize * max_batches or None
+
+
+def _kind(
+    name: str, members: Sequence[TargetModule], *, n_targets: int, n_rows: int, pca: AnyPCA, max_batches: int
+) -> InputKind:
+    d = members[0].in_features
+    facts: dict[str, Any] = {"name": name, "count": len(members), "n_targets": n_targets, "in_features": d}
+    if isinstance(pca, OneHotPCA):
+        return InputKind(
+            **facts,
+            backend="exact",
+            width=None,
+            n_rows=n_rows,
+            state_bytes=SCALARS_BYTES + _DOUBLE * d,
+            cached_bytes=4 * _FLOAT * pca.n_components * d,
+            product_flops=0.0,
+            factorization_flops=0.0,
+        )
+    if isinstance(pca, StackedPCA):
+        parts = [_costs(part, width, n_rows, max_batches) for part, width in zip(pca.parts, pca.widths, strict=True)]
+        backends = {part["backend"] for part in parts}
+        widths = [part["width"] for part in parts if part["width"]]
+        sums = {
+            key: sum(part[key] for part in parts)
+            for key in ("state_bytes", "cached_bytes", "product_flops", "factorization_flops")
+        }
+        sums["state_bytes"] += SCALARS_BYTES + _DOUBLE * len(parts)
+        return InputKind(
+            **facts, n_rows=n_rows, backend="+".join(sorted(backends)), width=max(widths, default=None), **sums
+        )
+    return InputKind(**facts, n_rows=n_rows, **_costs(pca, d, n_rows, max_batches))
+
+
+def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any]:
+    """Return backend, sketch width, bytes and operations of one streaming PCA of rows with d features, n a batch."""
+    k = min(pca.n_components, d)
+    backend = choose_backend(pca.backend, k, d)
+    width = sketch_width(k, d)
+    moments = _FLOAT * d + 2 * _DOUBLE * d
+    # Components of the last three checks and the present ones.
+    cached = 4 * _FLOAT * k * d
+    doublings = math.ceil(math.log2(max(max_batches, 1))) + 1
+    checks = 2 * 2 * doublings + 1
+    if backend == "exact":
+        state, products, factorizations = _FLOAT * d * d, 2.0 * n * d * d, checks * 9.0 * d**3
+    elif backend == "sketch":
+        state, products = 2 * _FLOAT * d * width, 4.0 * n * d * width
+        # The eigenvectors of the last refresh are kept until rows come.
+        cached += _FLOAT * d * width + _DOUBLE * width
+        factorizations = (FIRST_BATCH_ITERATIONS + doublings + checks) * (8.0 * d * width**2 + 20.0 * width**3)
+    else:
+        state, products = _FLOAT * (k * d + k), 0.0
+        factorizations = max_batches * 6.0 * d * (n + k) * min(n + k, d)
+    return {
+        "backend": backend,
+        "width": width if backend == "sketch" else None,
+        "state_bytes": state + moments + SCALARS_BYTES,
+        "cached_bytes": cached,
+        "product_flops": products,
+        "factorization_flops": factorizations,
+    }
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

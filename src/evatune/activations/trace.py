@@ -1,0 +1,125 @@
+"""Follow a batch without values through a model without weights: shared inputs, rows and operations are known then.
+
+Nothing is computed and no memory is taken: tensors are fake, or on the meta device, which have shapes only. Some models
+ask for the values of a tensor on the way; where neither kind of tensor leads through a model, it cannot be followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evatune.activations.rows import RowMasks
+from evatune.activations.targets import TargetModule, TargetRules, find_targets
+
+
+class Trace:
+    """What a batch without values shows of a model.
+
+    Attributes:
+        first_of: for every target, the first one that got the same input.
+        n_rows: rows that entered a target.
+        n_hidden: elements of the first argument of every element of a `ModuleList`.
+        flops: operations until the last target was entered.
+    """
+
+    def __init__(self) -> None:
+        self.first_of: dict[str, str] = {}
+        self.n_rows: dict[str, int] = {}
+        self.n_hidden: dict[str, int] = {}
+        self.flops = 0.0
+        self._owners: dict[Any, str] = {}
+        self._kept: list[Any] = []
+
+    def run(self, model: Any, rules: TargetRules, inputs: dict[str, Tensor]) -> Trace:
+        """Pass the batch."""
+        # The counter knows attention on accelerators only.
+        attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+        for target in find_targets(model, rules):
+            target.module.register_forward_pre_hook(self._target_hook(target, counter), with_kwargs=True)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList):
+                for number, block in module.named_children():
+                    block.register_forward_pre_hook(self._block_hook(f"{name}.{number}"), with_kwargs=True)
+        options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        with torch.no_grad(), counter:
+            model(**inputs, **options)
+        self._kept.clear()
+        return self
+
+    def _target_hook(self, target: TargetModule, counter: FlopCounterMode) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering = target.layer.entering(module, args, kwargs)
+            tensors = target.layer.tensors(entering)
+            # Tensors without values have no address and are told apart as objects; kept, their numbers stay theirs.
+            self._kept.append(tensors)
+            key = (target.layer.form(module), *map(id, tensors))
+            self.first_of.setdefault(target.name, self._owners.setdefault(key, target.name))
+            pieces = target.layer.rows(module, entering, RowMasks(), in_decoder=False)
+            n_rows = sum(len(piece) if isinstance(piece, Tensor) else max(map(len, piece)) for piece in pieces)
+            self.n_rows[target.name] = self.n_rows.get(target.name, 0) + n_rows
+            self.flops = float(counter.get_total_flops())
+
+        return hook
+
+    def _block_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(hidden, Tensor):
+                self.n_hidden[name] = hidden.numel()
+
+        return hook
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Operations of attention from (B, heads, T, width) shapes: one product with the keys, one with the values."""
+    samples, heads, n_queries, width = query
+    return 2 * samples * heads * n_queries * key[2] * (width + value[3])
+
+
+def follow(
+    build: Callable[..., nn.Module], rules: TargetRules, dtype: torch.dtype | None, *, batch_size: int, length: int
+) -> Trace | None:
+    """Follow one batch.
+
+    Args:
+        build: makes the model, of a dtype and in a context.
+        rules: which modules are targets.
+        dtype: of the model.
+        batch_size: samples in the batch.
+        length: tokens of a sample.
+
+    Returns:
+        What it showed, or None if the model asks for values.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Numbers of rows and operations do not depend on the dtype, and some fused experts can be followed in one only.
+    for kind, tried in (("cpu", dtype), ("meta", dtype), ("cpu", torch.bfloat16)):
+        context: AbstractContextManager[Any] = FakeTensorMode() if kind == "cpu" else torch.device("meta")
+        try:
+            with context:
+                model = build(dtype=tried, context=context).requires_grad_(False)
+                return Trace().run(model, rules, _inputs(model, kind, batch_size=batch_size, length=length))
+        except Exception:  # whatever a model makes of values that are not there
+            continue
+    return None
+
+
+def _inputs(model: Any, device: str, *, batch_size: int, length: int) -> dict[str, Tensor]:
+    config = model.config
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": torch.empty(shape, device=device, dtype=next(model.parameters()).dtype)}
+    tokens = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+    return {"input_ids": tokens} | (
+        {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
+    )

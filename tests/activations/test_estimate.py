@@ -1,0 +1,170 @@
+"""`estimate`: bounds against the states of real measurements, counts against real passes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from evatune import EvaError, estimate, measure
+from evatune.activations.measurement import Measurement
+
+SETTINGS = {"batch_size": 6, "length": 12, "timing": False}
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Measure and return, by input, the bytes of the largest state there was, and the rows of each batch."""
+    largest: dict[str, int] = {}
+    rows: dict[str, list[int]] = {}
+    ordinary = Measurement.end_batch
+
+    def end_batch(self, *args, **kwargs):
+        for key, pca in self.pcas.items():
+            n_bytes = sum(tensor.nbytes for tensor in pca.state_dict().values())
+            largest[key] = max(largest.get(key, 0), n_bytes)
+            rows.setdefault(key, []).append(pca.n_samples_seen_)
+        return ordinary(self, *args, **kwargs)
+
+    monkeypatch.setattr(Measurement, "end_batch", end_batch)
+
+    def run(model, batches, **options):
+        largest.clear()
+        rows.clear()
+        spectra = measure(model, batches, tau=None, min_gain=None, progress=False, **options)
+        return spectra, dict(largest), dict(rows)
+
+    return run
+
+
+def unpadded(batches):
+    return [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in batches]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit"])
+@pytest.mark.parametrize("backend", ["auto", "exact", "sketch", "incremental"])
+def test_states_stay_within_the_bound_which_is_no_idle_one(build, batches_for, states, kind, backend):
+    model = build(kind)
+    options = {"backend": backend, "n_components": 4}
+    told = estimate(model, **SETTINGS, **options)
+    spectra, largest, rows = states(model, unpadded(batches_for(kind, 3)), **options)
+    assert told.traced and told.n_inputs == len(largest) == len(spectra.inputs)
+    assert sum(kind.count * kind.n_targets for kind in told.kinds) == len(spectra)
+    assert sum(largest.values()) <= told.state_bytes
+    assert told.state_bytes <= 1.05 * sum(largest.values()) + 256 * len(largest)
+    by_name = {kind.name: kind for kind in told.kinds}
+    for key, n_bytes in largest.items():
+        of_kind = by_name[".".join("*" if part.isdigit() else part for part in key.split("."))]
+        assert n_bytes <= of_kind.state_bytes and of_kind.backend == spectra.inputs[key].backend
+        assert of_kind.in_features == spectra.inputs[key].components.shape[1]
+        if kind != "t5":  # its decoder gets fewer positions here
+            assert rows[key][0] == of_kind.n_rows
+    if backend == "auto":
+        assert {kind.backend for kind in told.kinds} == {"exact"}
+
+
+def test_the_bound_holds_for_wide_inputs_embeddings_and_convolutions(states):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=300, num_hidden_layers=1, num_attention_heads=4)
+    )
+    tokens = [{"input_ids": torch.randint(0, 64, (6, 12))} for _ in range(3)]
+    options = {"n_components": 8, "target_modules": ["q_proj", "down_proj", "embed_tokens"]}
+    told = estimate(model, **SETTINGS, **options)
+    _, largest, _ = states(model, tokens, **options)
+    assert {kind.backend for kind in told.kinds} == {"sketch", "exact"}
+    assert [kind.width for kind in told.kinds if kind.backend == "sketch"] == [64, 64]
+    assert sum(largest.values()) <= told.state_bytes <= 1.1 * sum(largest.values()) + 256 * 3
+
+    images = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+        )
+    )
+    options = {"n_components": 8, "target_modules": ["projection"]}
+    told = estimate(images, **SETTINGS, **options)
+    _, largest, rows = states(images, [{"pixel_values": torch.randn(6, 3, 16, 16)} for _ in range(2)], **options)
+    (key,) = largest
+    assert largest[key] <= told.state_bytes and told.length is None
+    assert rows[key][0] == told.kinds[0].n_rows == 6 * 16
+
+
+def test_operations_are_those_of_the_pass_to_the_last_target(build):
+    told = estimate(build("llama"), **SETTINGS)
+    n, d, f = 6 * 12, 32, 48
+    linear = 2 * n * (d * d * 2 + 2 * d * 16 + 3 * d * f)
+    attention = 4 * 6 * 12 * 12 * d
+    assert told.forward_flops == 2 * (linear + attention) - 2 * n * d * f, "all of two layers but the last projection"
+
+
+def test_a_seven_billion_model_is_estimated_from_its_configuration():
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])  # the shape of Llama 2 7B
+    told = estimate(config, rank=16, max_batches=8, weights_dtype=torch.bfloat16, timing=False)
+    assert told.weights_bytes == 2 * 6_738_415_616
+    assert told.block_bytes == 2 * 202_383_360
+    assert told.hidden_bytes == 8 * 4 * 256 * 4096 * 2
+    assert told.n_inputs == 128 and {kind.backend for kind in told.kinds} == {"sketch"}
+    assert told.state_bytes < 550e6
+    assert not getattr(config, "dtype", None), "what was given is not changed"
+
+
+def test_fused_experts_are_followed_too(tmp_path):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()  # the configuration is enough
+    told = estimate(tmp_path / "model", **SETTINGS)
+    assert told.traced and {kind.name.rpartition(".")[2] for kind in told.kinds} == {"q_proj", "o_proj"}
+
+
+def test_without_a_trace_every_target_counts_and_there_is_no_time(build, monkeypatch):
+
+    from evatune.activations import estimate as package_attribute  # noqa: F401 - the function hides the module
+
+    module = sys.modules["evatune.activations.estimate"]
+    monkeypatch.setattr(module, "follow", lambda *args, **kwargs: None)
+    told = estimate(build("llama"), batch_size=6, length=12)
+    assert (told.traced, told.n_inputs, told.speed, told.pca_seconds) == (False, 14, None, None)
+    assert {kind.n_rows for kind in told.kinds} == {72}
+    assert "unknown" in told.table()
+
+
+def test_the_table_says_what_the_numbers_are(build):
+    told = estimate(build("llama"), batch_size=6, length=12, rank=2, max_batches=4)
+    assert told.speed is not None and told.speed.products > 1e7 and told.speed.factorizations > 1e6
+    assert told.forward_seconds == pytest.approx(4 * told.forward_flops / told.speed.products)
+    text = told.table()
+    for part in ("model.layers.*.self_attn.q_proj (+2)", "exact", "an estimate at", "measured just now", "at most"):
+        assert part in text
+    assert json.loads(json.dumps(told.to_json()))["state_bytes"] == told.state_bytes
+
+
+def test_bad_settings_and_models_are_refused(build):
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=1)
+    with pytest.raises(EvaError, match="length must be a whole number of at least 1, got 0"):
+        estimate(config, length=0)
+    with pytest.raises(EvaError, match="backend must be one of"):
+        estimate(config, backend="exakt")
+    with pytest.raises(EvaError, match=r"no module of the model matches target_modules='q_prj'.*'q_proj'"):
+        estimate(config, target_modules=["q_prj"])
+    with pytest.raises(EvaError, match="Linear has no configuration"):
+        estimate(nn.Linear(2, 2))
+    with pytest.raises(EvaError, match="there is no model folder"):
+        estimate("./absent")
