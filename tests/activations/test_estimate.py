@@ -135,11 +135,8 @@ def test_fused_experts_are_followed_too(tmp_path):
 
 
 def test_without_a_trace_every_target_counts_and_there_is_no_time(build, monkeypatch):
-
-    from evatune.activations import estimate as package_attribute  # noqa: F401 - the function hides the module
-
-    module = sys.modules["evatune.activations.estimate"]
-    monkeypatch.setattr(module, "follow", lambda *args, **kwargs: None)
+    # The function hides its module.
+    monkeypatch.setattr(sys.modules["evatune.activations.estimate"], "follow", lambda *args, **kwargs: None)
     told = estimate(build("llama"), batch_size=6, length=12)
     assert (told.traced, told.n_inputs, told.speed, told.pca_seconds) == (False, 14, None, None)
     assert {kind.n_rows for kind in told.kinds} == {72}

