@@ -73,6 +73,20 @@ def test_a_tensor_changed_in_place_between_two_uses_is_two_inputs(batches, obser
     assert [t.input for t in spectra.targets.values()] == ["a", "b"]
 
 
+def test_a_change_in_place_is_seen_under_inference_mode_too(batches, quiet):
+    """Tensors made in inference mode do not count their changes."""
+
+    def run(m, x):
+        x = x.clone()
+        y = m.a(x)
+        x.mul_(2).add_(1)
+        return y + m.b(x)
+
+    with torch.inference_mode():
+        spectra = measure(Net("ab", run), batches, target_modules=["a", "b"], **quiet)
+    assert [t.input for t in spectra.targets.values()] == ["a", "b"]
+
+
 def test_memory_that_is_used_again_is_another_input(batches, observe, quiet):
     """The first tensor is freed before the second is made, which mostly gets the same address."""
 

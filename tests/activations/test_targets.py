@@ -46,6 +46,7 @@ RULES = [
     {"target_modules": r".*\.(q_proj|fc)$"},
     {"target_modules": r"model\.layers\.1.*"},
     {"target_modules": r"q_proj"},
+    {"target_modules": r"model\.layers\.1"},
 ]
 LIMITS = [
     {},
