@@ -14,7 +14,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from evatune import EvaError, measure
+from evatune import EvaError, EvaWarning, measure
 
 D, INNER, EXPERTS = 16, 12, 4
 COMMON = {
@@ -159,3 +159,84 @@ class Odd(nn.Module):
 def test_experts_that_cannot_be_followed_say_so():
     with pytest.raises(EvaError, match=r"target 'experts.weights' is multiplied in a way .* target_parameters"):
         measure(Odd(), [torch.randn(5, D)], target_modules=[], target_parameters=["experts.weights"], **QUIET)
+
+
+# -- experts that are linear layers -----------------------------------------------------------------------------------
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
+
+    def forward(self, x):
+        return self.down(self.up(x) * torch.sigmoid(self.gate(x)))
+
+
+class Mixture(nn.Module):
+    """A block that sends a row to the expert that its last feature names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        self.head = nn.Linear(D, 2)
+
+    def forward(self, input_values, attention_mask=None):
+        rows = input_values.reshape(-1, D)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            chosen = rows[:, -1].long() == number
+            if chosen.any():
+                out[chosen] = expert(rows[chosen])
+        return self.head(rows + out)
+
+
+def destined(*shares, n=40, seed=0):
+    """Rows for the experts in these numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, D, generator=generator) * torch.linspace(0.2, 2, D)
+    rows[:, -1] = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(shares)).float()
+    return {"input_values": rows[torch.randperm(n, generator=generator)]}
+
+
+def test_every_expert_is_measured_on_its_own_rows():
+    batches = [destined(10, 10, 10, 10, seed=seed) for seed in range(4)] + [destined(40, 0, 0, 0, seed=9)]
+    spectra = measure(Mixture(), batches, **QUIET)
+    for number in range(EXPERTS):
+        rows = torch.cat([b["input_values"][b["input_values"][:, -1] == number] for b in batches])
+        up, down = (spectra[f"experts.{number}.{part}"] for part in ("up", "down"))
+        assert up.n_rows == down.n_rows == len(rows)
+        variances = torch.linalg.svdvals(rows - rows.mean(dim=0)).square() / (len(rows) - 1)
+        torch.testing.assert_close(up.explained_variance, variances[:4], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_rows", [0, 3])
+def test_defect_10_experts_with_few_or_no_rows_take_what_their_siblings_saw(n_rows):
+    batches = [destined(14, 13, 13, 0, seed=1)] * 3 + [destined(20, 20 - n_rows, 0, n_rows, seed=2)]
+    with pytest.warns(EvaWarning, match=r"3 of \d+ inputs are of experts that got fewer than 4 rows"):
+        spectra = measure(Mixture(), batches, **QUIET)
+    rows = torch.cat([b["input_values"] for b in batches])
+    values, right = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)[1:]
+    for part in ("up", "gate"):
+        poor = spectra[f"experts.3.{part}"]
+        assert (poor.stopped, poor.backend, poor.n_rows) == ("too few rows", "pooled experts", len(rows))
+        torch.testing.assert_close(poor.singular_values, values[:4], rtol=1e-3, atol=1e-3)
+        assert (poor.components @ right[:4].T).square().sum() > 3.99
+    poor = spectra["experts.3.down"]
+    assert (poor.stopped, poor.backend, poor.n_rows) == ("too few rows", "mean of experts", n_rows)
+    siblings = [spectra[f"experts.{number}.down"] for number in range(3)]
+    mean = torch.stack([s.explained_variance for s in siblings]).mean(dim=0)
+    torch.testing.assert_close(poor.explained_variance, mean)
+    assert poor.total_variance == pytest.approx(sum(s.total_variance for s in siblings) / 3)
+    torch.testing.assert_close(poor.components @ poor.components.T, torch.eye(4), rtol=0, atol=1e-5)
+    plan = spectra.plan(rank=2)
+    assert plan.ranks["experts.3.down"] > 0 and list(spectra) == list(plan.ranks) and len(spectra) == 3 * EXPERTS + 1
+
+
+def test_padding_that_is_routed_to_experts_is_no_secret():
+    batch = destined(10, 10, 10, 10)
+    padded = {"input_values": batch["input_values"].view(4, 10, D), "attention_mask": torch.ones(4, 10).tril(8)}
+    with pytest.warns(EvaWarning, match=r"expert 'experts.0.up' cannot be told from the padding"):
+        measure(Mixture(), [padded] * 2, **QUIET)
+    measure(Mixture(), [padded | {"attention_mask": torch.ones(4, 10)}], **QUIET)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import evatune
-from evatune import EvaError
+from evatune import EvaError, EvaWarning
 from evatune.adapters import require_initialized
 from evatune.adapters.factors import factors_of
 from evatune.adapters.lora import find_adapter
@@ -273,3 +273,30 @@ def test_a_matrix_among_target_parameters_is_refused(lora, token_batches):
     model = lora(mixture(), target_modules=[], target_parameters=["q_proj.weight"])
     with pytest.raises(EvaError, match=r"q_proj\.weight' is one matrix .* target_modules instead"):
         evatune.initialize(model, token_batches)
+
+
+class Block(nn.Module):
+    """Three experts, the last of which no row is sent to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(E, 12), nn.Tanh(), nn.Linear(12, E)) for _ in range(3))
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = x[:, 0].sign() == 2 * number - 1
+            if chosen.any():
+                out[chosen] = expert(x[chosen])
+        return x + out
+
+
+def test_defect_10_an_expert_without_rows_keeps_an_adapter(lora):
+    batches = [torch.randn(40, E, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model = lora(Block())
+    with pytest.warns(EvaWarning, match="of experts that got fewer than 8 rows"):
+        plan = evatune.initialize(model, batches, progress=False)
+    assert plan.total == plan.budget and min(plan.ranks["experts.2.0"], plan.ranks["experts.2.2"]) > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), Block()(batches[0]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evatune.activations.layers import AnyPCA
 from evatune.activations.rows import RowMasks
+from evatune.activations.starved import is_expert, stand_ins
 from evatune.activations.stopping import StoppingMonitor, is_check
 from evatune.activations.targets import TargetModule
 from evatune.allocation import ComponentVariances, allocate
@@ -56,6 +57,7 @@ class Measurement:
         self._needed: dict[str, int] = {}
         self.input_of: dict[str, str] = {}
         self._started = time.perf_counter()
+        self._warned_of_padding = False
 
     def begin_batch(self, n_batches: int, masks: RowMasks) -> None:
         """Prepare for the batch after `n_batches`."""
@@ -70,6 +72,14 @@ class Measurement:
         in_decoder = "decoder" in key.split(".") and not any(
             map(self.is_encoder_output, target.layer.tensors(entering)[:1])
         )
+        if not self._warned_of_padding and is_expert(key) and self._hidden_among(entering):
+            self._warned_of_padding = True
+            warnings.warn(
+                f"rows that enter the expert {key!r} cannot be told from the padding that is routed with them; "
+                "measure with batches without padding.",
+                EvaWarning,
+                stacklevel=2,
+            )
         pieces = target.layer.rows(target.module, entering, self._masks, in_decoder=in_decoder)
         compares = False
         while True:
@@ -95,6 +105,10 @@ class Measurement:
             self.monitor.compare_update(
                 key, self.pcas[key].components_, n_needed=self._needed.get(key, self.n_components)
             )
+
+    def _hidden_among(self, entering: Any) -> bool:
+        gathered = isinstance(entering, Tensor) and entering.ndim == 2 and len(entering) > 0
+        return gathered and self._masks.hide_some and self._masks.fitting(entering.shape[:-1]) is None
 
     def _checks(self, key: str) -> bool:
         return self._checking and self.monitor.rule.is_on and key not in self.monitor.done
@@ -158,6 +172,17 @@ class Measurement:
             raise EvaError(
                 "there was no batch to measure: the iterable is empty, or a generator that is used up already."
             )
+        self.input_of = dict(input_of)
+        standing_in = self._stand_ins(n_batches)
+        if standing_in:
+            warnings.warn(
+                f"{len(standing_in)} of {len(self.pcas.keys() | standing_in.keys())} inputs are of experts that got "
+                f"fewer than {self.n_components} rows in {n_batches} batches, the first is "
+                f"{next(iter(standing_in))!r}; they start from what the other experts of their block have seen.",
+                EvaWarning,
+                stacklevel=3,
+            )
+        input_of = {name: name for name in self.targets if name in standing_in} | dict(input_of)
         unreached = [name for name in self.targets if name not in input_of]
         if unreached:
             warnings.warn(
@@ -187,9 +212,9 @@ class Measurement:
                 f"{n_rows} rows in {n_batches} batches are fewer than the {self.n_components} components asked for; "
                 "give more or longer batches, or a smaller rank, rho or n_components."
             )
-        spectra = {}
+        spectra = self._stand_ins(n_batches)
         for key in self.targets:
-            if key not in self.pcas:
+            if key not in self.pcas or key in spectra:
                 continue
             pca = self.pcas[key]
             if not pca.is_fitted:
@@ -204,7 +229,10 @@ class Measurement:
                 stopped=self.monitor.done.get(key, stopped),
                 backend=pca.backend_,
             )
-        return spectra
+        return {key: spectra[key] for key in self.targets if key in spectra}
+
+    def _stand_ins(self, n_batches: int) -> dict[str, Spectrum]:
+        return stand_ins(self.targets, self.pcas, self.input_of, n_components=self.n_components, n_batches=n_batches)
 
     def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
         """Return how many components of each input a plan from the present spectra would use."""

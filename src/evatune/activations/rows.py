@@ -62,6 +62,11 @@ class RowMasks:
                 masks[encoder_decoder] = counted if present is None else counted & present.to(counted.device)
         return cls(encoder_bt=masks[False], decoder_bt=masks[True])
 
+    @property
+    def hide_some(self) -> bool:
+        """Whether any position does not count."""
+        return any(mask is not None and not mask.all() for mask in (self.encoder_bt, self.decoder_bt))
+
     def fitting(self, leading: torch.Size, *, in_decoder: bool = False) -> Tensor | None:
         """Return the mask (B, T) of activations with this leading shape, or None if none fits or all positions count.
 

@@ -52,6 +52,7 @@ class OneHotPCA:
         self.n_features_in_ = n_features
         self.center = center
         self._counts_v: Tensor | None = None
+        self._n_rows = 0  # so that asking for it needs no sum
         self._decomposition: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -75,6 +76,7 @@ class OneHotPCA:
         if tokens_n.device.type == "cpu" and not 0 <= int(tokens_n.min()) <= int(tokens_n.max()) < self.n_features_in_:
             raise EvaError(f"token numbers must be between 0 and {self.n_features_in_ - 1}.")
         self._counts_v.index_add_(0, tokens_n, torch.ones_like(tokens_n))
+        self._n_rows += len(tokens_n)
         self._decomposition = None
         return self
 
@@ -96,6 +98,7 @@ class OneHotPCA:
                 )
         result = OneHotPCA(self.n_components, n_features=self.n_features_in_, center=self.center)
         counts = [pca._counts_v for pca in (self, other) if pca._counts_v is not None]
+        result._n_rows = self._n_rows + other._n_rows
         if counts:
             result._counts_v = torch.stack([c.to(counts[0].device) for c in counts]).sum(dim=0)
         return result
@@ -125,7 +128,8 @@ class OneHotPCA:
     @property
     def n_samples_seen_(self) -> int:
         """How many rows were seen."""
-        return int(self._fitted().sum())
+        self._fitted()
+        return self._n_rows
 
     @property
     def mean_(self) -> Tensor:
@@ -171,7 +175,7 @@ class OneHotPCA:
         """Return the object that `state_dict` describes."""
         counts_v = state["counts"].clone()
         pca = cls(int(state["n_components"]), n_features=len(counts_v), center=bool(state["center"]))
-        pca._counts_v = counts_v
+        pca._counts_v, pca._n_rows = counts_v, int(counts_v.sum())
         return pca
 
     # -- inside -------------------------------------------------------------------------------------------------------
