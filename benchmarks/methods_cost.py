@@ -55,7 +55,7 @@ def peak() -> float:
 
 def measure_method(method: str, args: argparse.Namespace, queue: Any) -> None:
     """Prepare the model by one method and report what it took."""
-    import evatune
+    from evatune import prepare  # imports PEFT, which is not to be timed
     from evatune.models import load_model
 
     torch.set_num_threads(args.threads)
@@ -68,7 +68,7 @@ def measure_method(method: str, args: argparse.Namespace, queue: Any) -> None:
     options |= {"progress": False} if needs.needs_spectra else {}
     before = peak()
     started = time.perf_counter()
-    prepared = evatune.prepare(
+    prepared = prepare(
         model,
         method=method,
         rank=args.rank,
