@@ -17,7 +17,7 @@ def listing(folder):
 
 def test_a_new_folder_appears_when_it_is_complete(tmp_path):
     goal = tmp_path / "a" / "b"
-    with replace_folder(goal) as folder:
+    with replace_folder(goal, holds="x") as folder:
         (folder / "x").write_text("1")
         assert not goal.exists() and folder.parent == goal.parent
     assert listing(goal) == ["x"] and listing(goal.parent) == ["b"]
@@ -25,7 +25,7 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path):
 
 def test_a_failure_leaves_nothing_new(tmp_path):
     def fail():
-        with replace_folder(tmp_path / "out") as folder:
+        with replace_folder(tmp_path / "out", holds="x") as folder:
             (folder / "x").write_text("1")
             raise RuntimeError("power cut")
 
@@ -39,22 +39,23 @@ def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path, error):
     old = tmp_path / "out"
     old.mkdir()
     (old / "precious").write_text("old")
+    (old / "x").write_text("old")
 
     def fail():
-        with replace_folder(old, overwrite=True) as folder:
+        with replace_folder(old, holds="x", overwrite=True) as folder:
             (folder / "x").write_text("1")
             raise error
 
     with pytest.raises(type(error), match="power cut"):
         fail()
-    assert listing(tmp_path) == ["out"] and (old / "precious").read_text() == "old"
+    assert listing(tmp_path) == ["out"] and listing(old) == ["precious", "x"] and (old / "x").read_text() == "old"
 
 
 def test_what_exists_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
 
     def overwrite():
-        with replace_folder(tmp_path / "out"):
+        with replace_folder(tmp_path / "out", holds="x"):
             pytest.fail("the work began")
 
     with pytest.raises(
@@ -71,20 +72,31 @@ def test_overwriting_replaces_what_is_there_and_nothing_else(tmp_path, kind):
     if kind == "folder":
         goal.mkdir()
         (goal / "stale").write_text("old")
+        (goal / "x").write_text("old")
     elif kind == "file":
         goal.write_text("old")
     else:
+        (elsewhere / "x").write_text("keep")
         goal.symlink_to(elsewhere)
-    with replace_folder(goal, overwrite=True) as folder:
+    with replace_folder(goal, holds="x", overwrite=True) as folder:
         (folder / "x").write_text("1")
     assert listing(goal) == ["x"] and not goal.is_symlink()
-    assert listing(elsewhere) == ["precious"], "what a link points to is left alone"
+    assert "precious" in listing(elsewhere), "what a link points to is left alone"
+
+
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(EvaError, match=r"home holds no x, so it is something else and not overwritten"):
+        check_writable(tmp_path / "home", overwrite=True, holds="x")
+    (tmp_path / "empty").mkdir()
+    assert check_writable(tmp_path / "empty", overwrite=True, holds="x") == tmp_path / "empty"
 
 
 def test_new_folders_and_files_have_the_permissions_of_any_other(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain.txt").write_text("")
-    with replace_folder(tmp_path / "ours"):
+    with replace_folder(tmp_path / "ours", holds="x"):
         pass
     write_text(tmp_path / "ours.txt", "")
     for ours, plain in (("ours", "plain"), ("ours.txt", "plain.txt")):

@@ -12,22 +12,26 @@ from pathlib import Path
 from evatune.errors import EvaError
 
 
-def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | None = None) -> Path:
     """Check that `path` can become a new file or folder, before any long work is done for it.
 
     Args:
         path: where something is to be written.
         overwrite: allow that it exists already.
+        holds: a file by which a folder shows that it is what may be overwritten; no other folder is, unless empty.
 
     Returns:
         The path, absolute.
 
     Raises:
-        EvaError: the path exists and `overwrite` is false, or its nearest existing parent is not a writable folder.
+        EvaError: the path exists and `overwrite` is false, it is a folder of something else, or its nearest existing
+            parent is not a writable folder.
     """
     path = Path(path).expanduser().absolute()
     if path.exists() and not overwrite:
         raise EvaError(f"{path} exists already; choose another output or allow overwriting (--overwrite).")
+    if holds and path.is_dir() and any(path.iterdir()) and not (path / holds).is_file():
+        raise EvaError(f"{path} holds no {holds}, so it is something else and not overwritten; choose another output.")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
@@ -37,17 +41,18 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def replace_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
 
     Args:
         path: the folder to write.
+        holds: a file that the folder will hold; a folder that exists without it is not replaced.
         overwrite: replace a folder that exists; it stays untouched until the new one is complete.
 
     Raises:
         EvaError: see `check_writable`.
     """
-    path = check_writable(path, overwrite=overwrite)
+    path = check_writable(path, overwrite=overwrite, holds=holds)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

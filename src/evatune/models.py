@@ -123,7 +123,7 @@ def save_model(
     method = getattr(getattr(model, "quantization_method", None), "value", None)
     if method not in (None, "gguf"):
         raise EvaError(f"cannot save a model quantized with {method}; load it in float32, bfloat16 or float16.")
-    with replace_folder(os.fspath(directory), overwrite=overwrite) as folder, _no_progress_bars():
+    with replace_folder(os.fspath(directory), holds="config.json", overwrite=overwrite) as folder, _no_progress_bars():
         (_without_quantization(model) if method else model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

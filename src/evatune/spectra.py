@@ -226,7 +226,7 @@ class Spectra(Mapping[str, Spectrum]):
             for index, spectrum in enumerate(self.inputs.values())
             for name in _TENSORS
         }
-        with replace_folder(directory, overwrite=overwrite) as folder:
+        with replace_folder(directory, holds="spectra.json", overwrite=overwrite) as folder:
             save_file(tensors, folder / "spectra.safetensors")
             (folder / "spectra.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         return Path(directory)

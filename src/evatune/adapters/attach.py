@@ -99,7 +99,7 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
     Raises:
         EvaError: the folder exists or cannot be written.
     """
-    with replace_folder(directory, overwrite=overwrite) as folder, quiet_peft():
+    with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder, quiet_peft():
         model.save_pretrained(str(folder))
         if convert and (change := base_change(model)) is not None:
             convert_saved(model, folder, change)

@@ -56,7 +56,7 @@ def export_portable(
             "(save_pretrained with path_initial_model_for_weight_conversion)."
         )
     rank = max(layer.r[adapter_name] for layer in layers.values())
-    with replace_folder(directory, overwrite=overwrite) as folder:
+    with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder:
         # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): save, then rewrite.
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         saved = folder if adapter_name == "default" else folder / adapter_name

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         )
     needs_data = method.needs_batches and (method.needs_gradients or not given)
     recipe.require("model", "output", *(("data",) if needs_data else ()))
-    check_writable(recipe.output, overwrite=args.overwrite)
+    check_writable(recipe.output, overwrite=args.overwrite, holds="adapter_config.json")
     use_threads(recipe)
     spectra = Spectra.load(given) if given and measures(recipe) else None
     model, tokenizer = load_pretrained(recipe)

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         answer(args, text=told.table(), content=told.to_json())
         return
     recipe.require("model", "data", "output")
-    check_writable(recipe.output, overwrite=args.overwrite)
+    check_writable(recipe.output, overwrite=args.overwrite, holds="spectra.json")
     use_threads(recipe)
     if args.from_disk:
         tokenizer = load_tokenizer(_source(recipe), revision=recipe.model.revision)

@@ -348,9 +348,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     """Check the output folder before any long work; an empty one counts as new, and only a run is overwritten."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    check_writable(folder, overwrite=overwrite)
-    if folder.exists() and not (folder / _RECIPE).is_file():
-        raise EvaError(f"{folder} is not the folder of a run, so it is not overwritten; choose another output.")
+    check_writable(folder, overwrite=overwrite, holds=_RECIPE)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
