@@ -89,7 +89,7 @@ class LinearType(LayerType):
             return module.weight.shape[0], module.weight.shape[1]
         widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT goes by their names too.
-        if kind.endswith("Linear") and all(isinstance(width, int) for width in widths):
+        if "Linear" in kind and all(isinstance(width, int) for width in widths):
             return widths  # type: ignore[return-value]
         return None
 

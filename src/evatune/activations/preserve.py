@@ -38,6 +38,10 @@ def uncompiled(model: Any) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Where this is set, bitsandbytes repacks 4-bit weights in evaluation mode, and no gradient passes them afterwards."""
+
+
 @contextmanager
 def measuring_state(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without cache and with its adapters switched off; restore each part on exit.
@@ -56,12 +60,15 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
         )
     training = [(module, module.training) for module in modules]
     adapters = [(module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")]
+    packing = [(module, module.support_avx512bf16_for_cpu) for module in modules if hasattr(module, _REPACKS)]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     try:
         # torch's fast path in evaluation mode computes whole encoder layers at once and calls no module inside.
         torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in packing:
+            setattr(module, _REPACKS, False)
         model.eval()
         for module, _ in adapters:
             module._disable_adapters = True
@@ -70,6 +77,8 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
+        for module, repacks in packing:
+            setattr(module, _REPACKS, repacks)
         for module, mode in training:
             module.training = mode
         for module, disabled in adapters:

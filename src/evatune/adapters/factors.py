@@ -64,7 +64,7 @@ class Factors:
     @property
     def _device(self) -> torch.device:
         weight = getattr(self.layer, "weight", None)
-        return (self.layer.in_proj_weight if weight is None else weight).device
+        return working_device(self.layer, self.layer.in_proj_weight if weight is None else weight)
 
 
 class ConvolutionFactors(Factors):
@@ -136,7 +136,16 @@ class ExpertFactors(Factors):
 
     @property
     def _device(self) -> torch.device:
-        return self.layer.get_param().device
+        return working_device(self.layer, self.layer.get_param())
+
+
+def working_device(layer: LoraLayer, weight: Tensor) -> torch.device:
+    """Return where a layer computes: where its weight is, or where accelerate brings a weight that waits elsewhere."""
+    if not weight.is_meta:
+        return weight.device
+    hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return torch.device(next((device for h in hooks if (device := getattr(h, "execution_device", None))), "cpu"))
 
 
 def factors_of(layer: LoraLayer, adapter_name: str) -> list[Factors]:

@@ -121,6 +121,10 @@ def check_layers(layers: dict[str, LoraLayer], adapter_name: str, *, config: Lor
                 f"{', '.join(sorted(held))}; evatune works on plain LoRA and DoRA: "
                 "leave this module out with exclude_modules."
             )
+        if adapter_name in layer.lora_magnitude_vector and layer.weight.is_meta:
+            raise EvaError(
+                f"DoRA needs the norms of the weight of {name!r}, which is offloaded; keep it on a device or take LoRA."
+            )
         check_form(name, layer)
 
 
