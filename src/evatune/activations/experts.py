@@ -37,6 +37,8 @@ class ExpertsType(LayerType):
         parameter_name: its name in the module.
     """
 
+    merges = False
+
     def __init__(self, parameter_name: str) -> None:
         self.parameter_name = parameter_name
         self._are_hidden_states = False

@@ -30,6 +30,8 @@ class LayerType:
 
     is_linear = False
     """Whether "all-linear" means this kind of layer."""
+    merges = True
+    """Whether several processes can measure it together."""
 
     def features(self, module: Any) -> tuple[int, int] | None:
         """Return the widths (in, out) of what a low-rank update of this module multiplies, or None for other kinds.

@@ -117,6 +117,12 @@ def measure(
     )
     targets = find_targets(model, rules)
     ranks = Ranks() if Ranks.present() else None
+    alone = [target.name for target in targets if not target.layer.merges]
+    if ranks is not None and alone:
+        raise EvaError(
+            f"attention modules and fused experts are measured in one process only, and {alone[0]!r} is one of them; "
+            "measure it alone and save the spectra, or leave it out."
+        )
     base = unwrap(model)
     measurement = Measurement(
         targets=targets,
