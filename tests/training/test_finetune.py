@@ -194,7 +194,7 @@ def test_existing_output_is_kept_unless_overwritten(recipe, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(EvaError, match="exists already"):
         finetune(recipe(), progress=False)
-    with pytest.raises(EvaError, match="holds no recipe.yaml"):
+    with pytest.raises(EvaError, match=r"holds no recipe\.yaml"):
         finetune(recipe(), overwrite=True, progress=False)
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
