@@ -124,10 +124,10 @@ def write_data(target: Path, *, folder: Path | None, seed: int) -> str:
     return source
 
 
-def example(sentence: str, label: int) -> dict[str, str]:
-    """Return one multiple-choice question in the fields that the format `commonsense` reads."""
-    answer = ("negative", "positive")[label]
-    return {"instruction": f"Review: {sentence}\nAnswer format: positive/negative", "output": answer, "answer": answer}
+def example(sentence: str, label: int) -> dict[str, object]:
+    """Return one question in the fields that the format `completion` reads."""
+    choices = (" negative", " positive")
+    return {"prompt": f"Review: {sentence}\nSentiment:", "completion": choices[label], "choices": choices}
 
 
 def packaged_rows() -> list[tuple[str, int]]:
@@ -174,7 +174,7 @@ def run_all(folder: Path, options: argparse.Namespace) -> dict[str, dict]:
                 adapter=AdapterSettings(method=method, rank=options.rank, rho=2.0),
                 measure=MeasureSettings(spectra=str(spectra) if spectra else None, batch_size=8, max_batches=16),
                 train=TrainSettings(
-                    steps=options.steps, batch_size=16, learning_rate=rate, seed=options.seed, logging_steps=1
+                    steps=options.steps, batch_size=8, learning_rate=rate, seed=options.seed, logging_steps=1
                 ),
                 output=str(run),
             )
@@ -205,9 +205,11 @@ def results(records: Mapping[str, dict]) -> list[list[object]]:
     steps = first["steps"]
     for low, high in sorted({(1, 5), (max(1, steps // 2 - 4), max(1, steps // 2)), (max(1, steps - 4), steps)}):
         add(f"training loss, steps {low} to {high}", [f"{mean_loss(run['log'], low, high):.3f}" for run in runs])
-    for key, name, form in (("loss", "held-out loss", ".3f"), ("accuracy", "held-out accuracy", ".1%")):
-        for when in ("before", "after"):
-            add(f"{name} {when}", [f"{run[when][key]:{form}}" for run in runs])
+    measures = {"loss": ("loss", ".3f"), "exact": ("exact answers", ".1%"), "accuracy": ("accuracy", ".1%")}
+    for key, (name, form) in measures.items():
+        if first["after"].get(key) is not None:
+            for when in ("before", "after"):
+                add(f"held-out {name} {when}", [f"{run[when][key]:{form}}" for run in runs])
     return lines
 
 

