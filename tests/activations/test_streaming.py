@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -31,6 +32,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from evatune import EvaError, measure, measure_from_disk
 from evatune.activations import checkpoint as checkpoint_module
@@ -188,12 +190,18 @@ def test_weights_are_read_once_from_their_shards_and_none_behind_the_last_target
 
 def test_no_batch_beyond_the_last_is_drawn_and_generators_are_left_alone(stored, batches_for, quiet):
     folder, _ = stored("llama")
-    batches = iter(batches_for("llama", 4))
+
+    def shuffled():
+        for batch in batches_for("llama", 4):
+            torch.rand(3)
+            yield batch
+
+    batches = shuffled()
     torch.manual_seed(5)
     before = torch.get_rng_state()
     spectra = measure_from_disk(folder, batches, max_batches=2, **quiet_(quiet))
     assert {s.stopped for s in spectra.inputs.values()} == {"batch cap"}
-    assert len(list(batches)) == 2 and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and len(list(batches)) == 2
     assert spectra.settings["from_disk"] is True and spectra.settings["weights_dtype"] == "torch.float32"
     assert spectra.model_name == str(folder)
 
@@ -219,6 +227,32 @@ def test_a_base_model_is_measured_as_another_task_and_a_forward_of_ones_own_is_c
 
     got = measure_from_disk(folder, [{"input_ids": b["input_ids"]} for b in batches], forward=forward, **quiet_(quiet))
     assert_equal(got, measure(model, [{"input_ids": b["input_ids"][:, :5]} for b in batches], **quiet))
+
+
+def test_of_tied_weights_the_one_that_is_stored_is_read(stored, build, batches_for, quiet):
+    model = build("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    folder, model = stored(model)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    batches = batches_for("llama")
+    assert_equal(measure_from_disk(folder, batches, **quiet_(quiet)), measure(model, batches, **quiet))
+
+
+def test_the_last_block_ends_at_its_last_target(stored, batches_for, quiet, monkeypatch):
+    folder, _ = stored("llama")
+    passes, ordinary = [], LlamaMLP.forward
+
+    def count(self, hidden):
+        passes.append(self)
+        return ordinary(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", count)
+    measure_from_disk(folder, batches_for("llama"), target_modules=["q_proj"], **quiet_(quiet))
+    assert len(passes) == 3 + 1, "three times in the first block, and in the last one only by the pass that finds out"
 
 
 def test_older_transformers_know_prefixes_and_layer_norms(stored, batches_for, quiet, monkeypatch):
@@ -345,6 +379,18 @@ def test_what_a_model_makes_of_a_hidden_state_between_blocks_is_found_out(betwee
     with pytest.raises(EvaError, match=reason):
         outline.learn_style(lambda: model(torch.ones(2, 4)))
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_a_block_that_is_called_twice_is_found_out():
+    class Twice(_Passes):
+        def forward(self, rows):
+            out = self.blocks[0](*self.blocks[0](rows, None))
+            return self.blocks[1](*out)
+
+    model = Twice(None)
+    outline = Outline(model, {f"blocks.{i}": block for i, block in enumerate(model.blocks)}, last="blocks.1")
+    with pytest.raises(EvaError, match=r"'blocks\.0' is called twice"):
+        outline.learn_style(lambda: model(torch.ones(2, 4)))
 
 
 def test_an_outline_marks_the_hidden_state_and_keeps_the_other_arguments():
