@@ -231,6 +231,7 @@ def test_bad_input_is_refused_and_nothing_changes(llama, options, message):
 @pytest.mark.parametrize("method", ["lora-ga", "lora-one", "eva-grad"])
 def test_batches_without_labels_are_named(llama, batches, method):
     unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    unlabelled = [batches[0], *unlabelled]  # what the first batch left behind must go too
     base = llama()
     with pytest.raises(
         EvaError, match="the model returned no loss for a batch: put `labels` into the batches or pass loss="
@@ -322,3 +323,11 @@ def test_qlora_starts_as_the_base_in_four_bits(llama, batches, outputs, tmp_path
     quantize_targets(again, target_modules="all-linear")
     loaded = load_adapter(again, tmp_path / "trained").eval()
     torch.testing.assert_close(outputs(loaded, batches[0]), trained)
+
+
+def test_targets_with_a_shared_input_are_rotated_each_in_its_own_way(llama, batches):
+    model = evatune.prepare(llama(), **settings("eva-rot", batches), rho=1.0)
+    attention = model.get_base_model().model.layers[0].self_attn
+    q, k = (module.lora_A["default"].weight for module in (attention.q_proj, attention.k_proj))
+    torch.testing.assert_close(q.T @ q, k.T @ k)
+    assert not torch.allclose(q, k, atol=1e-2)

@@ -180,7 +180,11 @@ def test_eva_minor_rows_are_the_last_principal_components_at_uniform_ranks(toy, 
     Vh = pca(rows)[0]
     close((A * Vh.flip(0)[:RANK]).sum(dim=1).abs(), torch.ones(RANK), atol=1e-2)
     assert not B.any()
+    uneven = {"rho": 2.0, "metric": "raw", "max_batches": 3}  # by which EVA itself redistributes
+    large = [{**batch, "x": 100 * batch["x"]} for batch in batches]
+    model = prepare(Toy(), "eva-minor", batches=large, **uneven, **QUIET)
     assert set(initialized_plan(model).ranks.values()) == {RANK}
+    assert set(initialized_plan(prepare(Toy(), "eva", batches=large, **uneven, **QUIET)).ranks.values()) != {RANK}
 
 
 def test_eva_minor_refuses_spectra_without_the_minor_components(toy, batches):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.initialization.triples import singular_triples
 
 
 def lora_one(gradient_od: Tensor, rank: int, *, scaling: float = 1.0, step: float = 1 / 128) -> tuple[Tensor, Tensor]:
@@ -32,16 +31,16 @@ def lora_one(gradient_od: Tensor, rank: int, *, scaling: float = 1.0, step: floa
     Raises:
         EvaError: `rank` or `step` is out of range.
 
-    Cost: O(out_features * in_features * min(out_features, in_features)), see `singular_triples`.
+    Cost: one singular value decomposition, O(out_features * in_features * min(out_features, in_features)).
     """
     if not 1 <= rank <= min(gradient_od.shape):
         o, d = gradient_od.shape
         raise EvaError(f"rank {rank} is out of range: a gradient of {o} x {d} has {min(o, d)} singular values.")
     if not 0 < step < float("inf"):
         raise EvaError(f"step must be a positive number, got {step!r}.")
-    o, d = gradient_od.shape
-    if not gradient_od.any():
-        return torch.eye(rank, d).to(gradient_od), torch.zeros(o, rank).to(gradient_od)
-    U, S, Vh = singular_triples(gradient_od, rank)
-    root_r = (step / scaling * S / S[0]).sqrt()
-    return (root_r.unsqueeze(1) * Vh).to(gradient_od).contiguous(), (-U * root_r).to(gradient_od).contiguous()
+    gradient_od = gradient_od.detach()
+    U, S, Vh = torch.linalg.svd(gradient_od, full_matrices=False)
+    if S[0] == 0:
+        return Vh[:rank].contiguous(), torch.zeros_like(U[:, :rank])
+    root_r = (step / scaling * S[:rank] / S[0]).sqrt()
+    return (root_r.unsqueeze(1) * Vh[:rank]).contiguous(), (-U[:, :rank] * root_r).contiguous()

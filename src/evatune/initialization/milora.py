@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.initialization.triples import singular_triples
 
 
 def milora(weight_od: Tensor, rank: int, *, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -31,12 +30,13 @@ def milora(weight_od: Tensor, rank: int, *, scaling: float = 1.0) -> tuple[Tenso
     Raises:
         EvaError: `rank` is out of range.
 
-    Cost: O(out_features * in_features * min(out_features, in_features)), see `singular_triples`.
+    Cost: one singular value decomposition, O(out_features * in_features * min(out_features, in_features)).
     """
     if not 1 <= rank <= min(weight_od.shape):
         o, d = weight_od.shape
         raise EvaError(f"rank {rank} is out of range: a weight of {o} x {d} has {min(o, d)} singular values.")
-    U, S, Vh = singular_triples(weight_od, rank, smallest=True)
-    root_r = (S / scaling).sqrt()
-    dtype = torch.promote_types(weight_od.dtype, torch.float32)
-    return (root_r.unsqueeze(1) * Vh).to(dtype).contiguous(), (U * root_r).to(dtype).contiguous()
+    weight_od = weight_od.detach()
+    wide = weight_od if weight_od.dtype in (torch.float32, torch.float64) else weight_od.float()
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    root_r = (S[-rank:] / scaling).sqrt()
+    return (root_r.unsqueeze(1) * Vh[-rank:]).contiguous(), (U[:, -rank:] * root_r).contiguous()
