@@ -236,6 +236,24 @@ def test_padded_keys_of_self_attention_do_not_count():
     check_attention(spectra["attn"], x[~padded], given[~padded])
 
 
+def test_masks_of_a_batch_fit_sequences_first_too():
+    (x,) = sequences(1)
+    x = x[:, :5]  # as many positions as sequences, so that the mask also fits the wrong way round
+    counted = torch.arange(5) < torch.tensor([[5], [4], [3], [5], [2]])
+    model = Attending().eval()
+    model.forward = lambda x, attention_mask: model.attn(x, x, x, need_weights=False)
+    batch = {"x": x.transpose(0, 1), "attention_mask": counted}
+    spectra = measure(model, [batch], target_modules=["attn"], **QUIET)
+    check_attention(spectra["attn"], x[counted], heads_output(model.attn, x, x, x)[counted].detach())
+
+
+def test_attention_is_computed_again_under_the_models_own_autocast():
+    model = nn.Sequential(nn.Linear(E, E), Attending(batch_first=True)).eval()
+    spectra = measure(model, sequences(), target_modules=["1.attn"], dtype=torch.bfloat16, **QUIET)
+    exact = measure(model, sequences(), target_modules=["1.attn"], **QUIET)
+    torch.testing.assert_close(spectra["1.attn"].singular_values, exact["1.attn"].singular_values, rtol=0.02, atol=0.02)
+
+
 def test_an_encoder_of_torch_is_measured_without_its_fast_path():
     layer = nn.TransformerEncoderLayer(E, 4, 24, batch_first=True, dropout=0.0)
     model, batches = nn.TransformerEncoder(layer, 2).eval(), sequences()

@@ -143,6 +143,31 @@ def test_parameters_that_match_nothing_or_are_no_experts():
         measure(model, [], target_modules=[], target_parameters=["q_proj.weight"], **QUIET)
 
 
+class Looped(nn.Module):
+    """Experts of plain torch behind a linear layer; every position goes through all."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(D, D)
+        self.experts = nn.Module()
+        self.experts.weights = nn.Parameter(torch.randn(EXPERTS, D, D))
+        self.experts.forward = lambda x: sum(nn.functional.linear(x, w) for w in self.experts.weights)
+
+    def forward(self, x):
+        return self.experts(self.before(x))
+
+
+def test_experts_are_computed_again_under_the_models_own_autocast():
+    torch.manual_seed(0)
+    model, x = Looped(), torch.randn(50, D)
+    spectra = measure(
+        model, [x], target_modules=[], target_parameters=["experts.weights"], dtype=torch.bfloat16, **QUIET
+    )
+    rows = model.before(x).detach()
+    values = torch.linalg.svdvals(rows - rows.mean(dim=0))[:4]
+    torch.testing.assert_close(spectra["experts.weights"].singular_values, values * EXPERTS**0.5, rtol=0.02, atol=0.02)
+
+
 class Odd(nn.Module):
     """Experts that are multiplied as one einsum."""
 
