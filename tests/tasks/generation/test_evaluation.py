@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -104,3 +106,27 @@ def test_bf16_is_close(model, tokenizer, questions):
     rough = evaluate(model, questions, tokenizer, bf16=True, progress=False)
     assert rough.loss == pytest.approx(exact.loss, rel=0.05)
     assert rough.loss != exact.loss
+
+
+class Foresight(torch.nn.Module):
+    """Predicts every next token rightly, except one that it never predicts."""
+
+    def __init__(self, never: int) -> None:
+        super().__init__()
+        self.never = never
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        following = input_ids.roll(-1, dims=1)
+        logits = torch.nn.functional.one_hot(following, 400).float() * (following != self.never).unsqueeze(-1)
+        return SimpleNamespace(logits=logits + self.anchor)
+
+
+def test_a_completion_is_exact_if_each_of_its_tokens_is_the_most_probable(tokenizer):
+    examples = [Example(pieces=((f"{word}: ", False), (word, True))) for word in ("red", "two green", "blue")]
+    rows = encode_examples(examples, tokenizer).rows
+    never = next(token for token in rows[2]["labels"] if token not in (-100, *rows[0]["labels"], *rows[1]["labels"]))
+    assert evaluate(Foresight(never), examples, tokenizer, progress=False).exact == pytest.approx(2 / 3)
+    assert evaluate(Foresight(tokenizer.eos_token_id), examples, tokenizer, progress=False).exact == 0
+    prompt_token = next(token for token in rows[0]["input_ids"] if token not in rows[0]["labels"])
+    assert evaluate(Foresight(prompt_token), examples[:1], tokenizer, progress=False).exact == 1

@@ -35,6 +35,8 @@ class Evaluation:
     """Completion tokens."""
     examples: int
     """Examples."""
+    exact: float
+    """Share of the completions that greedy decoding gives token for token, end token included."""
     accuracy: float | None
     """Share of the multiple-choice questions answered right; None without such questions."""
     questions: int
@@ -73,19 +75,20 @@ def evaluate(
     """
     started = time.perf_counter()
     rows = _rows(examples, tokenizer, max_length=max_length)
-    total, tokens, right, questions = 0.0, 0, 0, 0
+    total, tokens, exact, right, questions = 0.0, 0, 0, 0, 0
     scores: dict[int, dict[int, float]] = {}
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(rows), desc="evaluate", unit="row", leave=False, disable=None if progress else True) as bar:
             for batch in _bucketed(rows, batch_tokens):
-                for row, log_likelihood, picked in _score(model, batch, Collator(tokenizer), bf16=bf16):
+                for row, log_likelihood, is_exact, picked in _score(model, batch, Collator(tokenizer), bf16=bf16):
                     if row["choice"] is not None:
                         scores.setdefault(row["example"], {})[row["choice"]] = log_likelihood
                         continue
                     total -= log_likelihood
                     tokens += _learned(row["labels"])
+                    exact += is_exact
                     if picked is not None:
                         questions += 1
                         right += picked == examples[row["example"]].answer
@@ -99,6 +102,7 @@ def evaluate(
         loss=total / max(tokens, 1),
         tokens=tokens,
         examples=len(examples),
+        exact=exact / max(len(examples), 1),
         accuracy=right / questions if questions else None,
         questions=questions,
         seconds=time.perf_counter() - started,
@@ -148,8 +152,8 @@ def _bucketed(rows: list[dict[str, Any]], batch_tokens: int) -> Iterator[list[di
 @torch.inference_mode()
 def _score(
     model: torch.nn.Module, batch: list[dict[str, Any]], collate: Collator, *, bf16: bool
-) -> list[tuple[dict[str, Any], float, int | None]]:
-    """Return for each row its log-likelihood and, where its choices fork at one token, the most probable choice."""
+) -> list[tuple[dict[str, Any], float, bool, int | None]]:
+    """Return for each row its log-likelihood, whether greedy decoding gives it, and the choice picked at a fork."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
     labels = inputs.pop("labels")
@@ -164,11 +168,12 @@ def _score(
     chosen = logits[:, :-1].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     log_probs = chosen - logits[:, :-1].logsumexp(dim=-1)
     sums = log_probs.masked_fill(targets == IGNORED, 0).sum(dim=-1).tolist()
+    greedy = ((logits[:, :-1].argmax(dim=-1) == targets) | (targets == IGNORED)).all(dim=-1).tolist()
     picks: list[int | None] = []
     for index, row in enumerate(batch):
         position, tokens = row["fork"] or (None, None)
         picks.append(None if position is None else int(logits[index, position - first, tokens].argmax()))
-    return list(zip(batch, sums, picks, strict=True))
+    return list(zip(batch, sums, greedy, picks, strict=True))
 
 
 def _learned(labels: Sequence[int]) -> int:

@@ -103,7 +103,11 @@ def _metamath(row: Row) -> Example | None:
 
 
 def _completion(row: Row) -> Example | None:
-    return _of(_text(row, "prompt"), _text(row, "completion"))
+    """Read a prompt and a completion; with a list of `choices` that holds the completion, it is a question."""
+    example, choices = _of(_text(row, "prompt"), _text(row, "completion")), tuple(row.get("choices") or ())
+    if example is None or example.completion not in choices:
+        return example
+    return Example(pieces=example.pieces, choices=choices, answer=choices.index(example.completion))
 
 
 def _plain_text(row: Row) -> Example | None:
