@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, LENGTH = 4, 256

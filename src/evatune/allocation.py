@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evatune.errors import EvaError, near_misses
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ from torch import Tensor
 from evatune.allocation import ComponentVariances, RankPlan, allocate
 from evatune.errors import EvaError, near_misses
 from evatune.files import replace_folder
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 FORMAT_VERSION = 1
 _TENSORS = ("components", "singular_values", "mean")

@@ -33,7 +33,7 @@ from evatune.pca.sketch import FIRST_BATCH_ITERATIONS, sketch_width
 from evatune.pca.stacked import StackedPCA
 from evatune.pca.streaming import choose_backend
 from evatune.pca.subspace import one_thread
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 SCALARS_BYTES = 256
 """Room for the counters and flags of one state."""

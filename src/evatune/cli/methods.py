@@ -7,7 +7,7 @@ import argparse
 from evatune.cli.options import answer
 from evatune.methods import EXAMPLES as COMBINATIONS
 from evatune.methods import METHODS, OPTIONS
-from evatune.report.tables import text_table
+from evatune.tables import text_table
 
 SUMMARY = "list the methods that --method takes"
 USAGE = ""

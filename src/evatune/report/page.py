@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evatune.files import write_text
-from evatune.report.tables import alignment, table_cells
+from evatune.tables import alignment, table_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ class Table:
     headers: Sequence[str]
     """One title a column; without any, the table has no head."""
     rows: Sequence[Sequence[object]]
-    """The cells, shown as `evatune.report.tables.text_table` shows them; the first of a row is its title."""
+    """The cells, shown as `evatune.tables.text_table` shows them; the first of a row is its title."""
     caption: str = ""
     """A sentence below it."""
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from evatune import tables
 from evatune.errors import EvaError
-from evatune.report import tables
-from evatune.report.tables import bar, markdown_table, text_table
+from evatune.tables import bar, markdown_table, text_table
 
 
 def test_examples_in_the_docstrings_run():
