@@ -285,8 +285,11 @@ def test_the_callers_grad_mode_makes_no_difference(build, batches_for, quiet, co
 
 
 def test_settings_and_versions_are_kept(build, batches_for, quiet):
-    spectra = measure(build("llama"), batches_for("llama"), target_modules=["q_proj"], seed=4, **quiet)
+    spectra = measure(
+        build("llama"), batches_for("llama"), target_modules={"q_proj"}, layers_to_transform=(1,), seed=4, **quiet
+    )
     assert spectra.settings["target_modules"] == ["q_proj"] and spectra.settings["seed"] == 4
+    assert spectra.settings["layers_to_transform"] == [1] and spectra.settings["exclude_modules"] is None
     assert spectra.settings["n_batches"] == 3
     assert {"evatune", "torch"} <= set(spectra.versions)
     assert spectra.model_name == "LlamaForCausalLM" and spectra.seconds > 0

@@ -182,8 +182,11 @@ def measure(
                 raise
             stopped = INTERRUPTED
     settings = {
-        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "target_modules": _listed(target_modules),
         "target_parameters": None if target_parameters is None else sorted(target_parameters),
+        "exclude_modules": _listed(exclude_modules),
+        "layers_to_transform": _listed(layers_to_transform),
+        "layers_pattern": _listed(layers_pattern),
         "n_components": n_components,
         "rank": rank,
         "rho": rho,
@@ -194,6 +197,7 @@ def measure(
         "delta": delta,
         "min_gain": min_gain,
         "use_label_mask": use_label_mask,
+        "label_mask_value": label_mask_value,
         "backend": backend,
         "center": center,
         "dtype": str(dtype) if dtype is not None else None,
@@ -210,6 +214,11 @@ def measure(
         seconds=time.perf_counter() - started,
         history=measurement.history,
     )
+
+
+def _listed(value: Any) -> Any:
+    """Return a setting as JSON has it: sets and tuples as sorted lists."""
+    return value if value is None or isinstance(value, str | int) else sorted(value)
 
 
 def _forward(base: nn.Module, batch: Any, *, keep_labels: bool) -> None:
