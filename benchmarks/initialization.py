@@ -265,7 +265,7 @@ def main() -> None:
         if key.startswith("first"):
             share = f"{score['at_least_peft']:.1%}"
             print(f"{key} components: evatune captures at least as much as PEFT on {share} of inputs")
-    results["settings"] = {key: str(value) for key, value in vars(args).items()}
+    results["settings"] = {key: value for key, value in vars(args).items() if key != "output"}
     results["machine"] = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
     results["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "evatune")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
