@@ -7,6 +7,7 @@ A new layer type is one subclass of `LayerType` and one entry in `evatune.activa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ Rows = Any
 AnyPCA = StreamingPCA | OneHotPCA | StackedPCA
 
 
-class LayerType:
+class LayerType(ABC):
     """How one kind of layer is measured; what is here is right for layers that multiply vectors by one matrix."""
 
     is_linear = False
@@ -33,13 +34,13 @@ class LayerType:
     merges = True
     """Whether several processes can measure it together."""
 
+    @abstractmethod
     def features(self, module: Any) -> tuple[int, int] | None:
         """Return the widths (in, out) of what a low-rank update of this module multiplies, or None for other kinds.
 
         Raises:
             EvaError: the module is of this kind, but of a form that cannot be measured.
         """
-        raise NotImplementedError
 
     def entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what enters the module, from the arguments of its call."""
