@@ -71,11 +71,16 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file beside its final place and rename it.
+    """Write a text file in UTF-8; see `write_bytes`."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file beside its final place and rename it.
 
     Args:
         path: the file to write; its folder is made if needed.
-        text: the content.
+        content: what it will hold.
 
     Returns:
         The path.
@@ -84,8 +89,8 @@ def write_text(path: str | Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evatune.errors import EvaError
+from evatune.files import write_bytes
 
 __all__ = ["FORMATS", "colours", "fresh_axes", "looks", "render", "save", "styled"]
 
@@ -134,17 +133,5 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise EvaError(f"a figure cannot be written as {path.name!r}; end its name with .{', .'.join(FORMATS)}.")
-    content = render(figure, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes(path, render(figure, kind))
     return figure
