@@ -302,7 +302,7 @@ def test_methods_of_matrices_refuse_other_layers(batches, method):
 @pytest.mark.parametrize("method", ["qlora", "eva+qlora"])
 def test_qlora_starts_as_the_base_in_four_bits(llama, batches, outputs, tmp_path, method):
     bnb = pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
-    from evatune.adapters.prepare import quantize_targets
+    from evatune.adapters.four_bits import quantize_targets
 
     quantized = llama()
     quantize_targets(quantized, target_modules="all-linear")

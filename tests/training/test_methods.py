@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -11,16 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import evatune
+from evatune.adapters.adalora import allocator_state, restore_allocator
 from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
 from evatune.models import load_model
 from evatune.recipe import Recipe
+from evatune.spectra import Spectra
 from evatune.tasks.generation import evaluate
-from evatune.training import finetune
+from evatune.training import AdaLoraCallback, finetune
 from evatune.training import run as run_module
-from evatune.training.setup import load_held_out_data, load_pretrained
+from evatune.training.setup import (
+    load_held_out_data,
+    load_pretrained,
+    load_training_data,
+    measure_recipe,
+    quantize_as_asked,
+)
+
+NEEDS_BITSANDBYTES = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="qlora needs bitsandbytes")
 
 
 @pytest.fixture
@@ -71,8 +84,6 @@ def test_full_fine_tuning_saves_a_model(recipe):
 
 
 def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
-    from safetensors.torch import load_file
-
     wanted = recipe("eva", adapter={"train_a": False})
     finetune(wanted, progress=False)
     first, last = (
@@ -82,26 +93,54 @@ def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
     assert all(torch.equal(first[name], last[name]) == (".lora_A." in name) for name in first)
 
 
+@NEEDS_BITSANDBYTES
+def test_eva_beside_4_bits_measures_the_model_that_will_run(recipe, tmp_path):
+    spectra = {}
+    for method in ("eva", "eva+qlora"):
+        finetune(recipe(method, name=method), progress=False)
+        spectra[method] = Spectra.load(tmp_path / method / "spectra")
+    wanted = recipe("eva+qlora")
+    model, tokenizer = load_pretrained(wanted)
+    quantize_as_asked(wanted, model)
+    expected = measure_recipe(wanted, model, load_training_data(wanted, tokenizer)[1], tokenizer, progress=False)
+    for name, spectrum in spectra["eva+qlora"].items():
+        assert torch.equal(spectrum.components, expected[name].components)
+    last = "model.layers.1.mlp.down_proj"
+    assert not torch.allclose(spectra["eva"][last].singular_values, expected[last].singular_values, rtol=1e-3)
+
+
 class InterruptAt(TrainerCallback):
+    """Press Ctrl-C during a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora-ga", "full", "eva+lora+"])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch, method):
-    whole = finetune(recipe(method, name="whole"), progress=False)
+def interrupt(wanted: Recipe, monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
+    """Run until a step, as if Ctrl-C was pressed in it."""
 
     class Interrupted(Trainer):
         def train(self, *args, **kwargs):
-            self.add_callback(InterruptAt())
+            self.add_callback(InterruptAt(step))
             return super().train(*args, **kwargs)
 
-    halved = recipe(method, name="halved")
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "Trainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            finetune(halved, progress=False)
+            finetune(wanted, progress=False)
+
+
+@pytest.mark.parametrize(
+    "method", ["pissa", "lora-ga", "full", "eva+lora+", pytest.param("eva+qlora", marks=NEEDS_BITSANDBYTES)]
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch, method):
+    whole = finetune(recipe(method, name="whole"), progress=False)
+    halved = recipe(method, name="halved")
+    interrupt(halved, monkeypatch, step=2)
     resumed = finetune(halved, progress=False, resume=True)
     assert resumed.resumed_from == 2
     assert resumed.losses[-1]["loss"] == pytest.approx(whole.losses[-1]["loss"], rel=1e-5)
@@ -128,6 +167,53 @@ def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
     kept = sum(sum(mask) for mask in config["rank_pattern"].values())
     assert kept <= 4 * 14  # from 8 * 14 down to the budget
     assert record.after["loss"] < record.before["loss"]
+
+
+@pytest.mark.parametrize("step", [2, 6, 11], ids=["before cutting", "while cutting", "after the last cut"])
+def test_adalora_goes_on_with_the_same_scores_and_the_same_cuts(recipe, monkeypatch, step):
+    train = {"steps": 12, "learning_rate": 2e-2}
+    whole, halved = (recipe("adalora", name=name, train=train) for name in ("whole", "halved"))
+    uninterrupted = finetune(whole, progress=False)
+    interrupt(halved, monkeypatch, step=step)
+    resumed = finetune(halved, progress=False, resume=True)
+    assert resumed.resumed_from == step
+    assert resumed.log == uninterrupted.log
+    first, second = (Path(folder.output) / "adapter" for folder in (whole, halved))
+    masks = [json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] for folder in (first, second)]
+    assert masks[0] == masks[1]
+    assert 0 < sum(map(sum, masks[0].values())) <= 4 * 14
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adalora_checkpoint_without_scores_is_not_complete(recipe, monkeypatch, tmp_path):
+    wanted = recipe("adalora", train={"steps": 6})
+    interrupt(wanted, monkeypatch, step=4)
+    checkpoint = Path(wanted.output) / "checkpoints" / "checkpoint-4"
+    (checkpoint / "adalora.safetensors").unlink()
+    args, control = TrainingArguments(output_dir=str(tmp_path / "else")), TrainerControl()
+    for callback, folder in ((AdaLoraCallback(), "else/checkpoint-4"), (AdaLoraCallback(checkpoint), str(checkpoint))):
+        callback.on_train_begin(args, TrainerState(), control, model=None)  # a new training needs none
+        with pytest.raises(EvaError, match=f"{folder} holds no adalora.safetensors, .* go on as planned"):
+            callback.on_train_begin(args, TrainerState(global_step=4), control, model=None)
+    assert finetune(wanted, progress=False, resume=True).resumed_from is None  # as if it had not been written
+
+
+def test_adalora_scores_of_another_adapter_are_refused(tiny_model):
+    models = [
+        evatune.prepare(load_model(str(tiny_model)), method="adalora", rank=rank, total_steps=8) for rank in (2, 3)
+    ]
+    state = allocator_state(models[0], {"model.layers.0.mlp.up_proj.lora_E.default": [True] * 6})
+    assert restore_allocator(models[0], state) == {"model.layers.0.mlp.up_proj.lora_E.default": [True] * 6}
+    assert restore_allocator(models[1], {}) is None
+    with pytest.raises(EvaError, match=r"of another adapter: 'model.layers.0.mlp.up_proj.lora_E.default' is not a"):
+        restore_allocator(models[1], state)
+    with pytest.raises(EvaError, match=r"of another adapter: 'nowhere' is not a weight of this size here"):
+        restore_allocator(models[0], {"kept/nowhere": torch.ones(6)})
+    name = "model.layers.0.mlp.up_proj.lora_E.default"
+    with pytest.raises(EvaError, match="of another adapter"):
+        restore_allocator(models[0], {f"budget/{name}": torch.ones(6)})
 
 
 def test_loraplus_has_a_higher_rate_for_b(recipe, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from evatune.activations.targets import TargetModule, TargetRules, find_targets
 from evatune.adapters import starts
 from evatune.adapters.attach import quiet_peft
 from evatune.adapters.base_change import copy_weights, take_out
+from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.starts import Preparation
 from evatune.errors import EvaError
 from evatune.methods import Choice, parse_method
@@ -170,50 +170,6 @@ def freeze_a(peft_model: PeftModel) -> None:
     for name, parameter in peft_model.named_parameters():
         if ".lora_A." in name:
             parameter.requires_grad_(False)
-
-
-def quantize_targets(
-    model: nn.Module, *, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None
-) -> None:
-    """Hold the weights of the targets in 4 bits (NF4), as QLoRA does.
-
-    Args:
-        model: changed in place; targets in 4 bits already are left alone.
-        target_modules: as in `prepare`.
-        exclude_modules: as in `prepare`.
-
-    Raises:
-        EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EvaError("qlora needs the package bitsandbytes, which is not installed: pip install bitsandbytes.")
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
-    modules = {target.name: target.module for target in find_targets(model, rules)}
-    for name, module in modules.items():
-        if not isinstance(module, nn.Linear):
-            raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")
-    for name, module in modules.items():
-        if isinstance(module, Linear4bit):
-            continue
-        assert isinstance(module, nn.Linear)
-        weight = module.weight
-        quantized = Linear4bit(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            compute_dtype=weight.dtype,
-            quant_type="nf4",
-            device="meta",
-        )
-        quantized.bias = module.bias
-        # On a CPU, bitsandbytes repacks the weights at the first evaluation; from then on no gradient passes them.
-        quantized.support_avx512bf16_for_cpu = False
-        packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
-        quantized.weight = packed.to(weight.device)  # this is where bitsandbytes quantizes
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized.train(module.training))
 
 
 def _check(

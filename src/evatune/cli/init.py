@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         measure_recipe,
         measures,
         new_adapter,
+        quantize_as_asked,
         use_threads,
     )
 
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     spectra = Spectra.load(given) if given and measures(recipe) else None
     model, tokenizer = load_pretrained(recipe)
     encoded = load_training_data(recipe, tokenizer)[1] if needs_data else None
+    quantize_as_asked(recipe, model)
     if spectra is None and encoded is not None and measures(recipe):
         spectra = measure_recipe(recipe, model, encoded, tokenizer)
         if is_interrupted(spectra):

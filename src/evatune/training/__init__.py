@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from evatune.training.adalora import AdaLoraCallback
     from evatune.training.callbacks import JsonLinesCallback, RequireEva
     from evatune.training.record import RunRecord
     from evatune.training.run import finetune
 
-__all__ = ["JsonLinesCallback", "RequireEva", "RunRecord", "finetune"]
+__all__ = ["AdaLoraCallback", "JsonLinesCallback", "RequireEva", "RunRecord", "finetune"]
 
-_HOME = {"JsonLinesCallback": "callbacks", "RequireEva": "callbacks", "RunRecord": "record", "finetune": "run"}
+_HOME = {
+    "AdaLoraCallback": "adalora",
+    "JsonLinesCallback": "callbacks",
+    "RequireEva": "callbacks",
+    "RunRecord": "record",
+    "finetune": "run",
+}
 
 
 def __getattr__(name: str) -> object:

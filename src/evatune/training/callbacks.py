@@ -47,20 +47,6 @@ class RequireEva(TrainerCallback):
         require_initialized(kwargs["model"], self.adapter_name, asked=self.asked)
 
 
-class AdaLoraCallback(TrainerCallback):
-    """Let AdaLoRA weigh its directions and cut the least important ones after every optimizer step.
-
-    Example:
-        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[AdaLoraCallback()])  # doctest: +SKIP
-    """
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Update the ranks, while the gradients are still there."""
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
-
-
 class JsonLinesCallback(TrainerCallback):
     """Write one JSON object a logged step; after resuming, the file holds no step twice.
 

@@ -22,7 +22,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,9 +43,10 @@ from evatune.models import save_model
 from evatune.recipe import Recipe, load_recipe
 from evatune.spectra import Spectra
 from evatune.tasks.generation import Collator, EncodedExamples, Evaluation, Examples, evaluate
+from evatune.training.adalora import FILE_NAME as ADALORA_SCORES
+from evatune.training.adalora import AdaLoraCallback
 from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
-    AdaLoraCallback,
     ConsoleCallback,
     EvaluateCallback,
     InterruptCallback,
@@ -62,6 +63,7 @@ from evatune.training.setup import (
     measure_recipe,
     measures,
     new_adapter,
+    quantize_as_asked,
     resumed_adapter,
     use_threads,
     uses_bf16,
@@ -133,7 +135,7 @@ class _Run:
         if resume and ((self.folder / _INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
             adapted = resumed_adapter(recipe, model, self.folder / _INITIAL)
-            checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS)
+            checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS, holding=self._in_checkpoints())
         else:
             adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
         before = self._before(adapted, held_out, tokenizer)
@@ -181,6 +183,7 @@ class _Run:
 
     def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
+        quantize_as_asked(self.recipe, model)
         spectra = self._spectra(model, encoded, tokenizer) if measures(self.recipe) else None
         with self._timed("prepare"):
             adapted, plan = new_adapter(
@@ -249,7 +252,7 @@ class _Run:
         ]
         method = self.recipe.adapter.choice.method
         callbacks += [RequireEva(asked=True)] if method.name == "eva" else []
-        callbacks += [AdaLoraCallback()] if method.name == "adalora" else []
+        callbacks += [AdaLoraCallback(checkpoint)] if method.name == "adalora" else []
         callbacks += [ConsoleCallback()] if self.progress else []
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -333,6 +336,11 @@ class _Run:
     def _is_full(self) -> bool:
         return not self.recipe.adapter.choice.method.peft_config
 
+    def _in_checkpoints(self) -> set[str]:
+        """Return the files without which a checkpoint is not complete: the Trainer writes its state last."""
+        scores = {ADALORA_SCORES} if self.recipe.adapter.choice.method.name == "adalora" else set()
+        return {"trainer_state.json"} | scores
+
     def _plan(self) -> RankPlan | None:
         path = self.folder / _PLAN
         return RankPlan.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -351,9 +359,9 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     check_writable(folder, overwrite=overwrite, holds=_RECIPE)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint: the Trainer writes its state last."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+def _last_checkpoint(folder: Path, *, holding: Collection[str]) -> str | None:
+    """Return the newest complete checkpoint, by the files that are written last."""
+    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in holding)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 

@@ -13,7 +13,8 @@ from evatune.activations import measure
 from evatune.activations.gradients import batch_loss
 from evatune.adapters import initialized_plan, prepare
 from evatune.adapters.attach import load_adapter
-from evatune.adapters.prepare import freeze_a, quantize_targets
+from evatune.adapters.four_bits import quantize_targets
+from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
 from evatune.hardware import best_device
 from evatune.models import load_model, load_tokenizer
@@ -107,6 +108,14 @@ def measure_recipe(
     )
 
 
+def quantize_as_asked(recipe: Recipe, model: torch.nn.Module) -> None:
+    """Hold the targets in 4 bits if the recipe says `qlora`: what is measured then is the model that will run."""
+    if "qlora" in recipe.adapter.choice.options:
+        quantize_targets(
+            model, target_modules=recipe.adapter.target_modules, exclude_modules=recipe.adapter.exclude_modules
+        )
+
+
 def is_interrupted(spectra: Spectra) -> bool:
     """Return whether Ctrl-C ended the measurement."""
     return any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values())
@@ -180,10 +189,7 @@ def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path) -> Any:
     """Return the model as `new_adapter` made it, from the adapter that was saved then, for a checkpoint to fill."""
     if not recipe.adapter.choice.method.peft_config:
         return model.requires_grad_(True)
-    if "qlora" in recipe.adapter.choice.options:
-        quantize_targets(
-            model, target_modules=recipe.adapter.target_modules, exclude_modules=recipe.adapter.exclude_modules
-        )
+    quantize_as_asked(recipe, model)
     adapted = load_adapter(model, directory, is_trainable=True)
     if not recipe.adapter.train_a:
         freeze_a(adapted)

@@ -1,0 +1,97 @@
+"""Base weights in 4 bits (NF4), as QLoRA holds them, and back (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from evatune.activations.targets import TargetRules, find_targets
+from evatune.errors import EvaError
+
+
+def quantize_targets(
+    model: nn.Module, *, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None
+) -> None:
+    """Hold the weights of the targets in 4 bits (NF4), as QLoRA does.
+
+    Args:
+        model: changed in place; targets in 4 bits already are left alone.
+        target_modules: as in `prepare`.
+        exclude_modules: as in `prepare`.
+
+    Raises:
+        EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EvaError("qlora needs the package bitsandbytes, which is not installed: pip install bitsandbytes.")
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
+    modules = {target.name: target.module for target in find_targets(model, rules)}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")
+    for name, module in modules.items():
+        if isinstance(module, Linear4bit):
+            continue
+        assert isinstance(module, nn.Linear)
+        weight = module.weight
+        quantized = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        quantized.bias = module.bias
+        # On a CPU, bitsandbytes repacks the weights at the first evaluation; from then on no gradient passes them.
+        quantized.support_avx512bf16_for_cpu = False
+        packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
+        quantized.weight = packed.to(weight.device)  # this is where bitsandbytes quantizes
+        _put(model, name, quantized.train(module.training))
+    # PEFT asks the model, not the layer, whether to take its adapter for 4 bits; the one for floats cannot merge.
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def dequantize_targets(model: nn.Module) -> None:
+    """Replace every layer in 4 bits by an ordinary one that computes the same: its weight is the rounded one.
+
+    An adapter that was trained beside 4-bit weights merges into these without loss.
+
+    Args:
+        model: changed in place; no PEFT model.
+
+    Raises:
+        EvaError: a PEFT model, one that transformers quantized, or one without layers in 4 bits.
+
+    Example:
+        >>> quantize_targets(base, target_modules="all-linear")  # doctest: +SKIP
+        >>> dequantize_targets(base)  # doctest: +SKIP
+        >>> merged = load_adapter(base, "adapter").merge_and_unload()  # doctest: +SKIP
+    """
+    if isinstance(model, PeftModel):
+        raise EvaError("dequantize_targets takes a base model: save the adapter, take it off, and load it afterwards.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise EvaError("transformers quantized this model and knows best how to undo it: call model.dequantize().")
+    layers = {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    if not layers:
+        raise EvaError("no layer of the model is in 4 bits; call quantize_targets first.")
+    for name, layer in layers.items():
+        packed: Any = layer
+        plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+        plain.bias = packed.bias
+        weight: Any = dequantize_module_weight(layer)
+        plain.weight = nn.Parameter(weight.detach().to(packed.compute_dtype), requires_grad=False)
+        _put(model, name, plain.train(layer.training))
+    model.is_loaded_in_4bit = False  # type: ignore[assignment]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
