@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,19 @@ def test_every_start_is_a_function_and_every_idea_one_sentence():
 def test_the_registry_loads_without_torch():
     code = "import sys, evatune.methods; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "methods"
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_says_what_a_reader_needs_to_choose(path):
+    text = path.read_text(encoding="utf-8")
+    if path.stem == "index":
+        linked = set(re.findall(r"\]\(([a-z-]+)\.md\)", text))
+        assert linked == {page.stem for page in DOCS.glob("*.md")} - {"index"}
+        assert all(re.search(rf"[\[`]{re.escape(name)}[\]`]", text) for name in [*METHODS, *OPTIONS])
+        return
+    assert "```math" in text
+    parts = re.findall(r"^\*\*(\w[\w ]*)\.\*\*", text, flags=re.MULTILINE)
+    assert {"Cost", "Base weights", "When", "Reference"} <= set(parts), parts

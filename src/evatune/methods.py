@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="olora",
-            idea="A and B start as the first columns and rows of the weight's QR decomposition.",
+            idea="B and A start as the first columns of Q and rows of R in the weight's QR decomposition.",
             changes_base=True,
             settings={"init_lora_weights": "olora"},
             refuses=_CHANGES_BASE,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchEncoding
 
-from evatune import measure
+from evatune import EvaError, Spectra, measure
 
 
 def by_attention_mask(name, batch):
@@ -293,3 +293,47 @@ def test_settings_and_versions_are_kept(build, batches_for, quiet):
     assert spectra.settings["n_batches"] == 3
     assert {"evatune", "torch"} <= set(spectra.versions)
     assert spectra.model_name == "LlamaForCausalLM" and spectra.seconds > 0
+
+
+def test_ranks_by_target_name_stop_and_keep_what_their_plan_needs(build, batches_for, tmp_path):
+    model, batches = build("llama"), batches_for("llama")
+    names = list(measure(model, batches, n_components=2, progress=False))
+    ranks = {name: 1 + 5 * name.endswith("down_proj") for name in names}
+    # Unevenly distributed ranks: the components that a plan needs converge at other batches than four of each input.
+    options = {"rho": 1.0, "tau": 0.6, "min_gain": None, "progress": False}
+    spectra = measure(model, batches, rank=dict(reversed(ranks.items())), **options)
+    assert spectra.n_components == 6
+    assert spectra.plan(ranks, 1.0).ranks == ranks
+    stopped = {name: spectrum.stopped for name, spectrum in spectra.inputs.items()}
+    uniform = measure(model, batches, rank=6, **options)
+    assert stopped != {name: spectrum.stopped for name, spectrum in uniform.inputs.items()}
+    loaded = Spectra.load(spectra.save(tmp_path / "spectra"))
+    assert loaded.settings["rank"] == ranks and list(loaded.settings["rank"]) == names
+    same = measure(model, batches, rank=dict.fromkeys(names, 6), **options)
+    assert {n: s.stopped for n, s in same.inputs.items()} == {n: s.stopped for n, s in uniform.inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.0.self_attn.q_proj": 0}, r"at least 1, got 0 for model\.layers\.0\.self_attn\.q_proj"),
+        ({"model.layers.0.self_attn.q_proj": True}, "at least 1, got True for model"),
+        (
+            {"model.layers.9.self_attn.q_proj": 2},
+            r"rank names 'model\.layers\.9\.\S+', which is no target .did",
+        ),
+    ],
+)
+def test_ranks_that_fit_no_target_are_refused_before_any_batch(build, change, message):
+    def no_batches():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    ranks = {f"model.layers.{n}.self_attn.q_proj": 2 for n in range(2)}
+    first = dict([*ranks.items()][:1])
+    with pytest.raises(EvaError, match=message):
+        measure(build("llama"), no_batches(), target_modules=["q_proj"], rank=ranks | change, progress=False)
+    with pytest.raises(EvaError, match=r"rank names no value for 1 targets, the first 'model\.layers\.1\."):
+        measure(build("llama"), no_batches(), target_modules=["q_proj"], rank=first, progress=False)
+    with pytest.raises(EvaError, match=r"n_components=3 is less than rank 2 with rho 2 needs, 4"):
+        measure(build("llama"), no_batches(), target_modules=["q_proj"], rank=ranks, n_components=3, progress=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -168,6 +170,35 @@ def test_ranks_never_exceed_in_features(nested, lora, vectors):
     plan = evatune.initialize(model, vectors, rho=3.0, progress=False)
     assert max(plan.ranks.values()) <= 16
     assert all(torch.isfinite(layer.lora_A["default"].weight).all() for layer in layers(model).values())
+
+
+def test_a_budget_in_parameters(llama, lora, batches):
+    spectra = evatune.measure(llama(), batches, n_components=8, progress=False)
+    model = lora(llama())
+    plan = evatune.initialize(model, spectra, budget="parameters")
+    assert plan == spectra.plan(4, lora_alpha=2.0, budget="parameters")
+    assert plan.ranks != spectra.plan(4).ranks
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == plan.n_parameters <= plan.uniform_parameters
+
+
+def test_the_ranks_of_each_layer_say_when_measuring_may_stop(llama, lora, batches, monkeypatch):
+    given = []
+
+    @functools.wraps(evatune.measure)
+    def spy(model, batches, **options):
+        given.append(options)
+        return evatune.measure(model, batches, **options)
+
+    monkeypatch.setattr(sys.modules["evatune.adapters.initialize"], "measure", spy)
+    evatune.initialize(lora(llama()), batches, progress=False)
+    mixed = lora(llama(), rank_pattern={"q_proj": 3})
+    plan = evatune.initialize(mixed, batches, progress=False)
+    assert given[0]["rank"] == 4 and "n_components" not in given[0]
+    assert given[1]["rank"] == plan.base_ranks
+    assert set(plan.base_ranks.values()) == {3, 4}
+    wider = evatune.initialize(lora(llama(), rank_pattern={"q_proj": 3}), batches, n_components=20, progress=False)
+    assert wider.base_ranks == plan.base_ranks
 
 
 def test_rho_one_keeps_every_rank(llama, lora, batches):
@@ -351,6 +382,14 @@ class TestErrors:
         evatune.initialize(model, batches, progress=False)
         with pytest.raises(EvaError, match="adapter 'default' was initialized before; make it anew"):
             evatune.initialize(model, batches)
+
+    def test_an_unknown_budget_is_found_before_measuring(self, unchanged):
+        def never():
+            raise AssertionError("measured before the budget was checked")
+            yield
+
+        with pytest.raises(EvaError, match="budget must be one of components, parameters, got 'bytes'"):
+            evatune.initialize(unchanged, never(), budget="bytes")
 
     def test_rho_below_one_is_found_before_measuring(self, unchanged):
         def never():

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 import evatune
-from evatune.adapters import initialized_plan, save_adapter, unload
+from evatune.adapters import freeze_a, initialized_plan, save_adapter, unload
 from evatune.adapters.attach import load_adapter
 from evatune.adapters.base_change import base_change, load_start
 from evatune.errors import EvaError
@@ -138,6 +138,32 @@ def test_a_frozen_a_leaves_b_to_train(llama, batches, method):
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all(".lora_B." in name for name in trainable)
+
+
+def test_a_is_frozen_on_every_layer_type_and_on_one_adapter_only(lora, batches):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.tokens, self.conv = torch.nn.Embedding(64, 8), torch.nn.Conv1d(8, 16, 3, padding=1)
+            self.attn = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, input_ids):
+            x = self.conv(self.tokens(input_ids).transpose(1, 2)).transpose(1, 2)
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    tokens = [batch["input_ids"] for batch in batches]
+    options = {"target_modules": ["tokens", "conv", "attn"], "rank": 4, "train_a": False}
+    model = evatune.prepare(Net(), method="eva", batches=tokens, progress=False, **options)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["conv"]))
+    model.base_model.set_adapter(["default", "other"])
+    freeze_a(model)
+    trained = {name.split(".lora_")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"embedding_B.default", "B.default.weight", "A.other.weight", "B.other.weight"}
+    freeze_a(model, "other")
+    assert not any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(EvaError, match="A of 'tokens' is zero, as PEFT starts it on embeddings"):
+        evatune.prepare(Net(), method="lora", **options)
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "lora-ga", "corda", "eva-rot", "vera", "adalora", "boft"])

@@ -77,6 +77,20 @@ def test_plan_prints_draws_and_saves(spectra, tmp_path, capsys):
     assert main(["plan", str(spectra), "--rank", "4", *files, "--overwrite"]) == 0
 
 
+def test_plan_gives_away_parameters_instead_of_components(spectra, capsys):
+    options = ["plan", str(spectra), "--rank", "4", "--json"]
+    plans = []
+    for budget in (["--budget", "components"], [], ["--budget", "parameters"]):
+        assert main([*options, *budget]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1]
+    assert (plans[1]["budget_in"], plans[2]["budget_in"]) == ("components", "parameters")
+    assert plans[2]["ranks"] != plans[1]["ranks"]
+    assert plans[2]["n_parameters"] <= plans[2]["uniform_parameters"]
+    assert main([*options, "--budget", "parameter"]) == 1
+    assert "budget must be one of components, parameters, got 'parameter'" in capsys.readouterr().err
+
+
 def test_init_writes_an_adapter_that_changes_nothing(spectra, tiny_model, tmp_path, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -158,8 +172,50 @@ def test_methods_are_listed(capsys):
     assert "eva+dora" in text
     assert main(["methods", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["methods"]["lora-ga"]["changes_base"]
+    assert content["methods"]["lora-ga"]["changes_base"] and content["methods"]["lora-ga"]["needs_gradients"]
+    assert content["methods"]["pissa"]["refuses"] == ["qlora"]
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert lines["eva"].split()[1:3] == ["yes", "A"] and lines["eva-grad"].split()[1:3] == ["labels", "EVA"]
+    assert lines["pissa"].split()[1] == "yes" and lines["lora-ga"].split()[1:3] == ["labels", "yes"]
+    assert "without options: full, adalora, vera, boft;" in text
     assert set(content["options"]) == {"rslora", "dora", "lora+", "qlora"}
+
+
+def test_init_says_what_it_made_and_what_a_folder_cannot_say(tiny_model, tmp_path, capsys):
+    def init(method, *options):
+        folder = tmp_path / f"{method}-{len(options)}"
+        code = main(
+            ["init", "--model", str(tiny_model), "--rank", "2", "--output", str(folder), "--method", method, *options]
+        )
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    code, out, err = init("dora")
+    assert code == 0 and out.startswith("dora: rank 2 on 14 targets, 2,304 trainable parameters")
+    assert "note" not in err
+    code, out, err = init("rslora", "--no-train-a")
+    assert "rslora: rank 2 on 14 targets, 896 trainable parameters" in out
+    assert "note      to train B alone, call evatune.adapters.freeze_a(model) after loading" in err
+    code, out, err = init("lora+", "--json")
+    content = json.loads(out)
+    assert content["trainable_parameters"] == 1856
+    assert [note[:29] for note in content["notes"]] == ["lora+ is the optimizer's: giv"]
+    assert "evatune.adapters.loraplus.loraplus_optimizer(model" in err
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("milora", "it changes the base weights"),
+        ("full", "it trains the model itself and has no adapter"),
+        ("vera", "what it starts from is a VeraConfig and no LoRA adapter"),
+    ],
+)
+def test_init_refuses_what_is_no_adapter_to_start_from(tmp_path, capsys, method, reason):
+    assert main(["init", "--model", "any", "--output", str(tmp_path / "adapter"), "--method", method]) == 1
+    assert (
+        f"method {method!r} for a trainer of your own, since {reason}; call evatune.prepare" in capsys.readouterr().err
+    )
 
 
 def test_init_refuses_starts_that_need_changed_base_weights(tiny_model, tiny_data, tmp_path, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
@@ -22,7 +22,7 @@ from evatune.activations.rows import IGNORED_LABEL, RowMasks
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor, StoppingRule
 from evatune.activations.targets import TargetRules, find_targets, unwrap
 from evatune.allocation import check_plan_settings, max_components
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 from evatune.pca import StreamingPCA
 from evatune.pca.products import has_fast_bfloat16
 from evatune.spectra import Spectra
@@ -39,7 +39,7 @@ def measure(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     n_components: int | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rho: float = 2.0,
     metric: str = "ratio",
     max_batches: int = 64,
@@ -71,9 +71,10 @@ def measure(
         exclude_modules: what is left out of these.
         layers_to_transform: only layers with these numbers.
         layers_pattern: name of the list of layers.
-        n_components: how many components to keep of each input; by default round(rho * rank), or 32 without a rank.
-        rank: rank r of the later plan. The stopping rules then look only at the components that a plan from the
-            present spectra would need, as the paper does.
+        n_components: how many components to keep of each input; by default round(rho * rank) for the largest rank,
+            or 32 without a rank.
+        rank: rank r of the later plan, for all targets or by target name. The stopping rules then look only at the
+            components that a plan from the present spectra would need, as the paper does.
         rho: of the later plan.
         metric: of the later plan.
         max_batches: the most batches to pass, whatever the stopping rules say.
@@ -116,6 +117,8 @@ def measure(
         target_parameters=target_parameters,
     )
     targets = find_targets(model, rules)
+    if isinstance(rank, Mapping):
+        rank = _ranks_of([target.name for target in targets], rank)
     ranks = Ranks() if Ranks.present() else None
     alone = [target.name for target in targets if not target.layer.merges]
     if ranks is not None and alone:
@@ -243,22 +246,38 @@ def _passes(
         yield n_before + 1
 
 
-def _check_settings(n_components: int | None, rank: int | None, rho: float, metric: str, max_batches: int) -> int:
+def _check_settings(
+    n_components: int | None, rank: int | Mapping[str, int] | None, rho: float, metric: str, max_batches: int
+) -> int:
     """Return how many components to keep."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise EvaError(f"rank must be a whole number of at least 1, got {rank!r}.")
+    ranks = {} if rank is None else dict(rank) if isinstance(rank, Mapping) else {"": rank}
+    for name, value in ranks.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            where = f" for {name}" if name else ""
+            raise EvaError(f"rank must be a whole number of at least 1, got {value!r}{where}.")
     check_plan_settings(rho=rho, metric=metric)
     if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
         raise EvaError(f"max_batches must be a whole number of at least 1, got {max_batches!r}.")
+    most = max(ranks.values(), default=0)
+    needed = max_components(most, rho)
     if n_components is None:
-        return 32 if rank is None else max_components(rank, rho)
+        return needed if ranks else 32
     if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
         raise EvaError(f"n_components must be a whole number of at least 1, got {n_components!r}.")
-    if rank is not None and n_components < max_components(rank, rho):
-        raise EvaError(
-            f"n_components={n_components} is less than rank {rank} with rho {rho:g} needs, {max_components(rank, rho)}."
-        )
+    if n_components < needed:
+        raise EvaError(f"n_components={n_components} is less than rank {most} with rho {rho:g} needs, {needed}.")
     return n_components
+
+
+def _ranks_of(names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return ranks by target name in the order of the targets; a mapping that names others is an error."""
+    missing = [name for name in names if name not in ranks]
+    unknown = [name for name in ranks if name not in names]
+    if unknown:
+        raise EvaError(f"rank names {unknown[0]!r}, which is no target{near_misses(str(unknown[0]), names)}.")
+    if missing:
+        raise EvaError(f"rank names no value for {len(missing)} targets, the first {missing[0]!r}.")
+    return {name: ranks[name] for name in names}
 
 
 def _autocast(model: nn.Module, dtype: str | torch.dtype | None) -> Any:

@@ -6,10 +6,11 @@ from evatune.adapters.attach import save_adapter
 from evatune.adapters.base_change import unload
 from evatune.adapters.export import export_portable
 from evatune.adapters.initialize import initialize, initialized_plan, require_initialized
-from evatune.adapters.prepare import prepare
+from evatune.adapters.prepare import freeze_a, prepare
 
 __all__ = [
     "export_portable",
+    "freeze_a",
     "initialize",
     "initialized_plan",
     "prepare",

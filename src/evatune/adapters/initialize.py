@@ -19,7 +19,7 @@ from evatune.activations import measure
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
 from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer
-from evatune.allocation import ComponentVariances, RankPlan, allocate, max_components
+from evatune.allocation import ComponentVariances, RankPlan, allocate
 from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.initialization import eva
 from evatune.spectra import Spectra
@@ -44,6 +44,7 @@ def initialize(
     adapter_name: str = "default",
     rho: float = 2.0,
     metric: str = "ratio",
+    budget: str = "components",
     whiten: bool = False,
     **measure_options: Any,
 ) -> RankPlan:
@@ -61,6 +62,8 @@ def initialize(
         adapter_name: the adapter to initialize.
         rho: a layer gets at most round(rho * its rank) components; 1 keeps all ranks as they are.
         metric: how components of different layers compare, see `Spectra.plan`.
+        budget: what is given away, "components" or trainable "parameters", of which a component of a wide layer takes
+            more.
         whiten: divide each row of `A` by the square root of its singular value.
         measure_options: passed to `evatune.measure` (`max_batches`, `tau`, `use_label_mask`, ...).
 
@@ -83,7 +86,7 @@ def initialize(
     model, config, layers = find_adapter(peft_model, adapter_name)
     check_layers(layers, adapter_name, config=config)
     _check_fresh(model, layers, adapter_name)
-    _check_planning(rho=rho, metric=metric)
+    _check_planning(rho=rho, metric=metric, budget=budget)
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
     _warn_of_eva_config(config, rho=rho, whiten=whiten)
 
@@ -92,13 +95,15 @@ def initialize(
     if isinstance(batches_or_spectra, Spectra):
         spectra = batches_or_spectra
     else:
-        options = _needed(layers, ranks, rho=rho) | {"rho": rho, "metric": metric} | measure_options
+        options = _needed(layers, ranks) | {"rho": rho, "metric": metric} | measure_options
         spectra = measure(model, batches_or_spectra, **options)
     check_same_targets(
         spectra, {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in layers.items()}
     )
 
-    plan = spectra.plan(rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora)
+    plan = spectra.plan(
+        rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora, budget=budget
+    )
     down = {
         name: eva(spectra[name].components, rank, singular_values=spectra[name].singular_values, whiten=whiten)
         for name, rank in plan.ranks.items()
@@ -197,12 +202,12 @@ def _check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: s
         )
 
 
-def _check_planning(*, rho: float, metric: str) -> None:
+def _check_planning(*, rho: float, metric: str, budget: str) -> None:
     """Raise what planning would raise, before minutes of measuring."""
     single = ComponentVariances(
         explained_variance=np.ones(1), total_variance=1.0, n_rows=2, in_features=1, out_features=1
     )
-    allocate({"": single}, rank=1, rho=rho, metric=metric)
+    allocate({"": single}, rank=1, rho=rho, metric=metric, budget=budget)
 
 
 def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
@@ -222,16 +227,14 @@ def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
             )
 
 
-def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int], *, rho: float) -> dict[str, Any]:
+def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the options that make `measure` learn what the plan will need, of these targets and no others."""
     parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
     options: dict[str, Any] = {
         "target_modules": "|".join(re.escape(name) for name in layers if name not in parameters),
         "target_parameters": parameters,
     }
-    if len(set(ranks.values())) == 1:  # then measuring may stop as the paper does, by the ranks that a plan would give
-        return options | {"rank": next(iter(ranks.values()))}
-    return options | {"n_components": max(max_components(rank, rho) for rank in ranks.values())}
+    return options | {"rank": next(iter(ranks.values())) if len(set(ranks.values())) == 1 else dict(ranks)}
 
 
 def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:

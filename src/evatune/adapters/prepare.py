@@ -20,7 +20,9 @@ from evatune.activations.targets import TargetModule, TargetRules, find_targets
 from evatune.adapters import starts
 from evatune.adapters.attach import quiet_peft
 from evatune.adapters.base_change import copy_weights, take_out
+from evatune.adapters.factors import factors_of
 from evatune.adapters.four_bits import quantize_targets
+from evatune.adapters.lora import find_adapter
 from evatune.adapters.starts import Preparation
 from evatune.errors import EvaError
 from evatune.methods import Choice, parse_method
@@ -165,11 +167,29 @@ def prepare(
     return peft_model
 
 
-def freeze_a(peft_model: PeftModel) -> None:
-    """Train `B` only, beside an `A` that stays as it started."""
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_A." in name:
-            parameter.requires_grad_(False)
+def freeze_a(peft_model: Any, adapter_name: str = "default") -> None:
+    """Train `B` only, beside an `A` that stays as it started. Saved adapters do not remember it: freeze after loading.
+
+    Args:
+        peft_model: the model that carries the adapter.
+        adapter_name: the adapter.
+
+    Raises:
+        EvaError: no LoRA adapter of that name, or an `A` that is zero, beside which `B` would never learn.
+    """
+    _, _, layers = find_adapter(peft_model, adapter_name)
+    frozen = []
+    for name, layer in layers.items():
+        for pair in factors_of(layer, adapter_name):
+            weight = pair.down_weight
+            if not weight.is_meta and not weight.any():
+                raise EvaError(
+                    f"A of {name!r} is zero, as PEFT starts it on embeddings; frozen, it would keep B from learning: "
+                    "start from a method that fills it, such as eva, or leave the module out with exclude_modules."
+                )
+            frozen.append(weight)
+    for weight in frozen:
+        weight.requires_grad_(False)
 
 
 def _check(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
 from evatune.errors import EvaError
+
+if TYPE_CHECKING:
+    from evatune.methods import Method
+    from evatune.recipe import Recipe
 
 SUMMARY = "write an initialized PEFT adapter for a trainer of your own"
 USAGE = "[RECIPE]"
@@ -64,12 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if method.changes_base or method.peft_config != "LoraConfig":
         raise EvaError(
             f"init cannot write a start of method {recipe.adapter.method!r} for a trainer of your own, since "
-            + (
-                "it changes the base weights"
-                if method.changes_base
-                else "it is no LoRA adapter that can start anywhere"
-            )
-            + "; call evatune.prepare in your script, or use `evatune finetune`."
+            f"{_why_not(method)}; call evatune.prepare in your script, or use `evatune finetune`."
         )
     needs_data = method.needs_batches and (method.needs_gradients or not given)
     recipe.require("model", "output", *(("data",) if needs_data else ()))
@@ -88,5 +88,39 @@ def run(args: argparse.Namespace) -> None:
     content = plan.to_json() if plan else {}
     if plan:
         write_text(folder / "plan.json", json.dumps(content, indent=2) + "\n")
-    answer(args, text=plan.table() if plan else method.idea, content={"output": str(folder), "plan": content})
+    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    uniform = (
+        f"{recipe.adapter.method}: rank {recipe.adapter.rank} on {len(adapted.targeted_module_names)} targets, "
+        f"{trainable:,} trainable parameters"
+    )
+    notes = _notes(recipe)
+    answer(
+        args,
+        text=plan.table() if plan else uniform,
+        content={"output": str(folder), "plan": content, "trainable_parameters": trainable, "notes": notes},
+    )
     say(f"saved     {folder}")
+    for note in notes:
+        say(f"note      {note}")
+
+
+def _why_not(method: Method) -> str:
+    if method.changes_base:
+        return "it changes the base weights"
+    if not method.peft_config:
+        return "it trains the model itself and has no adapter"
+    return f"what it starts from is a {method.peft_config} and no LoRA adapter"
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """Return what a trainer must do beyond loading the folder, since an adapter cannot say it."""
+    options, notes = recipe.adapter.choice.options, []
+    if "lora+" in options:
+        notes.append(
+            "lora+ is the optimizer's: give your trainer evatune.adapters.loraplus.loraplus_optimizer(model, ...)"
+        )
+    if "qlora" in options:
+        notes.append("load it on a base in 4 bits, as made by evatune.adapters.four_bits.quantize_targets(model, ...)")
+    if not recipe.adapter.train_a:
+        notes.append("to train B alone, call evatune.adapters.freeze_a(model) after loading")
+    return notes

@@ -6,7 +6,7 @@ import argparse
 
 from evatune.cli.options import answer
 from evatune.methods import EXAMPLES as COMBINATIONS
-from evatune.methods import METHODS, OPTIONS
+from evatune.methods import METHODS, OPTIONS, Method
 from evatune.tables import text_table
 
 SUMMARY = "list the methods that --method takes"
@@ -28,18 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    rows = [
-        [name, "yes" if row.needs_batches else "", "yes" if row.changes_base else "", row.idea]
-        for name, row in METHODS.items()
-    ]
+    rows = [[name, _data(row), "yes" if row.changes_base else "", row.idea] for name, row in METHODS.items()]
     table = text_table(["method", "data", "changes base", "idea"], rows)
     options = text_table(["option", "what it does"], [[name, text] for name, text in OPTIONS.items()])
-    text = f"{table}\n\n{options}\n\nfor example {', '.join(COMBINATIONS)}"
+    alone = [name for name, row in METHODS.items() if len(row.refuses) == len(OPTIONS)]
+    text = (
+        f"{table}\n\n{options}\n\nfor example {', '.join(COMBINATIONS)}\n"
+        f"without options: {', '.join(alone)}; without qlora also what changes the base or needs its gradient"
+    )
     content = {
         "methods": {
-            name: {"idea": row.idea, "needs_batches": row.needs_batches, "changes_base": row.changes_base}
+            name: {
+                "idea": row.idea,
+                "needs_batches": row.needs_batches,
+                "needs_gradients": row.needs_gradients,
+                "changes_base": row.changes_base,
+                "refuses": sorted(row.refuses),
+            }
             for name, row in METHODS.items()
         },
         "options": OPTIONS,
     }
     answer(args, text=text, content=content)
+
+
+def _data(row: Method) -> str:
+    """Return whether a method looks at data, and whether labels must be there for a loss."""
+    if row.needs_gradients:
+        return "labels"
+    return "yes" if row.needs_batches else ""

@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="explained-variance metric by which components compete (default: ratio)",
     )
     group.add_argument(
+        "--budget",
+        default="components",
+        metavar="{components,parameters}",
+        help="what uniform ranks limit: components, or trainable parameters, of which a component of a wide matrix "
+        "takes more (default: components)",
+    )
+    group.add_argument(
         "--lora-alpha", type=float, default=1.0, metavar="X", help="alpha at the average rank (default: 1)"
     )
     group.add_argument("--use-rslora", action="store_true", help="the adapter is scaled by alpha / sqrt(rank)")
@@ -54,7 +61,14 @@ def run(args: argparse.Namespace) -> None:
     for path in filter(None, (args.save, args.plot)):
         check_writable(path, overwrite=args.overwrite)
     spectra = Spectra.load(args.spectra)
-    plan = spectra.plan(args.rank, args.rho, metric=args.metric, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora)
+    plan = spectra.plan(
+        args.rank,
+        args.rho,
+        metric=args.metric,
+        lora_alpha=args.lora_alpha,
+        use_rslora=args.use_rslora,
+        budget=args.budget,
+    )
     if args.save:
         say(f"saved     {write_text(args.save, json.dumps(plan.to_json(), indent=2) + chr(10))}")
     if args.plot:
