@@ -153,3 +153,14 @@ def test_shipped_recipes(path, monkeypatch):
         assert (train.schedule, train.warmup_ratio, train.weight_decay) == ("linear", 0.03, 0.0)
         assert (adapter.rank, adapter.lora_alpha, adapter.lora_dropout) == (16, 1.0, 0.0)
         assert (recipe.measure.batch_size, recipe.measure.tau) == (16, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("vera", "adapter.method: method 'vera' has no A to freeze"), ("eva+lora+", "adapter.method: lora. sets the")],
+)
+def test_a_frozen_a_that_makes_no_sense_is_refused_with_the_recipe(method, message):
+    with pytest.raises(EvaError, match=message):
+        Recipe.from_dict({"adapter": {"method": method, "train_a": False}})
+    assert Recipe.from_dict({"adapter": {"method": method}}).adapter.train_a
+    assert not Recipe.from_dict({"adapter": {"method": "eva", "train_a": False}}).adapter.train_a

@@ -184,6 +184,23 @@ class Choice:
     """The options added to it."""
 
 
+def check_train_a(choice: Choice, *, train_a: bool) -> None:
+    """Check that a method can do what `train_a` says.
+
+    Raises:
+        EvaError: `A` is to be frozen, and the method has none or sets its learning rate.
+    """
+    if train_a:
+        return
+    if choice.method.peft_config != "LoraConfig":
+        raise EvaError(f"method {choice.name!r} has no A to freeze; leave out train_a=False (--no-train-a).")
+    if "lora+" in choice.options:
+        raise EvaError(
+            "lora+ sets the learning rates of A and B apart; with a frozen A (train_a=False, --no-train-a) it does "
+            "nothing."
+        )
+
+
 def parse_method(name: str) -> Choice:
     """Read a method's name.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evatune.errors import EvaError, near_misses
-from evatune.methods import Choice, parse_method
+from evatune.methods import Choice, check_train_a, parse_method
 from evatune.settings import Section, field_docs, number
 
 
@@ -97,7 +97,7 @@ class AdapterSettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            parse_method(self.method)
+            check_train_a(parse_method(self.method), train_a=self.train_a)
         except EvaError as error:
             raise EvaError(f"adapter.method: {error}") from None
 

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 
 import evatune
-from evatune.adapters.config import _exclude
+from evatune.adapters.config import _exclude, configured, planned_config
+from evatune.allocation import RankPlan
 
 
 def layers(model):
@@ -176,3 +177,65 @@ def test_merging_equals_the_adapter(llama, lora, batches, outputs, settings):
     expected = outputs(model, batches[0])
     merged = model.merge_and_unload()
     torch.testing.assert_close(outputs(merged, batches[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def plan_of(**targets):
+    """Return a plan from rank and alpha of each target."""
+    ranks = {name.replace("__", "."): rank for name, (rank, _) in targets.items()}
+    alphas = {name.replace("__", "."): alpha for name, (_, alpha) in targets.items()}
+    sizes = dict.fromkeys(ranks, 8)
+    return RankPlan(
+        ranks=ranks,
+        alphas=alphas,
+        base_ranks=dict.fromkeys(ranks, 4),
+        explained=dict.fromkeys(ranks, 0.5),
+        in_features=sizes,
+        out_features=sizes,
+        rho=2.0,
+        metric="ratio",
+    )
+
+
+def test_only_what_differs_is_written_and_what_the_user_wrote_for_these_layers_goes():
+    config = LoraConfig(
+        r=4,
+        lora_alpha=2,
+        target_modules={"a", "b", "c"},
+        rank_pattern={"b": 3, "elsewhere": 9},
+        alpha_pattern={r"(b|c)": 5, "elsewhere": 8},
+        exclude_modules=["m.c"],
+        init_lora_weights="eva",
+    )
+    planned = planned_config(config, plan_of(m__a=(6, 3.0), m__b=(4, 2), m__c=(4, 2)))
+    # The plan gives b and c what r and lora_alpha say; their old keys would say otherwise.
+    assert planned.rank_pattern == {r"^m\.a": 6, "elsewhere": 9}
+    assert planned.alpha_pattern == {r"^m\.a": 3.0, "elsewhere": 8}
+    assert (planned.exclude_modules, planned.target_parameters) == (config.exclude_modules, None)
+    assert (planned.init_lora_weights, planned.eva_config) == (True, None)
+    assert (config.rank_pattern, config.init_lora_weights) == ({"b": 3, "elsewhere": 9}, "eva")
+
+
+def test_targets_without_rank_are_excluded_and_parameters_left_unnamed():
+    config = LoraConfig(r=4, target_modules=["a", "b"], target_parameters=["up", "down"], rank_pattern={"b": 3})
+    plan = plan_of(m__a=(8, 8), m__b=(0, 0.0), m__up=(4, 8), m__down=(0, 0.0))
+    planned = planned_config(config, plan, parameters=["m.up", "m.down"])
+    assert planned.exclude_modules == r"m\.b"  # PEFT would look for a module of the parameter's name
+    assert planned.target_parameters == ["m.up"]
+    assert planned.rank_pattern == {r"^m\.a": 8}
+    assert planned_config(config, plan).target_parameters == ["up", "down"]
+
+
+def test_a_key_means_what_it_means_to_peft():
+    pattern = {r"layers\.1": 3, "q_proj": 2}
+    assert configured(pattern, "encoder.layers.1.k_proj", default=4) == 4  # a key must end the name
+    assert configured(pattern, "encoder.layers.1", default=4) == 3
+    assert configured(pattern, "m.q_proj", default=4) == 2
+    assert configured({}, "m.q_proj", default=4) == configured(None, "m.q_proj", default=4) == 4
+
+
+def test_names_are_taken_literally():
+    regex = _exclude(["b.k"], ["a.x[0]"])
+    assert re.fullmatch(regex, "a.x[0]") and not re.fullmatch(regex, "a.x0")
+    assert re.fullmatch(regex, "m.b.k") and not re.fullmatch(regex, "m.b-k")
+    assert _exclude({"c", "a", "b"}, ["x"]).index("a") < _exclude({"c", "a", "b"}, ["x"]).index("c")
+    assert _exclude({"c", "a", "b"}, ["x"]) == _exclude(["b", "c", "a"], ["x"])  # a set has no order

@@ -226,7 +226,8 @@ BAD = [
         "max_batches: prepare has no such argument, and method 'lora' measures nothing",
     ),
     ({"method": "adalora"}, "needs the number of optimizer steps, at least 4: total_steps=None"),
-    ({"method": "vera", "train_a": False}, "has no A to freeze"),
+    ({"method": "vera", "train_a": False}, r"'vera' has no A to freeze; leave out train_a=False \(--no-train-a\)"),
+    ({"method": "full", "train_a": False}, "'full' has no A to freeze"),
     ({"method": "lora+", "train_a": False}, "with a frozen A .* it does nothing"),
     ({"method": "pissa", "rank": 17}, "rank 17 is too large for method 'pissa' on 'model.layers.0.self_attn.k_proj'"),
     ({"method": "lora-ga", "rank": 9, "batches": []}, "it takes 18 singular vectors of 16"),
@@ -316,6 +317,12 @@ def test_corda_takes_examples_one_by_one_and_without_padding(batches):
     assert [image.shape for image in _examples((images, torch.zeros(3)))] == [(1, 2, 8, 8)] * 3
     vectors = torch.randn(5, 7)
     assert [example.shape for example in _examples(vectors)] == [(5, 7)]
+
+
+def test_boft_is_silent_about_what_it_cannot_have(llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        evatune.prepare(llama(), method="boft")
 
 
 @pytest.mark.parametrize("method", ["milora", "lora-ga", "eva-grad"])

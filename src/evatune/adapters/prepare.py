@@ -25,7 +25,7 @@ from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.lora import find_adapter
 from evatune.adapters.starts import Preparation
 from evatune.errors import EvaError
-from evatune.methods import Choice, parse_method
+from evatune.methods import Choice, check_train_a, parse_method
 from evatune.spectra import Spectra
 
 
@@ -224,13 +224,7 @@ def _check(
         raise EvaError(
             f"adalora's schedule needs the number of optimizer steps, at least 4: total_steps={total_steps!r}."
         )
-    if not train_a:
-        if method.peft_config != "LoraConfig":
-            raise EvaError(f"method {choice.name!r} has no A to freeze; leave out train_a=False.")
-        if "lora+" in choice.options:
-            raise EvaError(
-                "lora+ sets the learning rates of A and B apart; with a frozen A (train_a=False) it does nothing."
-            )
+    check_train_a(choice, train_a=train_a)
 
 
 _TRIPLES = {"pissa": 1, "milora": 1, "olora": 1, "corda": 1, "lora-one": 1, "lora-ga": 2}
@@ -309,9 +303,11 @@ def _peft_errors(choice: Choice) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_corrections() -> Iterator[None]:
-    """Silence what PEFT says of settings that it corrects by itself, such as the layout of GPT-2's Conv1D."""
+    """Silence what PEFT says of what it corrects by itself, such as the layout of GPT-2's Conv1D."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="Failed to load the CUDA extension")  # BOFT's, in each layer
+        warnings.filterwarnings("ignore", message="Setting boft_n_butterfly_factor to 1")
         yield
 
 
