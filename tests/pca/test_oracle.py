@@ -96,7 +96,7 @@ def test_every_float_dtype_gives_the_components_of_the_rows_as_they_arrive(
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("backend", "decay", "least"),
-    [("exact", 0.25, 1 - 1e-9), ("sketch", 0.25, 0.99), ("sketch", 0.5, 0.9999), ("sketch", 1.0, 0.99999)],
+    [("exact", 0.25, 1 - 1e-9), ("sketch", 0.25, 0.9998), ("sketch", 0.5, 0.9999), ("sketch", 1.0, 0.99999)],
 )
 def test_a_slowly_decaying_spectrum_is_captured(known_rows, stream, oracle, backend, decay, least, seed):
     """σᵢ ∝ i^-decay: what the first half of the components captures, as a share of the optimum."""
@@ -157,5 +157,5 @@ def test_centring_matters_where_means_are_large(known_rows, stream):
 
 def test_auto_takes_the_exact_backend_for_narrow_rows_and_the_sketch_for_wide_ones():
     assert StreamingPCA(4).partial_fit(torch.randn(10, 100)).backend_ == "exact"
-    assert StreamingPCA(4).partial_fit(torch.randn(10, 1000)).backend_ == "sketch"
-    assert StreamingPCA(4, backend="incremental").partial_fit(torch.randn(10, 1000)).backend_ == "incremental"
+    assert StreamingPCA(4).partial_fit(torch.randn(10, 3000)).backend_ == "sketch"
+    assert StreamingPCA(4, backend="incremental").partial_fit(torch.randn(10, 3000)).backend_ == "incremental"

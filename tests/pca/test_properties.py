@@ -14,10 +14,10 @@ from evatune import StreamingPCA
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
 PLENTY = settings(max_examples=12, deadline=None, derandomize=True)
-N_ROWS, N_FEATURES, K = 240, 80, 5
+N_ROWS, N_FEATURES, K = 240, 130, 5
 GAPPED = 0.6 ** np.arange(N_FEATURES)
 seeds = st.integers(0, 2**31 - 1)
-"""The sketch of 5 components has 64 columns here, fewer than there are features."""
+"""The sketch of 5 components has 104 columns here, fewer than there are features."""
 
 
 def aligned(pca: StreamingPCA, components: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_scaling_the_rows_scales_the_singular_values_alone(known_rows, stream, b
     plain = stream([batch.float() for batch in known.batches(60)], K, backend=backend)
     scaled = stream([(batch * factor).float() for batch in known.batches(60)], K, backend=backend)
     assert (aligned(scaled, plain.components_) > 0.9999).all()
-    torch.testing.assert_close(scaled.singular_values_, plain.singular_values_ * factor, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scaled.singular_values_, plain.singular_values_ * factor, rtol=2e-3, atol=0)
     torch.testing.assert_close(scaled.explained_variance_ratio_, plain.explained_variance_ratio_, rtol=2e-3, atol=0)
 
 

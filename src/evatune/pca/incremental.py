@@ -29,8 +29,10 @@ class IncrementalState:
         """Return the empty state for rows like these, (n, d)."""
         return cls(first_nd.new_zeros(0, first_nd.shape[1]), first_nd.new_zeros(0), n_components=n_components)
 
-    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> None:
-        """Add shifted rows, (n, d); `moments` include them already."""
+    def update(
+        self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype
+    ) -> IncrementalState:
+        """Add shifted rows, (n, d), and return this state; `moments` include them already."""
         n_batch = shifted_nd.shape[0]
         n_before = moments.n_rows - n_batch
         if center:
@@ -47,6 +49,7 @@ class IncrementalState:
         _, values, components = torch.linalg.svd(stacked, full_matrices=False)
         n_kept = min(self.n_components, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
         self.components_kd, self.singular_values_k = components[:n_kept], values[:n_kept]
+        return self
 
     def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
         """Return the components in columns (d, p) and the eigenvalues of the scatter matrix (p,), descending."""
@@ -73,6 +76,6 @@ class IncrementalState:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool) -> IncrementalState:
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> IncrementalState:
         """Return the state that `tensors` describes."""
         return cls(tensors["components"], tensors["singular_values"], n_components=int(tensors["n_components"]))

@@ -74,12 +74,15 @@ class Moments:
             n_rows=self.n_rows,
         )
 
-    def merged(self, other: Moments) -> Moments:
-        """Return the moments of both sets of rows, about this one's shift."""
-        other = other.rebased(self.shift_d)
+    def plus(self, other: Moments) -> Moments:
+        """Return the moments of both sets of rows, which must be about the same shift."""
         return Moments(
             shift_d=self.shift_d,
             sum_d=self.sum_d + other.sum_d,
             squares_d=self.squares_d + other.squares_d,
             n_rows=self.n_rows + other.n_rows,
         )
+
+    def merged(self, other: Moments) -> Moments:
+        """Return the moments of both sets of rows, about this one's shift."""
+        return self.plus(other.rebased(self.shift_d))

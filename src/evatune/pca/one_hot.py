@@ -146,6 +146,11 @@ class OneHotPCA:
         return float(scatter / (n - 1).clamp_min(1))
 
     @property
+    def captured_error_(self) -> float:
+        """Zero: counts lose nothing."""
+        return 0.0
+
+    @property
     def components_(self) -> Tensor:
         """Orthonormal rows by descending variance, (k, V)."""
         return self._decompose()[0]

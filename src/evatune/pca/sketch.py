@@ -1,6 +1,6 @@
 """Sketched streaming PCA: a Nyström sketch Y = S Q, (d, l), whose test matrix Q follows the data.
 
-Shapes: n rows, d features, l sketch columns, k <= l components.
+Shapes: n rows, d features, k components, l >= k sketch columns, s probes, p eigenpairs.
 
 S = Σ z zᵀ is the second moment of the shifted rows; it is never formed. A batch costs the two thin products
 P = Z Q and Y += Zᵀ P, O(n d l). Whenever the rows since the last refresh are as many as the rows before it, S is
@@ -8,10 +8,15 @@ approximated from the sketch by the Nyström formula Y (QᵀY)⁺ Yᵀ, its l le
 restarts from what that approximation knows of the past. So the test matrix goes through one step of subspace iteration
 at every doubling of the data, and refreshes cost O(d l²) at logarithmically many batches.
 
-A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not.
+A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. What
+they still lose is the past outside of the sketch, and that is estimated: a few random probes Ω, which never change and
+take no part in the approximation, ride along, so that W = S Ω is known of all rows. For an eigenpair (v, λ) of the
+approximation, vᵀW - λ vᵀΩ has mean square ‖S v - λ v‖², the residual of the pair in the true matrix. Where it says that
+the components miss more than asked, the sketch gets wider, or gives way to the exact second moment.
 
 References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation with
-a shift; Levy and Lindenbaum (2000) for sequential bases.
+a shift; Levy and Lindenbaum (2000) for sequential bases; Tropp, Yurtsever, Udell and Cevher (2019) for estimates of
+errors from random probes.
 """
 
 from __future__ import annotations
@@ -19,93 +24,220 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evatune.pca.eigen import nystrom_eigenpairs
+from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.products import accumulate_product
 from evatune.pca.subspace import complete_basis, eigenpairs_of_factor, one_thread, solver_copy
 
-FIRST_BATCH_ITERATIONS = 3
+FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
 
+HALF_PRECISION_NOISE = 3e-3
+"""How large a residual, relative to the k-th eigenvalue, bfloat16 may seem to make; its square is what is missed."""
+
 MASSIVE_RATIO = 1e5
-"""Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 would drown the latter."""
+"""Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 drowns the latter."""
+
+SAFETY = 4
+"""A sketch is widened when it seems to miss the tolerance divided by this: what it has missed by then stays missed."""
+
+N_PROBES = 8
+"""The estimate of the residuals of k components has a relative deviation of √(2 / (s k))."""
+
+WIDEST = 4
+"""A sketch gets at most so many times wider than it began."""
+
+EXACT_UP_TO = 2048
+"""Features up to which the exact second moment, of 16 MiB in float32 then, may take a sketch's place."""
 
 
 def sketch_width(n_components: int, n_features: int) -> int:
-    """Return how many columns the sketch of `n_components` components of `n_features` features has."""
-    return min(n_features, -(-max(2 * n_components, n_components + 48) // 16) * 16)
+    """Return with how many columns, beside the probes, a sketch of these components of these features begins."""
+    return min(n_features, -(-(n_components + 96) // 16) * 16 - N_PROBES)
+
+
+def widest_sketch(n_components: int, n_features: int) -> int:
+    """Return how many columns, beside the probes, such a sketch has at most."""
+    width = sketch_width(n_components, n_features)
+    return width if 2 * width > n_features // 4 else min(WIDEST * width, n_features // 4)
 
 
 class SketchState:
-    """Test matrix Q, sketch Y = S Q, and when they were refreshed."""
+    """Test matrix and probes [Q Ω], sketches [Y W] = S [Q Ω], and when they were refreshed.
+
+    Args:
+        columns_dm: test matrix and probes, (d, m) with m = l + s.
+        sums_dm: their products with S, (d, m).
+        n_components: k.
+        tolerance: share of the variance that the best k components capture that ours may miss; of the first half of
+            them, a tenth of it. None lets the sketch be as it is.
+        seed: of everything random.
+    """
 
     def __init__(
         self,
-        test_dl: Tensor,
-        sketch_dl: Tensor,
+        columns_dm: Tensor,
+        sums_dm: Tensor,
         *,
+        n_components: int,
+        tolerance: float | None,
         seed: int,
         n_rows_refreshed: int = 0,
         needs_full_precision: bool = False,
     ) -> None:
-        self.test_dl = test_dl
-        self.sketch_dl = sketch_dl
+        self.columns_dm = columns_dm
+        self.sums_dm = sums_dm
+        self.n_components = n_components
+        self.tolerance = tolerance
         self.seed = seed
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
         self._known: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def start(cls, first_nd: Tensor, width: int, *, seed: int) -> SketchState:
-        """Return the empty state for rows like these, (n, d), with a random test matrix of `width` columns."""
-        generator = torch.Generator().manual_seed(seed)
-        test_dl = torch.randn(first_nd.shape[1], width, generator=generator).to(first_nd)
-        return cls(test_dl, torch.zeros_like(test_dl), seed=seed)
+    def start(cls, first_nd: Tensor, n_components: int, *, tolerance: float | None, seed: int) -> SketchState:
+        """Return the empty state for rows like these, (n, d), with a random test matrix."""
+        n_features = first_nd.shape[1]
+        columns_dm = _random_columns(n_features, sketch_width(n_components, n_features) + N_PROBES, seed=seed)
+        return cls(
+            columns_dm.to(first_nd),
+            torch.zeros_like(columns_dm).to(first_nd),
+            n_components=n_components,
+            tolerance=tolerance,
+            seed=seed,
+        )
 
-    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> None:
-        """Add shifted rows, (n, d); `moments` include them already."""
-        if self.needs_full_precision:
-            product_dtype = shifted_nd.dtype
-        rows_nd = shifted_nd.to(product_dtype)
+    @property
+    def width(self) -> int:
+        """How many columns the sketch has beside the probes, l."""
+        return self.columns_dm.shape[1] - N_PROBES
+
+    def update(
+        self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype
+    ) -> SketchState | ExactState:
+        """Add shifted rows, (n, d), and return the state to go on with; `moments` include them already."""
         if self.n_rows_refreshed == 0:
+            test_dl = self.columns_dm[:, : self.width]
             for _ in range(FIRST_BATCH_ITERATIONS):
-                self.sketch_dl.zero_()
-                self._add(shifted_nd)
-                self.refresh(moments, center=center)
-            return
-        self._add(rows_nd)
-        if moments.n_rows >= 2 * self.n_rows_refreshed:
-            self.refresh(moments, center=center)
+                image_dl = shifted_nd.T @ (shifted_nd @ test_dl)
+                with one_thread():
+                    test_dl = torch.linalg.qr(image_dl.cpu() if image_dl.device.type == "mps" else image_dl).Q
+                test_dl = _rounded(test_dl).to(self.columns_dm)
+            self.columns_dm[:, : self.width] = test_dl
+            self._add(shifted_nd)
+            state = self._reviewed(moments, center=center)
+            if isinstance(state, ExactState):  # nothing needs to be lost, with all rows at hand
+                state = ExactState.start(shifted_nd)
+                state.update(shifted_nd, moments, center=center, product_dtype=product_dtype)
+            return state
+        self._add(shifted_nd if self.needs_full_precision else shifted_nd.to(product_dtype))
+        return self._reviewed(moments, center=center) if moments.n_rows >= 2 * self.n_rows_refreshed else self
 
     def _add(self, rows_nd: Tensor) -> None:
         self._known = None
-        projected_nl = rows_nd @ self.test_dl.to(rows_nd.dtype)
-        accumulate_product(self.sketch_dl, rows_nd.T, projected_nl)
+        projected_nm = rows_nd @ self.columns_dm.to(rows_nd.dtype)
+        accumulate_product(self.sums_dm, rows_nd.T, projected_nm)
 
     def refresh(self, moments: Moments, *, center: bool) -> None:
         """Make the leading eigenvectors of the rows so far the test matrix."""
         with one_thread():
-            vectors_dp, values_p = self.decompose(moments, center=center)
-            self.restart(vectors_dp, values_p, moments, center=center)
+            pairs = self.decompose(moments, center=center)
+            self._restart(*pairs, moments, center=center, width=self.width)
 
-    def restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> None:
-        """Continue from known eigenpairs of the scatter matrix: columns (d, p) and eigenvalues (p,)."""
-        width = self.test_dl.shape[1]
+    def _reviewed(self, moments: Moments, *, center: bool) -> SketchState | ExactState:
+        """Refresh, and return the state to go on with.
+
+        That is this state, perhaps wider, or an exact one where the sketch is not good enough and the rows are narrow.
+        """
+        with one_thread():
+            vectors_dp, values_p = self.decompose(moments, center=center)
+            width = self.width
+            if self._misses_too_much(vectors_dp, values_p, moments, center=center):
+                n_features = len(vectors_dp)
+                widest = widest_sketch(self.n_components, n_features)
+                if width < widest:
+                    width = min(2 * width, widest)
+                elif n_features <= EXACT_UP_TO:
+                    return self.exactly(moments, center=center)
+            self._restart(vectors_dp, values_p, moments, center=center, width=width)
+        return self
+
+    def exactly(self, moments: Moments, *, center: bool) -> ExactState:
+        """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
+        vectors_dp, values_p = self.decompose(moments, center=center)
+        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
+        missed = self.missed_share(components_kd, values_k, moments, center=center) * float(values_k.sum())
+        return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
+
+    def _misses_too_much(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> bool:
+        if self.tolerance is None or not len(values_p):
+            return False
+        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
+        n_half = (len(values_k) + 1) // 2
+        missed = self.missed_share(components_kd, values_k, moments, center=center)
+        missed_by_half = self.missed_share(components_kd[:n_half], values_k[:n_half], moments, center=center)
+        return max(missed, 10 * missed_by_half) > self.tolerance / SAFETY
+
+    def missed_share(self, components_kd: Tensor, values_k: Tensor, moments: Moments, *, center: bool) -> float:
+        """Estimate how much of the variance that the best k components capture these ones miss, as a share of it.
+
+        Second-order perturbation of an eigenpair (v, λ) with residual ρ: its span misses ρ² / (λ - μ) for directions of
+        small eigenvalues μ, which is at most ρ² / λ for μ near zero and never more than ρ.
+
+        Args:
+            components_kd: components from `decompose`, in rows (k, d).
+            values_k: their eigenvalues, (k,).
+            moments: of the same rows.
+            center: as for `decompose`.
+        """
+        probes_ds, images_ds = solver_copy(self.columns_dm[:, self.width :]), self._scatter_columns(moments, center)
+        components_kd, values_k = solver_copy(components_kd), solver_copy(values_k)
+        residuals_ks = components_kd @ images_ds[:, self.width :] - values_k[:, None] * (components_kd @ probes_ds)
+        residuals_k = residuals_ks.square().mean(dim=1).sqrt()
+        missed_k = residuals_k.square() / torch.maximum(values_k, residuals_k).clamp_min(
+            torch.finfo(values_k.dtype).tiny
+        )
+        total = float(values_k.sum())
+        return float(missed_k.sum()) / total if total > 0 else 0.0
+
+    def _restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, width: int) -> None:
+        """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""
         # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
-        vectors_dp = solver_copy(vectors_dp[:, :width].to(self.test_dl)).contiguous()
+        vectors_dp = solver_copy(vectors_dp[:, :width].to(self.columns_dm)).contiguous()
         values_p = values_p[:width]
         basis_dl = complete_basis(vectors_dp, width, seed=self.seed + moments.n_rows)
-        # Rounded to bfloat16 now, so that half-precision products see the very same test matrix as the formulas do.
-        test_dl = basis_dl.to(torch.bfloat16).to(basis_dl)
+        test_dl = _rounded(basis_dl)
         # What the sketch would be, had S been V Λ Vᵀ (+ n o oᵀ about the shift) and this the test matrix all along.
         sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
         if center:
             offset_d = moments.offset_d.to(test_dl)
             sketch_dl += moments.n_rows * torch.outer(offset_d, offset_d @ test_dl)
-        self.test_dl = test_dl.to(self.test_dl)
-        self.sketch_dl = sketch_dl.to(self.sketch_dl)
+        old_width = self.width
+        self.columns_dm = torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1)
+        self.sums_dm = torch.cat([sketch_dl.to(self.sums_dm), self.sums_dm[:, old_width:]], dim=1)
         self.n_rows_refreshed = moments.n_rows
-        self._known = vectors_dp.to(self.test_dl), values_p
-        self.needs_full_precision = bool(values_p[0] > MASSIVE_RATIO * values_p[-1]) if len(values_p) else False
+        self._known = vectors_dp.to(self.columns_dm), values_p
+        self.needs_full_precision = self._is_massive(values_p)
+
+    def _is_massive(self, values_p: Tensor) -> bool:
+        """Tell whether a few directions are so large that bfloat16 would drown the others.
+
+        Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d.
+        """
+        if not len(values_p):
+            return False
+        smallest = values_p[min(self.n_components, len(values_p)) - 1]
+        noise = 2.0**-9 * values_p[0] / len(self.columns_dm) ** 0.5
+        return bool(noise > HALF_PRECISION_NOISE * smallest or values_p[0] > MASSIVE_RATIO * values_p[-1])
+
+    def _scatter_columns(self, moments: Moments, center: bool) -> Tensor:
+        """Return the products of the scatter matrix with all columns, (d, m) in float64."""
+        sums_dm = solver_copy(self.sums_dm)
+        if center:
+            offset_d = moments.offset_d.to(sums_dm)
+            sums_dm -= moments.n_rows * torch.outer(offset_d, offset_d @ solver_copy(self.columns_dm))
+        return sums_dm
 
     def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
         """Return approximate eigenvectors of the scatter matrix in columns (d, p) and its eigenvalues (p,), descending.
@@ -113,66 +245,86 @@ class SketchState:
         The state is not changed. p <= l leaves out directions in which the rows so far do not vary.
         """
         if self._known is not None:  # no rows since the last refresh
-            return solver_copy(self._known[0]), self._known[1]
-        test_dl, sketch_dl = solver_copy(self.test_dl), solver_copy(self.sketch_dl)
-        n_features, width = test_dl.shape
-        if center:
-            offset_d = moments.offset_d.to(sketch_dl)
-            sketch_dl -= moments.n_rows * torch.outer(offset_d, offset_d @ test_dl)
-        core_ll = test_dl.T @ sketch_dl
-        core_ll = (core_ll + core_ll.T) / 2
-        # A column that sees no variance holds rounding errors, which the formula would divide by themselves.
-        energy_l = core_ll.diagonal()
-        noise_l = torch.linalg.vector_norm(sketch_dl, dim=0) * (1e-3 / n_features**0.5)
-        rounding = torch.finfo(self.sketch_dl.dtype).eps
-        alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
-        if not alive_l.any():
-            return test_dl[:, :0], energy_l[:0]
-        # Massive activations make the core span many orders of magnitude. With a unit diagonal, the cut-off is relative
-        # to each direction and not to the largest one.
-        scale_m = energy_l[alive_l].rsqrt()
-        core_mm = core_ll[alive_l][:, alive_l] * scale_m * scale_m[:, None]
-        values_m, vectors_mm = torch.linalg.eigh(core_mm)
-        keep = values_m > values_m[-1] * width * rounding
-        factor_dm = sketch_dl[:, alive_l] @ (scale_m[:, None] * vectors_mm[:, keep] / values_m[keep].sqrt())
-        return eigenpairs_of_factor(factor_dm)
+            return solver_copy(self._known[0]), solver_copy(self._known[1])
+        sketch_dl = self._scatter_columns(moments, center)[:, : self.width]
+        test_dl = solver_copy(self.columns_dm[:, : self.width])
+        rounding = torch.finfo(self.sums_dm.dtype).eps
+        return nystrom_eigenpairs(test_dl, sketch_dl, rounding=rounding, floor=rounding**2)
 
     def merged(self, other: SketchState, mine: Moments, theirs: Moments, *, center: bool) -> SketchState:
         """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""
         vectors_dp, values_p = merge_eigenpairs(
             self.decompose(mine, center=center), other.decompose(theirs, center=center), mine, theirs, center=center
         )
-        state = SketchState(self.test_dl, self.sketch_dl, seed=self.seed)
-        state.restart(vectors_dp, values_p, mine.merged(theirs), center=center)
+        both = mine.merged(theirs)
+        images_ds = (
+            self._scatter_columns(mine, center)[:, self.width :]
+            + other._scatter_columns(theirs, center)[:, other.width :]
+        )
+        probes_ds = solver_copy(self.columns_dm[:, self.width :])
+        if center:
+            weight, difference_d = _between(mine, theirs)
+            difference_d, offset_d = difference_d.to(images_ds), both.offset_d.to(images_ds)
+            images_ds += weight * torch.outer(difference_d, difference_d @ probes_ds)
+            images_ds += both.n_rows * torch.outer(offset_d, offset_d @ probes_ds)
+        wider = self if self.width >= other.width else other
+        sums_dm = torch.cat([wider.sums_dm[:, : wider.width].to(self.sums_dm), images_ds.to(self.sums_dm)], dim=1)
+        state = SketchState(
+            wider.columns_dm, sums_dm, n_components=self.n_components, tolerance=self.tolerance, seed=self.seed
+        )
+        state._restart(vectors_dp, values_p, both, center=center, width=wider.width)
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) are all there is to it."""
-        counters = torch.tensor([self.seed, self.n_rows_refreshed, int(self.needs_full_precision)])
+        """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) stand for test and sketch."""
+        numbers = [self.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
+        counters = torch.tensor(numbers)
         if self._known is None:
-            return {"test": self.test_dl, "sketch": self.sketch_dl, "counters": counters}
+            return {"columns": self.columns_dm, "sums": self.sums_dm, "counters": counters}
         vectors_dp, values_p = self._known
-        missing = self.test_dl.shape[1] - values_p.shape[0]
-        pad = torch.nn.functional.pad
-        return {"vectors": pad(vectors_dp, (0, missing)), "values": pad(values_p, (0, missing)), "counters": counters}
+        probed_ds = self.sums_dm[:, self.width :]
+        return {"vectors": vectors_dp, "values": values_p, "probed": probed_ds, "counters": counters}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool) -> SketchState:
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool, n_components: int, tolerance: float | None
+    ) -> SketchState:
         """Return the state that `tensors` describes, of rows with these moments."""
-        seed, n_rows_refreshed, full = tensors["counters"].tolist()
-        if "vectors" in tensors:
-            empty_dl = torch.zeros_like(tensors["vectors"])
-            state = cls(empty_dl, empty_dl, seed=seed)
-            known = tensors["values"] > 0
-            state.restart(solver_copy(tensors["vectors"])[:, known], tensors["values"][known], moments, center=center)
-            return state
-        return cls(
-            tensors["test"],
-            tensors["sketch"],
-            seed=seed,
-            n_rows_refreshed=n_rows_refreshed,
-            needs_full_precision=bool(full),
-        )
+        seed, n_rows_refreshed, full, width = tensors["counters"].tolist()
+        if "vectors" not in tensors:
+            return cls(
+                tensors["columns"],
+                tensors["sums"],
+                n_components=n_components,
+                tolerance=tolerance,
+                seed=seed,
+                n_rows_refreshed=n_rows_refreshed,
+                needs_full_precision=bool(full),
+            )
+        probed_ds = tensors["probed"]
+        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds)
+        sums_dm = torch.cat([torch.zeros_like(columns_dm[:, :width]), probed_ds], dim=1)
+        state = cls(columns_dm, sums_dm, n_components=n_components, tolerance=tolerance, seed=seed)
+        vectors_dp, values_p = solver_copy(tensors["vectors"]), solver_copy(tensors["values"])
+        state._restart(vectors_dp, values_p, moments, center=center, width=width)
+        return state
+
+
+def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
+    """Return Gaussian columns (d, m), of which the last are the probes: always the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    probes_ds = torch.randn(n_features, N_PROBES, generator=generator)
+    test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator)
+    return _rounded(torch.cat([test_dl, probes_ds], dim=1))
+
+
+def _rounded(columns_dm: Tensor) -> Tensor:
+    """Round columns to bfloat16, so that half-precision products see the very same ones as the formulas do.
+
+    It also keeps columns apart from the null space of the rows: what a column sees of the large directions is then far
+    above rounding errors, which the Nyström formula would divide by themselves.
+    """
+    return columns_dm.to(torch.bfloat16).to(columns_dm.dtype)
 
 
 def merge_eigenpairs(
@@ -192,7 +344,12 @@ def merge_eigenpairs(
     """
     factors = [vectors * values.sqrt() for vectors, values in (first, second)]
     if center and mine.n_rows and theirs.n_rows:
-        weight = (mine.n_rows * theirs.n_rows / (mine.n_rows + theirs.n_rows)) ** 0.5
-        difference_d = (mine.mean_d.double() - theirs.mean_d.double()).to(factors[0])
-        factors.append(weight * difference_d[:, None])
+        weight, difference_d = _between(mine, theirs)
+        factors.append(weight**0.5 * difference_d.to(factors[0])[:, None])
     return eigenpairs_of_factor(torch.cat(factors, dim=1))
+
+
+def _between(mine: Moments, theirs: Moments) -> tuple[float, Tensor]:
+    """Return weight and direction (d,) of what the difference of two means adds to the scatter of both sets of rows."""
+    weight = mine.n_rows * theirs.n_rows / max(mine.n_rows + theirs.n_rows, 1)
+    return weight, solver_copy(mine.mean_d) - solver_copy(theirs.mean_d)

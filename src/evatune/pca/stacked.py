@@ -140,6 +140,11 @@ class StackedPCA:
         return scatter / max(self.n_samples_seen_ - 1, 1)
 
     @property
+    def captured_error_(self) -> float:
+        """The largest of the parts' estimates; see `StreamingPCA`."""
+        return max(part.captured_error_ for part in self._fitted())
+
+    @property
     def singular_values_(self) -> Tensor:
         """Root of the summed squares of the parts' singular values, (k,)."""
         squares_k = self._fitted()[0].singular_values_.new_zeros(self.n_components)

@@ -5,6 +5,7 @@ Shapes: n rows, d features, k components.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from evatune.pca.exact import ExactState
 from evatune.pca.incremental import IncrementalState
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype
-from evatune.pca.sketch import SketchState, sketch_width
+from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
 from evatune.pca.subspace import captured_energy, complete_basis, fix_signs, one_thread
 
 BACKENDS = ("auto", "exact", "sketch", "incremental")
@@ -28,11 +29,9 @@ class NotFittedError(EvaError, AttributeError):
 
 
 class _State(Protocol):
-    """What a backend accumulates; each backend is one file."""
+    """What a backend accumulates; each backend is one file. An update may give way to another state."""
 
-    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> None: ...
-
-    def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]: ...
+    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> Any: ...
 
     def merged(self, other: Any, mine: Moments, theirs: Moments, *, center: bool) -> Any: ...
 
@@ -56,13 +55,18 @@ class StreamingPCA:
         n_components: how many components to keep; clipped, with a warning, to the number of features.
         backend: "exact" accumulates the (d, d) second moment and does not depend on the order of batches; "sketch"
             accumulates a thin (d, l) sketch and is the fast one for wide rows; "incremental" is Algorithm 2 of the
-            paper and its reference; "auto" takes "exact" where the rows are at most twice as wide as a sketch would
-            be, and else "sketch".
+            paper and its reference; "auto" takes "exact" for rows of up to 2048 features, and wider ones where a
+            sketch would not be much thinner, and else "sketch".
         center: subtract the running mean, as Algorithm 2 does. `False` gives the uncentred second moment E[xxᵀ] of
             Theorem 3.2.
         seed: of the sketch's first test matrix. Equal rows and equal seed give equal components.
         product_dtype: dtype of the matrix products, or "auto" (see `evatune.pca.products.choose_product_dtype`).
             Sums are kept in float32, or in float64 for float64 rows.
+        tolerance: share of the variance that the best k components capture that a sketch may miss (and a tenth of it
+            for the first half of them). One that seems to miss more gets wider at its next refresh, up to four times,
+            or turns into the exact second moment for rows of up to 2048 features. None leaves it as it is.
+        rough_looks: until `refresh` is called, take only one step from the components last asked for when they are
+            asked for again, which is enough to watch them. Concerns wide rows with the backend "exact".
 
     Attributes:
         components_: (k, d), orthonormal rows by descending variance; the largest entry of each is positive.
@@ -75,8 +79,9 @@ class StreamingPCA:
         n_components_: k, after clipping.
         n_features_in_: d.
         backend_: the backend in use.
+        captured_error_: estimated share of the variance that the best k components capture that these miss.
 
-    Cost for a batch of n rows: O(n d²) exact, O(n d l) sketch with l of about 2k, O((n + k) d min(n + k, d))
+    Cost for a batch of n rows: O(n d²) exact, O(n d l) sketch with l of about k + 96, O((n + k) d min(n + k, d))
     incremental. Memory: O(d²), O(d l), O(d k).
 
     Example:
@@ -97,6 +102,8 @@ class StreamingPCA:
         center: bool = True,
         seed: int = 0,
         product_dtype: str | torch.dtype = "auto",
+        tolerance: float | None = 1e-3,
+        rough_looks: bool = False,
     ) -> None:
         if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
             raise EvaError(f"n_components must be a whole number of at least 1, got {n_components!r}.")
@@ -106,11 +113,16 @@ class StreamingPCA:
             )
         if not (isinstance(product_dtype, torch.dtype) or product_dtype == "auto"):
             raise EvaError(f"product_dtype must be a torch dtype or 'auto', got {product_dtype!r}.")
+        if tolerance is not None and not 0 < tolerance < 1:
+            raise EvaError(f"tolerance must be between 0 and 1, or None, got {tolerance!r}.")
         self.n_components = n_components
         self.backend = backend
         self.center = center
         self.seed = seed
         self.product_dtype = product_dtype
+        self.tolerance = tolerance
+        self.rough_looks = rough_looks
+        self._rough = False
         self._moments: Moments | None = None
         self._state: _State | None = None
         self._decomposition: tuple[Tensor, Tensor] | None = None
@@ -153,22 +165,24 @@ class StreamingPCA:
             self._moments = Moments.around(shift_d)
             self._state = self._start(shifted_nd)
         assert self._moments is not None and self._state is not None
-        self._moments = self._moments.merged(batch)
+        self._moments = self._moments.plus(batch)
         product_dtype = choose_product_dtype(rows, self.product_dtype)
         with torch.autocast(rows.device.type, enabled=False):  # which would round products that the sums need whole
-            self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
-        self._decomposition = None
+            self._state = self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
+        self._decomposition, self._rough = None, self.rough_looks
         return self
 
+    @torch.no_grad()
     def refresh(self) -> StreamingPCA:
-        """Fold the rows since the last refresh into the sketch's basis; the other backends have nothing to fold.
+        """Fold the rows since the last refresh into the sketch's basis, and let the next look be a thorough one.
 
-        Right after it the state is at its smallest, (d, l), which is what processes exchange.
+        Right after it the state is at its smallest, which is what processes exchange.
         """
         moments = self._fitted()
         if isinstance(self._state, SketchState):
-            self._state.refresh(moments, center=self.center)
-            self._decomposition = None
+            with one_thread():
+                self._state.refresh(moments, center=self.center)
+        self._decomposition, self._rough = None, False
         return self
 
     def fit(self, rows: Tensor, y: None = None) -> StreamingPCA:
@@ -204,13 +218,16 @@ class StreamingPCA:
             center=self.center,
             seed=self.seed,
             product_dtype=self.product_dtype,
+            tolerance=self.tolerance,
+            rough_looks=self.rough_looks,
         )
         if self._moments is None or other._moments is None:
             source = other if self._moments is None else self
             return result.load_state_dict(source.state_dict()) if source._moments is not None else result
         for name in ("n_features_in_", "backend_"):
-            if getattr(self, name) != getattr(other, name):
-                mine, theirs = getattr(self, name), getattr(other, name)
+            mine, theirs = getattr(self, name), getattr(other, name)
+            # A sketch may have turned into an exact moment in one process and not in the other.
+            if mine != theirs and {mine, theirs} != {"exact", "sketch"}:
                 raise EvaError(f"only equal inputs merge, but {name} is {mine!r} here and {theirs!r} there.")
         assert self._state is not None
         device = self._moments.shift_d.device
@@ -218,9 +235,11 @@ class StreamingPCA:
         theirs_moved.load_state_dict(other.state_dict(), device=device)
         assert theirs_moved._moments is not None
         result._moments = self._moments.merged(theirs_moved._moments)
-        result._state = self._state.merged(
-            theirs_moved._state, self._moments, theirs_moved._moments, center=self.center
-        )
+        if self.backend_ == other.backend_:
+            first, second = self._state, theirs_moved._state
+        else:
+            first, second = self._exactly(), theirs_moved._exactly()
+        result._state = first.merged(second, self._moments, theirs_moved._moments, center=self.center)
         return result
 
     @torch.no_grad()
@@ -257,6 +276,25 @@ class StreamingPCA:
         """Share of the total variance along each component, (k,); zeros where the rows never vary."""
         total = self.total_variance_
         return self.explained_variance_ / total if total > 0 else torch.zeros_like(self.singular_values_)
+
+    @property
+    def captured_error_(self) -> float:
+        """Estimated share of the variance that the best k components capture that these miss; NaN where unknown.
+
+        Zero for the backend "exact", unless it began as a sketch. For "sketch" see
+        `evatune.pca.sketch.SketchState.missed_share`; for "incremental" nothing is known.
+        """
+        moments = self._fitted()
+        components_kd, singular_values_k = self._decompose()
+        if isinstance(self._state, ExactState):
+            captured = float(singular_values_k.square().sum())
+            return min(self._state.missed / captured, 1.0) if captured > 0 else 0.0
+        if not isinstance(self._state, SketchState):
+            return math.nan
+        seen_k = singular_values_k > 0
+        return self._state.missed_share(
+            components_kd[seen_k], singular_values_k[seen_k].square(), moments, center=self.center
+        )
 
     @property
     def total_variance_(self) -> float:
@@ -326,7 +364,7 @@ class StreamingPCA:
         if missing:
             raise EvaError(f"this is not a state of StreamingPCA: {', '.join(sorted(missing))} missing.")
         backend = list(_STATES)[int(state["backend"])]
-        if self.backend not in ("auto", backend):
+        if self.backend not in ("auto", backend) and (self.backend, backend) != ("sketch", "exact"):
             raise EvaError(
                 f"the state is of backend {backend!r}, but this object was made with backend={self.backend!r}."
             )
@@ -342,15 +380,13 @@ class StreamingPCA:
         moments = Moments(
             shift_d=own["shift"], sum_d=own["sum"], squares_d=own["squares"], n_rows=int(own["n_samples_seen"])
         )
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
         try:
-            backend_state = _STATES[backend].from_tensors(
-                {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)},
-                moments,
-                center=self.center,
-            )
+            backend_state = self._state_of(backend, tensors, moments)
         except KeyError as error:
             raise EvaError(f"this is not a state of StreamingPCA: {prefix}{error.args[0]} missing.") from None
         self._state, self._moments, self._decomposition = backend_state, moments, None
+        self._rough = self.rough_looks
         return self
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -380,8 +416,25 @@ class StreamingPCA:
         if backend == "exact":
             return ExactState.start(rows_nd)
         if backend == "sketch":
-            return SketchState.start(rows_nd, sketch_width(n_components, n_features), seed=self.seed)
+            return SketchState.start(rows_nd, n_components, tolerance=self.tolerance, seed=self.seed)
         return IncrementalState.start(rows_nd, n_components)
+
+    def _state_of(self, backend: str, tensors: dict[str, Tensor], moments: Moments) -> _State:
+        if backend == "exact":
+            return ExactState.from_tensors(tensors)
+        if backend == "incremental":
+            return IncrementalState.from_tensors(tensors)
+        n_components = min(self.n_components, moments.shift_d.shape[0])
+        return SketchState.from_tensors(
+            tensors, moments, center=self.center, n_components=n_components, tolerance=self.tolerance
+        )
+
+    def _exactly(self) -> ExactState:
+        """Return the state as an exact one; of a sketch, what it knows."""
+        if isinstance(self._state, ExactState):
+            return self._state
+        assert isinstance(self._state, SketchState) and self._moments is not None
+        return self._state.exactly(self._moments, center=self.center)
 
     def _fitted(self) -> Moments:
         if self._moments is None:
@@ -398,8 +451,13 @@ class StreamingPCA:
         return self._decomposition
 
     def _factorize(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        assert self._state is not None
-        vectors_dp, values_p = self._state.decompose(moments, center=self.center)
+        if isinstance(self._state, ExactState):
+            vectors_dp, values_p = self._state.decompose(
+                moments, center=self.center, n_pairs=self.n_components_, rough=self._rough
+            )
+        else:
+            assert isinstance(self._state, SketchState | IncrementalState)
+            vectors_dp, values_p = self._state.decompose(moments, center=self.center)
         # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vectors.
         n_known = min(self.n_components_, values_p.shape[0])
         basis_dk = complete_basis(vectors_dp[:, :n_known], self.n_components_, seed=self.seed)
@@ -410,9 +468,11 @@ class StreamingPCA:
 
 def choose_backend(backend: str, n_components: int, n_features: int) -> str:
     """Return the backend in use where `backend` was asked for, for so many components of so many features."""
+    if backend == "sketch" and sketch_width(n_components, n_features) == n_features:
+        return "exact"  # a sketch of all there is would only be less precise
     if backend != "auto":
         return backend
-    return "exact" if n_features <= 2 * sketch_width(n_components, n_features) else "sketch"
+    return "exact" if n_features <= max(EXACT_UP_TO, 2 * sketch_width(n_components, n_features)) else "sketch"
 
 
 def _refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:

@@ -1,0 +1,95 @@
+"""Leading eigenpairs against the full eigendecomposition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evatune.pca import eigen
+from evatune.pca.eigen import leading_eigenpairs, nystrom_eigenpairs
+
+D, K = 400, 12
+
+
+def matrix_with(eigenvalues, *, seed=0):
+    """Return a symmetric matrix and its eigenvectors in columns."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator).double()).Q
+    return (axes * eigenvalues) @ axes.T, axes
+
+
+def harmonic(power):
+    return torch.arange(1, D + 1).double() ** -power
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance", "bar"), [(torch.float64, 1e-8, 1e-9), (torch.float32, 1e-3, 1e-4)])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_leading_pairs_are_those_of_the_whole_decomposition(power, dtype, tolerance, bar, seed):
+    values = harmonic(power)
+    matrix, axes = matrix_with(values, seed=seed)
+    vectors, found = leading_eigenpairs(matrix.to(dtype), K, tolerance=tolerance)
+    assert vectors.shape[0] == D and vectors.shape[1] == len(found) >= K
+    torch.testing.assert_close(found[:K].double(), values[:K], rtol=bar, atol=0)
+    cosines = (vectors[:, :K].double() * axes[:, :K]).sum(dim=0).abs()
+    assert (cosines > 1 - 10 * bar).all()
+    gram = vectors.double().T @ vectors.double()
+    torch.testing.assert_close(gram, torch.eye(len(found)).double(), rtol=0, atol=1e-5)
+
+
+def test_iteration_starts_from_columns_that_are_nearly_right(monkeypatch):
+    """From the eigenvectors of a matrix that hardly differs, far fewer steps do than from random columns."""
+    matrix, _ = matrix_with(harmonic(1.0))
+    steps = []
+    one_step = nystrom_eigenpairs
+    monkeypatch.setattr(eigen, "nystrom_eigenpairs", lambda *args, **named: steps.append(1) or one_step(*args, **named))
+    near, _ = leading_eigenpairs(matrix, K, tolerance=1e-6)
+    cold, steps[:] = len(steps), []
+    other = matrix + 1e-4 * torch.eye(D).double()
+    leading_eigenpairs(other, K, tolerance=1e-6, near_dl=near)
+    assert len(steps) <= 2 < cold
+
+
+def test_one_rough_step_comes_closer_but_is_not_there():
+    matrix, axes = matrix_with(harmonic(1.0))
+    near = torch.linalg.qr(axes[:, : K + 32] + 0.02 * torch.randn(D, K + 32).double()).Q
+    rough, _ = leading_eigenpairs(matrix, K, tolerance=1e-12, near_dl=near, n_steps=1)
+    thorough, _ = leading_eigenpairs(matrix, K, tolerance=1e-12, near_dl=near)
+
+    def missed(vectors):
+        return 1 - float((vectors[:, :K].T @ axes[:, :K]).square().sum()) / K
+
+    assert missed(near) > 10 * missed(rough) > 100 * missed(thorough)
+
+
+def test_a_spectrum_that_does_not_fall_is_factorized_in_full():
+    matrix, _ = matrix_with(torch.ones(D).double() + 1e-6 * harmonic(1.0))
+    vectors, values = leading_eigenpairs(matrix, K, tolerance=1e-12)
+    assert vectors.shape == (D, D)
+    torch.testing.assert_close(matrix @ vectors, vectors * values, rtol=0, atol=1e-12)
+
+
+def test_a_matrix_of_small_rank_has_no_more_pairs():
+    matrix, _ = matrix_with(torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.zeros(D - 3)]).double())
+    vectors, values = leading_eigenpairs(matrix, K, tolerance=1e-8)
+    assert vectors.shape == (D, 3)
+    torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0]).double(), rtol=1e-10, atol=0)
+    assert leading_eigenpairs(torch.zeros(D, D), K, tolerance=1e-3)[0].shape == (D, 0)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+def test_eigenvalues_that_fall_below_rounding_do_no_harm(ratio, dtype, tolerance):
+    values = ratio ** torch.arange(D).double()
+    matrix, axes = matrix_with(values)
+    vectors, found = leading_eigenpairs(matrix.to(dtype), K, tolerance=tolerance)
+    torch.testing.assert_close(found[:K].double(), values[:K], rtol=1e-3, atol=0)
+    assert ((vectors[:, :K].double() * axes[:, :K]).sum(dim=0).abs() > 1 - 1e-4).all()
+
+
+def test_one_massive_eigenvalue_leaves_the_others_right_in_float64():
+    values = torch.cat([torch.tensor([1e7]).double(), harmonic(1.0)[:-1]])
+    matrix, axes = matrix_with(values)
+    vectors, found = leading_eigenpairs(matrix, K, tolerance=1e-6)
+    torch.testing.assert_close(found[:K], values[:K], rtol=1e-6, atol=0)
+    assert ((vectors[:, :K] * axes[:, :K]).sum(dim=0).abs() > 1 - 1e-8).all()

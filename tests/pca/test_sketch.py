@@ -1,0 +1,139 @@
+"""The sketch's estimate of its own error, and what it does about it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from evatune import EvaError, StreamingPCA
+from evatune.pca import sketch
+from evatune.pca.sketch import WIDEST, sketch_width
+
+K = 8
+
+
+def drifting(n_batches, n_features, *, decay, seed, n_rows=256):
+    """Return batches whose spectrum falls slowly and whose axes turn a little from one to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = torch.arange(1, n_features + 1).double() ** -decay
+    turn = torch.linalg.qr(
+        torch.eye(n_features).double() + 0.02 * torch.randn(n_features, n_features, generator=generator).double()
+    ).Q
+    batches, axes = [], torch.eye(n_features).double()
+    for _ in range(n_batches):
+        batches.append((torch.randn(n_rows, n_features, generator=generator).double() * deviations) @ axes)
+        axes = axes @ turn
+    return batches
+
+
+def fitted(batches, **settings):
+    pca = StreamingPCA(K, backend="sketch", **settings)
+    for batch in batches:
+        pca.partial_fit(batch)
+    return pca
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("decay", "dtype"), [(0.25, torch.float64), (0.5, torch.float64), (0.5, torch.float32)])
+def test_the_estimated_error_is_about_the_true_one(oracle, decay, dtype, seed):
+    batches = [batch.to(dtype) for batch in drifting(12, 600, decay=decay, seed=seed)]
+    pca = fitted(batches, tolerance=None, seed=seed, product_dtype=dtype)
+    missed = 1 - oracle(torch.cat(batches)).captured_by(pca.components_, K)
+    assert missed > 1e-5, "or there is nothing to estimate"
+    assert 0.4 * missed < pca.captured_error_ < 3 * missed
+
+
+def test_without_a_tolerance_the_sketch_stays_as_it_is():
+    pca = fitted(drifting(8, 1200, decay=0.25, seed=0), tolerance=None)
+    assert pca.backend_ == "sketch" and pca._state.width == sketch_width(K, 1200)
+    assert pca.captured_error_ > 1e-3
+
+
+def test_a_sketch_that_misses_too_much_gets_wider_but_not_beyond_a_bound(oracle, monkeypatch):
+    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    batches = drifting(16, 1200, decay=0.25, seed=0)
+    plain, wider = fitted(batches, tolerance=None), fitted(batches)
+    assert wider.backend_ == "sketch"
+    assert sketch_width(K, 1200) < wider._state.width <= WIDEST * sketch_width(K, 1200)
+    assert wider.captured_error_ < 0.7 * plain.captured_error_
+    truth = oracle(torch.cat(batches))
+    assert 1 - truth.captured_by(wider.components_, K) < 0.7 * (1 - truth.captured_by(plain.components_, K))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_narrow_rows_that_a_sketch_misses_are_followed_exactly(oracle, seed):
+    batches = drifting(16, 700, decay=0.25, seed=seed)
+    pca = fitted(batches, seed=seed)
+    assert pca.backend_ == "exact"
+    assert oracle(torch.cat(batches)).captured_by(pca.components_, K) > 1 - 1e-9, "the first batch showed it"
+    assert pca.captured_error_ == 0.0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_a_sketch_had_missed_before_it_became_exact_is_not_forgotten(oracle, seed):
+    batches = [*drifting(1, 700, decay=2.0, seed=seed), *drifting(15, 700, decay=0.3, seed=seed)]
+    pca = StreamingPCA(K, backend="sketch", seed=seed)
+    backends = [pca.partial_fit(batch).backend_ for batch in batches]
+    assert backends[0] == "sketch" and backends[-1] == "exact"
+    missed = 1 - oracle(torch.cat(batches)).captured_by(pca.components_, K)
+    assert 0 < missed < 1e-3
+    assert missed / 10 < pca.captured_error_ < 10 * missed
+
+
+def test_a_spectrum_that_falls_fast_needs_no_more():
+    batches = drifting(8, 1200, decay=2.0, seed=0)
+    pca = fitted(batches)
+    assert pca.backend_ == "sketch" and pca._state.width == sketch_width(K, 1200)
+    assert pca.captured_error_ < 1e-5
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_estimate_survives_a_merge_and_a_round_trip(oracle, center):
+    batches = [batch + 0.3 for batch in drifting(12, 600, decay=0.5, seed=0)]
+    halves = [fitted(half, tolerance=None, center=center) for half in (batches[:4], batches[4:])]
+    halves[1].refresh()
+    merged = halves[0].merge(halves[1])
+    missed = 1 - oracle(torch.cat(batches), center=center).captured_by(merged.components_, K)
+    assert 0.3 * missed < merged.captured_error_ < 3 * missed
+    loaded = StreamingPCA(K, tolerance=None, center=center).load_state_dict(merged.state_dict())
+    assert loaded.captured_error_ == pytest.approx(merged.captured_error_, rel=1e-6)
+    more = drifting(1, 600, decay=0.5, seed=1)[0]
+    assert torch.equal(loaded.partial_fit(more).components_, merged.partial_fit(more).components_)
+
+
+def test_sketches_of_different_widths_merge(monkeypatch):
+    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    batches = drifting(16, 1200, decay=0.25, seed=0)
+    narrow, wide = fitted(batches[:1], tolerance=None), fitted(batches[1:])
+    assert narrow._state.width < wide._state.width
+    for merged in (narrow.merge(wide), wide.merge(narrow)):
+        assert merged._state.width == wide._state.width
+        assert merged.n_samples_seen_ == 16 * 256
+
+
+def test_a_sketch_merges_with_one_that_became_exact(oracle):
+    batches = drifting(16, 700, decay=0.25, seed=0)
+    thin, exact = fitted(batches[:1], tolerance=None), fitted(batches[1:])
+    assert (thin.backend_, exact.backend_) == ("sketch", "exact")
+    truth = oracle(torch.cat(batches))
+    for merged in (thin.merge(exact), exact.merge(thin)):
+        assert merged.backend_ == "exact"
+        assert 1 - truth.captured_by(merged.components_, K) < 2e-3
+
+
+def test_nothing_is_known_of_the_error_of_algorithm_2():
+    assert math.isnan(StreamingPCA(2, backend="incremental").partial_fit(torch.randn(20, 8)).captured_error_)
+
+
+def test_rows_without_variance_miss_nothing():
+    pca = StreamingPCA(2, backend="sketch").partial_fit(torch.ones(20, 300))
+    assert pca.captured_error_ == 0.0
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, -0.5, np.nan])
+def test_a_tolerance_out_of_range_is_refused(tolerance):
+    with pytest.raises(EvaError, match="tolerance must be between 0 and 1, or None"):
+        StreamingPCA(2, tolerance=tolerance)
