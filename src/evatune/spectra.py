@@ -46,6 +46,8 @@ class Spectrum:
     """Why measuring ended: "converged", "accurate", "batch cap", "data exhausted" or "interrupted"."""
     backend: str
     """The backend of `StreamingPCA` that was used."""
+    captured_error: float | None = None
+    """Estimated share of the variance that the best k components capture that these miss; None where unknown."""
 
     @property
     def explained_variance(self) -> Tensor:
@@ -193,6 +195,7 @@ class Spectra(Mapping[str, Spectrum]):
                 "explained_variance_ratio": float(spectrum.explained_variance_ratio.sum()),
                 "stopped": spectrum.stopped,
                 "backend": spectrum.backend,
+                "captured_error": spectrum.captured_error,
             }
             for key, spectrum in self.inputs.items()
         }
@@ -254,6 +257,7 @@ class Spectra(Mapping[str, Spectrum]):
             inputs = {}
             for index, (key, entry) in enumerate(manifest["inputs"].items()):
                 facts = {name: entry[name] for name in ("n_rows", "n_batches", "total_variance", "stopped", "backend")}
+                facts["captured_error"] = entry.get("captured_error")
                 inputs[key] = Spectrum(**{name: tensors[f"{index}.{name}"] for name in _TENSORS}, **facts)
             targets = {entry["name"]: Target(**entry) for entry in manifest["targets"]}
             for target in targets.values():

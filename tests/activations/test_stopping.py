@@ -127,7 +127,7 @@ def test_the_checks_are_noted(linear):
 
 
 def test_checks_grow_rare():
-    assert [n for n in range(70) if is_check(n)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert [n for n in range(70) if is_check(n)] == [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
 def test_a_rank_says_how_many_components_are_kept(linear):

@@ -28,8 +28,9 @@ from evatune.activations.targets import TargetModule, TargetRules, find_targets,
 from evatune.activations.trace import Trace, follow
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
+from evatune.pca.eigen import OVERSAMPLING
 from evatune.pca.one_hot import OneHotPCA
-from evatune.pca.sketch import FIRST_BATCH_ITERATIONS, sketch_width
+from evatune.pca.sketch import EXACT_UP_TO, FIRST_BATCH_ITERATIONS, N_PROBES, sketch_width, widest_sketch
 from evatune.pca.stacked import StackedPCA
 from evatune.pca.streaming import choose_backend
 from evatune.pca.subspace import one_thread
@@ -70,11 +71,13 @@ class InputKind:
     backend: str
     """Backend of the streaming PCA."""
     width: int | None
-    """Columns of the sketch, l, where there is one."""
+    """Columns with which the sketch begins, l, where there is one."""
     n_rows: int
     """Rows of a full batch, n."""
     state_bytes: int
     """Bound of what one of them accumulates: the tensors of its `state_dict`."""
+    initial_bytes: int
+    """What it begins with: a sketch gets wider where it misses too much."""
     cached_bytes: int
     """Bound of what is kept beside each state from one check to the next."""
     product_flops: float
@@ -122,6 +125,11 @@ class Estimate:
         return sum(kind.count * kind.state_bytes for kind in self.kinds)
 
     @property
+    def initial_bytes(self) -> int:
+        """What all states together begin with."""
+        return sum(kind.count * kind.initial_bytes for kind in self.kinds)
+
+    @property
     def cached_bytes(self) -> int:
         """Bound of what is kept beside the states."""
         return sum(kind.count * kind.cached_bytes for kind in self.kinds)
@@ -161,7 +169,7 @@ class Estimate:
         lines = [
             text_table(titles, rows),
             "",
-            f"states    {_size(self.state_bytes)} at most, and {_size(self.cached_bytes)} kept from check to check",
+            f"states    {self._states()}, and {_size(self.cached_bytes)} kept from check to check",
             f"weights   {_size(self.weights_bytes)}",
         ]
         if self.block_bytes is not None and self.hidden_bytes is not None:
@@ -180,9 +188,14 @@ class Estimate:
             ]
         return "\n".join(lines)
 
+    def _states(self) -> str:
+        if self.initial_bytes == self.state_bytes:
+            return f"{_size(self.state_bytes)} at most"
+        return f"{_size(self.initial_bytes)} at first, {_size(self.state_bytes)} at most"
+
     def to_json(self) -> dict[str, Any]:
         """Return everything, for programs."""
-        names = ("n_inputs", "state_bytes", "cached_bytes", "forward_seconds", "pca_seconds")
+        names = ("n_inputs", "state_bytes", "initial_bytes", "cached_bytes", "forward_seconds", "pca_seconds")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
@@ -367,6 +380,7 @@ def _kind(
             width=None,
             n_rows=n_rows,
             state_bytes=SCALARS_BYTES + _DOUBLE * d,
+            initial_bytes=SCALARS_BYTES + _DOUBLE * d,
             cached_bytes=4 * _FLOAT * pca.n_components * d,
             product_flops=0.0,
             factorization_flops=0.0,
@@ -377,9 +391,10 @@ def _kind(
         widths = [part["width"] for part in parts if part["width"]]
         sums = {
             key: sum(part[key] for part in parts)
-            for key in ("state_bytes", "cached_bytes", "product_flops", "factorization_flops")
+            for key in ("state_bytes", "initial_bytes", "cached_bytes", "product_flops", "factorization_flops")
         }
-        sums["state_bytes"] += SCALARS_BYTES + _DOUBLE * len(parts)
+        for key in ("state_bytes", "initial_bytes"):
+            sums[key] += SCALARS_BYTES + _DOUBLE * len(parts)
         return InputKind(
             **facts, n_rows=n_rows, backend="+".join(sorted(backends)), width=max(widths, default=None), **sums
         )
@@ -391,26 +406,39 @@ def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any
     k = min(pca.n_components, d)
     backend = choose_backend(pca.backend, k, d)
     width = sketch_width(k, d)
-    moments = _FLOAT * d + 2 * _DOUBLE * d
+    moments = _FLOAT * d + 2 * _DOUBLE * d + SCALARS_BYTES
     # Components of the last three checks and the present ones.
     cached = 4 * _FLOAT * k * d
     doublings = math.ceil(math.log2(max(max_batches, 1))) + 1
     checks = 2 * 2 * doublings + 1
+    # Most of the work of factorizations are products, which run about four times as fast as what the speed was measured
+    # on: hence 2 d l² where it is 8 d l².
     if backend == "exact":
-        state, products, factorizations = _FLOAT * d * d, 2.0 * n * d * d, checks * 9.0 * d**3
+        initial = state = _FLOAT * d * d
+        products = 4 / 3 * n * d * d
+        # Subspace iteration goes on from the columns of the last time.
+        columns = min(k + OVERSAMPLING, d)
+        cached += _FLOAT * d * columns
+        step = d * d * columns / 2 + 2.0 * d * columns**2 + 20.0 * columns**3
+        factorizations = min((checks + 10) * step, checks * 9.0 * d**3)
     elif backend == "sketch":
-        state, products = 2 * _FLOAT * d * width, 4.0 * n * d * width
+        widest = widest_sketch(k, d)
+        initial, state = (2 * _FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
+        if width < d <= EXACT_UP_TO:
+            state = max(state, _FLOAT * d * d)
+        products = 4.0 * n * d * (width + N_PROBES)
         # The eigenvectors of the last refresh are kept until rows come.
-        cached += _FLOAT * d * width + _DOUBLE * width
-        # Most of it are products, which run about four times as fast as what the speed was measured on.
+        cached += _FLOAT * d * widest + _DOUBLE * widest
         factorizations = (FIRST_BATCH_ITERATIONS + doublings + checks) * (2.0 * d * width**2 + 20.0 * width**3)
     else:
-        state, products = _FLOAT * (k * d + k), 0.0
+        initial = state = _FLOAT * (k * d + k)
+        products = 0.0
         factorizations = max_batches * 6.0 * d * (n + k) * min(n + k, d)
     return {
         "backend": backend,
         "width": width if backend == "sketch" else None,
-        "state_bytes": state + moments + SCALARS_BYTES,
+        "state_bytes": state + moments,
+        "initial_bytes": initial + moments,
         "cached_bytes": cached,
         "product_flops": products,
         "factorization_flops": factorizations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from evatune.allocation import ComponentVariances, allocate
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import StreamingPCA
 from evatune.spectra import Spectrum, Target
+
+SHOWN_ERROR = 0.01
+"""Estimated share of the best captured variance above which the user is told what a sketch misses."""
 
 
 class Measurement:
@@ -55,6 +59,7 @@ class Measurement:
         self._checking = False
         self._masks = RowMasks()
         self._needed: dict[str, int] = {}
+        self._variances: dict[str, ComponentVariances] = {}
         self.input_of: dict[str, str] = {}
         self._started = time.perf_counter()
         self._warned_of_padding = False
@@ -213,12 +218,17 @@ class Measurement:
                 "give more or longer batches, or a smaller rank, rho or n_components."
             )
         spectra = self._stand_ins(n_batches)
+        missing: dict[str, float] = {}
         for key in self.targets:
             if key not in self.pcas or key in spectra:
                 continue
             pca = self.pcas[key]
             if not pca.is_fitted:
                 raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
+            pca.refresh()
+            error = pca.captured_error_
+            if error > SHOWN_ERROR:
+                missing[key] = error
             spectra[key] = Spectrum(
                 components=pca.components_.float().cpu(),
                 singular_values=pca.singular_values_.float().cpu(),
@@ -228,6 +238,16 @@ class Measurement:
                 n_batches=n_batches,
                 stopped=self.monitor.done.get(key, stopped),
                 backend=pca.backend_,
+                captured_error=None if math.isnan(error) else error,
+            )
+        if missing:
+            worst = max(missing, key=lambda key: missing[key])
+            warnings.warn(
+                f"the sketches of {len(missing)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the variance that "
+                f"as many best components capture, that of {worst!r} {missing[worst]:.1%}; where that matters and "
+                "memory allows, measure with backend='exact'.",
+                EvaWarning,
+                stacklevel=3,
             )
         return {key: spectra[key] for key in self.targets if key in spectra}
 
@@ -236,10 +256,11 @@ class Measurement:
 
     def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
         """Return how many components of each input a plan from the present spectra would use."""
-        variances = {}
+        variances = self._variances
         for name, key in self.input_of.items():
             pca, target = self.pcas[key], self.targets[name]
-            if pca.is_fitted:
+            # What is done changes little, and looking at it costs a factorization.
+            if pca.is_fitted and not (name in variances and key in self.monitor.done):
                 variances[name] = ComponentVariances(
                     explained_variance=pca.explained_variance_.double().cpu().numpy(),
                     total_variance=pca.total_variance_,

@@ -55,12 +55,12 @@ class StoppingRule:
 
 
 def is_check(n_batches: int) -> bool:
-    """Tell whether rules are checked around the batch after `n_batches`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, …
+    """Tell whether rules are checked around the batch after `n_batches`: 2, 3, 4, 6, 8, 12, 16, 24, 32, …
 
     Checks factorize, so their number should grow with the logarithm of the data only.
     """
     power = 1 << max(n_batches.bit_length() - 1, 0)
-    return n_batches >= 1 and n_batches in (power, power + power // 2)
+    return n_batches >= 2 and n_batches in (power, power + power // 2)
 
 
 class StoppingMonitor:
@@ -88,7 +88,7 @@ class StoppingMonitor:
 
     def begin_check(self, key: str, components_kd: Tensor) -> None:
         """Take the components of an input as they are now, (k, d)."""
-        # With checks at 1, 2, 3, 4, 6, 8, 12, … batches, there were half the rows two checks ago.
+        # With checks at 2, 3, 4, 6, 8, 12, … batches, there were half the rows two checks ago.
         history = self._history[key] = [*self._history.get(key, [])[-self.checks_per_doubling :], components_kd]
         self._energies.pop(key, None)
         self._n_scored.pop(key, None)

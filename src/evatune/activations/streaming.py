@@ -144,7 +144,7 @@ def measure_from_disk(
         autocast=lambda: _autocast(empty, dtype),
         new_measurement=partial(
             Measurement,
-            new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed),
+            new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed, rough_looks=True),
             n_components=n_components,
             monitor=StoppingMonitor(StoppingRule(tau=None, min_gain=None)),
         ),
