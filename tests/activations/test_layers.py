@@ -10,9 +10,7 @@ from torch import nn
 from evatune import EvaError, measure
 from evatune.activations import convolution
 from evatune.activations.convolution import ConvolutionType
-from evatune.activations.distributed import Ranks, _merge
 from evatune.activations.rows import RowMasks
-from evatune.pca.one_hot import OneHotPCA
 
 CONVOLUTIONS = [
     nn.Conv1d(4, 6, 3),
@@ -280,32 +278,3 @@ def test_an_attention_module_without_packed_projection_is_refused():
     model = Attending(kdim=8).eval()
     with pytest.raises(EvaError, match=r"target 'attn' is an nn\.MultiheadAttention whose kdim=8 .* exclude_modules"):
         measure(model, sequences(), target_modules=["attn"], **QUIET)
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
-
-
-class Twins:
-    """Two processes that have seen the same."""
-
-    rank, size = 0, 2
-
-    def gather(self, tensor):
-        return [tensor, tensor]
-
-    def gather_json(self, value):
-        return [value, value]
-
-
-def test_counts_of_several_processes_are_added():
-    pca = OneHotPCA(3, n_features=6).partial_fit(torch.tensor([0, 0, 1, 4]))
-    merged = _merge({"tokens": pca}, {"tokens": "tokens"}, Twins())[1]["tokens"]
-    twice = OneHotPCA(3, n_features=6).partial_fit(torch.tensor([0, 0, 1, 4] * 2))
-    assert merged.n_samples_seen_ == 8 and torch.equal(merged.components_, twice.components_)
-
-
-def test_layers_that_processes_cannot_measure_together_are_refused(monkeypatch):
-    monkeypatch.setattr(Ranks, "present", staticmethod(lambda: True))
-    monkeypatch.setattr(Ranks, "__init__", lambda self: None)
-    with pytest.raises(EvaError, match="in one process only, and 'attn' is one of them"):
-        measure(Attending(), sequences(), target_modules=["attn"], **QUIET)

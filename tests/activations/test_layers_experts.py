@@ -14,7 +14,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from evatune import EvaError, EvaWarning, measure
+from evatune import EvaError, EvaWarning, Spectra, measure
 
 D, INNER, EXPERTS = 16, 12, 4
 COMMON = {
@@ -257,6 +257,13 @@ def test_defect_10_experts_with_few_or_no_rows_take_what_their_siblings_saw(n_ro
     torch.testing.assert_close(poor.components @ poor.components.T, torch.eye(4), rtol=0, atol=1e-5)
     plan = spectra.plan(rank=2)
     assert plan.ranks["experts.3.down"] > 0 and list(spectra) == list(plan.ranks) and len(spectra) == 3 * EXPERTS + 1
+
+
+def test_spectra_in_which_one_pca_stands_in_for_several_experts_can_be_saved(tmp_path):
+    with pytest.warns(EvaWarning, match=r"inputs are of experts that got fewer than 4 rows"):
+        spectra = measure(Mixture(), [destined(40, 0, 0, 0)], **QUIET)
+    loaded = Spectra.load(spectra.save(tmp_path / "spectra"))
+    assert torch.equal(loaded["experts.1.up"].components, loaded["experts.2.up"].components)
 
 
 def test_padding_that_is_routed_to_experts_is_no_secret():

@@ -33,8 +33,6 @@ _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 class AttentionType(LayerType):
     """`nn.MultiheadAttention` with equal widths of query, key and value."""
 
-    merges = False
-
     def features(self, module: Any) -> tuple[int, int] | None:
         """Return the widths of both parts together: (2 E, 3 E + E)."""
         if not isinstance(module, nn.MultiheadAttention):

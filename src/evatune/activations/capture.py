@@ -34,22 +34,36 @@ class Capture:
         targets: what to hook.
         consumer: takes the name of the first target of a shared input, and the input.
         to_the_end: let every pass run to its end, because its output is wanted.
+        unbroken: let no pass end before its end, whatever happens in the hooks, because other processes take part in
+            it: what they raise is raised after the pass.
 
     Attributes:
         input_of: for every target reached so far, the key of its input: the name of the first target that got it.
+        broken: an unbroken pass has ended in the middle all the same, because the model itself failed.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], consumer: Consumer, *, to_the_end: bool = False) -> None:
+    def __init__(
+        self,
+        targets: Sequence[TargetModule],
+        consumer: Consumer,
+        *,
+        to_the_end: bool = False,
+        unbroken: bool = False,
+    ) -> None:
         self.targets = targets
         self.consumer = consumer
-        self.to_the_end = to_the_end
+        self.to_the_end = to_the_end or unbroken
+        self.unbroken = unbroken
         self.input_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._expected_calls: Counter[str] | None = None
         self._probed = False
+        self._idle = False
+        self.broken = False
         self._begin_pass()
 
     def _begin_pass(self) -> None:
+        self._held: Exception | None = None
         self._seen = SeenTensors()
         self._calls: Counter[str] = Counter()
         self._numbers: dict[str, list[Hashable]] = {}
@@ -78,9 +92,11 @@ class Capture:
         """
         self._begin_pass()
         try:
-            forward()
+            self._complete(forward)
         except _LastInputSeen:
             return True
+        if self._held is not None:
+            raise self._held
         if self._probed:
             # This pass was to end early and did not, so the number of calls depends on the batch (experts do that).
             self._expected_calls = None
@@ -88,8 +104,23 @@ class Capture:
         self._probed = True
         return self._learn_from_probe()
 
+    def idle(self, forward: Callable[[], Any]) -> None:
+        """Make one pass in which nothing is handed over."""
+        self._idle = True
+        try:
+            self._complete(forward)
+        finally:
+            self._idle = False
+
+    def _complete(self, forward: Callable[[], Any]) -> None:
+        try:
+            forward()
+        except BaseException:
+            self.broken = self.unbroken
+            raise
+
     def _make_hook(self, name: str, layer: LayerType) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering = layer.entering(module, args, kwargs)
             self._calls[name] += 1
             if self._probed:
@@ -103,6 +134,16 @@ class Capture:
                     self.consumer(name, entering)
             if self._calls == self._expected_calls:
                 raise _LastInputSeen
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._idle or self._held is not None:
+                return
+            try:
+                take(module, args, kwargs)
+            except Exception as error:
+                if not self.unbroken:
+                    raise
+                self._held = error
 
         return hook
 

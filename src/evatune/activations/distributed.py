@@ -1,87 +1,117 @@
 """Measuring in many processes: each passes its own batches, and only small matrices are exchanged.
 
-Every process follows its rows with its own `StreamingPCA`. At checks (after 1, 2, 4, 8, … steps and at the end) the
-states are refreshed, gathered and merged: d x l numbers per input and process, whatever the number of rows, where
-gathering activations would send n x d. Every process merges the same states in the same order, so that
-all end with the same bits on equal hardware.
+Every process follows its rows with its own `StreamingPCA`. After 1, 2, 4, 8, … steps they meet to check whether to go
+on, for which the leading components of inputs that are not done suffice (`evatune.activations.leading`), and at the end
+they exchange whole states: some d x l numbers per input and process, whatever the number of rows, where gathering
+activations would send n x d. Every process merges the same states in the same order, so that all end with the same bits
+on equal hardware.
 
-Processes walk in lockstep from check to check. One that has run out of data, or never had any, keeps taking part; one
-that fails says so at the next check, and then all end with an error: none waits for a process that is gone.
+Processes walk in lockstep from meeting to meeting. One that has run out of data, or never had any, keeps taking part;
+one that fails says so at the next meeting, and then all end with an error: none waits for a process that is gone.
+
+Where a pass itself needs all processes (`evatune.activations.sharding`), they walk in lockstep from pass to pass: each
+says before a pass whether it has a batch, has failed or was interrupted. One without a batch repeats its last one, or
+one that another lends it, and measures nothing.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from evatune.activations.exchange import Ranks, layout_of
 from evatune.activations.layers import AnyPCA
+from evatune.activations.leading import leading_state, restored, whole_state
 from evatune.activations.measurement import Measurement
+from evatune.activations.passes import Passes
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED
 from evatune.errors import EvaError
-from evatune.pca import StreamingPCA
-from evatune.pca.one_hot import OneHotPCA
 
 
-class Ranks:
-    """The processes of the default group, and what this one has sent them.
+class _Facts(NamedTuple):
+    """What a process tells all others where they meet."""
 
-    Attributes:
-        rank: the number of this process.
-        size: how many there are.
-        bytes_sent: what this process contributed to all exchanges.
-    """
+    running: int
+    """Whether it has or may have another batch."""
+    failed: int
+    interrupted: int
+    n_passed: int
+    can_pass: int
+    """Whether it has any batch, be it one passed before."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.bytes_sent = 0
-        # What is exchanged goes over the processor for gloo and over the accelerator for the others.
-        on_cpu = dist.get_backend() in ("gloo", "mpi")
-        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
-    @staticmethod
-    def present() -> bool:
-        """Tell whether there is more than one process."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class _Member:
+    """This process among the others: what it does, and what came of it."""
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all processes, which must have equal shapes and dtypes."""
-        tensor = tensor.to(self.device).contiguous()
-        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(everyone, tensor)
-        self.bytes_sent += tensor.numel() * tensor.element_size()
-        return everyone
+    def __init__(self, passes: Passes, *, max_batches: int) -> None:
+        self.passes = passes
+        self.max_batches = max_batches
+        self.running = True
+        self.interrupted = False
+        self.failure: Exception | None = None
 
-    def gather_json(self, value: Any) -> list[Any]:
-        """Return what all processes gave; of any length, and never unpickled."""
-        text = json.dumps(value).encode()
-        lengths = [int(length) for length in self.gather(torch.tensor([len(text)]))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        texts = self.gather(padded)
-        return [json.loads(bytes(text[:length].tolist()).decode()) for text, length in zip(texts, lengths, strict=True)]
+    def facts(self) -> _Facts:
+        """Return what to tell the others."""
+        return _Facts(
+            running=self.running,
+            failed=self.failure is not None,
+            interrupted=self.interrupted,
+            n_passed=self.passes.n_passed,
+            can_pass=self.passes.can_idle,
+        )
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all processes, the same in each."""
-        return torch.stack(self.gather(tensor)).sum(dim=0).to(tensor.device)
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Do something that may fail or be interrupted, and remember that for the next meeting.
+
+        Where a pass that others are in has ended in the middle, there is no next meeting, and this process ends.
+        """
+        try:
+            action()
+        except KeyboardInterrupt:
+            if self.passes.broken:
+                raise
+            self.running, self.interrupted = False, True
+        except Exception as error:
+            if self.passes.broken:
+                raise
+            self.running, self.failure = False, error
+
+    def load(self) -> None:
+        """Take the next batch, if there is none waiting."""
+        if not self.passes.loaded:
+            self.running = self.passes.n_passed < self.max_batches and self.passes.load()
+
+    def walk(self) -> None:
+        """Take and pass the next batch, on one's own."""
+        self.load()
+        while self.passes.loaded:
+            self.passes.run()
 
 
 def drive(
-    passes: Iterator[int], measurement: Measurement, ranks: Ranks, *, max_batches: int, bar: Any
+    passes: Passes,
+    measurement: Measurement,
+    ranks: Ranks,
+    *,
+    max_batches: int,
+    bar: Any,
+    together: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[int, str]:
     """Walk through the batches of this process in lockstep with the others, merging and checking where they meet.
 
     Args:
-        passes: passes one batch at each `next`, and says how many there were.
+        passes: of this process.
         measurement: of this process; at the end it holds the merged states, the same in every process.
         ranks: the processes.
         max_batches: the most batches that one process passes.
         bar: the progress bar.
+        together: whether every single pass needs all processes.
+        interrupted: tells whether Ctrl-C was pressed, where it does not interrupt by itself.
 
     Returns:
         How many batches all processes have passed together, and why measuring ended.
@@ -89,40 +119,48 @@ def drive(
     Raises:
         EvaError: another process has failed. What this process itself raised is raised again.
     """
-    n_steps, n_passed, running, interrupted = 0, 0, True, False
-    failure: BaseException | None = None
-    own = measurement.pcas
+    member = _Member(passes, max_batches=max_batches)
+    assembly = _Assembly(measurement, ranks)
+    n_steps, n_met = 0, 0
     while True:
-        if _is_meeting(n_steps) or n_steps == max_batches:
-            facts = ranks.gather_json([running, failure is not None, interrupted, n_passed, measurement.input_of])
-            failed = [rank for rank, fact in enumerate(facts) if fact[1]]
-            if failure is not None:
-                raise failure
-            if failed:
-                raise EvaError(f"process {failed[0]} failed while measuring, so all end; its own message says why.")
-            measurement.monitor.pool(ranks.add)
-            merged = _merge(own, _agreed([fact[4] for fact in facts]), ranks)
-            measurement.adopt(*merged, n_batches=sum(fact[3] for fact in facts))
-            bar.set_postfix_str(measurement.progress_text())
-            n_batches = sum(fact[3] for fact in facts)
-            if any(fact[2] for fact in facts):
-                return n_batches, INTERRUPTED
-            if n_steps == max_batches or measurement.all_done():
-                return n_batches, BATCH_CAP
-            if not any(fact[0] for fact in facts):
-                return n_batches, EXHAUSTED
-        if running:
-            measurement.pcas = own
-            try:
-                n_passed = next(passes)
-                bar.update()
-            except StopIteration:
-                running = False
-            except KeyboardInterrupt:
-                running, interrupted = False, True
-            except Exception as error:
-                running, failure = False, error
+        if together:
+            if member.running:
+                member.attempt(member.load)
+            member.interrupted |= interrupted()
+        if together or _is_meeting(n_steps) or n_steps >= max_batches:
+            everyone = [_Facts(*numbers) for numbers in ranks.gather_numbers(*member.facts())]
+            _raise_failure(member.failure, [facts.failed for facts in everyone])
+            n_batches = sum(facts.n_passed for facts in everyone)
+            if together:
+                n_steps = max(facts.n_passed for facts in everyone)
+            stopped = None
+            if any(facts.interrupted for facts in everyone):
+                stopped = INTERRUPTED
+            elif n_steps >= max_batches:
+                stopped = BATCH_CAP
+            elif not any(facts.running for facts in everyone):
+                stopped = EXHAUSTED
+            elif _is_meeting(n_steps) and n_steps > n_met:
+                stopped = assembly.check(n_batches)
+                n_met = n_steps
+                bar.set_postfix_str(measurement.progress_text())
+            if stopped:
+                assembly.conclude(n_batches, checked=n_met == n_steps)
+                return n_batches, stopped
+            lacking = [rank for rank, facts in enumerate(everyone) if not facts.can_pass]
+            if together and lacking:
+                lender = next(rank for rank, facts in enumerate(everyone) if facts.running)
+                batch = ranks.lend(passes.batch, lender=lender)
+                if ranks.rank in lacking:
+                    member.attempt(functools.partial(passes.borrow, batch))
+                continue  # and hear whether all can make a pass now
+        measurement.pcas = assembly.own
+        if together:
+            member.attempt(passes.run if passes.loaded else passes.idle)
+        elif member.running:
+            member.attempt(member.walk)
         n_steps += 1
+        bar.update(passes.n_passed - bar.n)
 
 
 def _is_meeting(n_steps: int) -> bool:
@@ -130,7 +168,82 @@ def _is_meeting(n_steps: int) -> bool:
     return n_steps > 0 and n_steps & (n_steps - 1) == 0
 
 
-def _agreed(tables: list[dict[str, str]]) -> dict[str, str]:
+def _raise_failure(failure: Exception | None, failed: Sequence[int]) -> None:
+    if failure is not None:
+        raise failure
+    if any(failed):
+        rank = next(rank for rank, has_failed in enumerate(failed) if has_failed)
+        raise EvaError(f"process {rank} failed while measuring, so all end; its own message says why.")
+
+
+class _Assembly:
+    """What all processes have measured together, as of the last meeting.
+
+    Attributes:
+        own: what this process has measured.
+    """
+
+    def __init__(self, measurement: Measurement, ranks: Ranks) -> None:
+        self.own = measurement.pcas
+        self._measurement = measurement
+        self._ranks = ranks
+        self._merged: dict[str, AnyPCA] = {}
+
+    def check(self, n_batches: int) -> str | None:
+        """Exchange what the stopping rules need, after so many batches of all; returns why to end here, if so."""
+        monitor = self._measurement.monitor
+        if not monitor.rule.is_on:
+            return None  # nothing would be done with it
+        monitor.pool(self._ranks.add)
+        undone = {key: pca for key, pca in self.own.items() if key not in monitor.done}
+        table, merged = self._merge(undone, leading_state)
+        self._merged |= merged
+        self._adopt(table, n_batches)
+        return BATCH_CAP if self._measurement.all_done() else None
+
+    def conclude(self, n_batches: int, *, checked: bool) -> None:
+        """Exchange everything; with a last check, if there was none after this step."""
+        table, self._merged = self._merge(self.own, whole_state)
+        if not checked:
+            self._measurement.monitor.pool(self._ranks.add)
+            self._adopt(table, n_batches)
+        absent = [self._measurement.targets[key] for key in dict.fromkeys(table.values()) if key not in self._merged]
+        for target in absent:  # all its rows are masked, everywhere
+            new_pca, n_components = self._measurement.new_pca, self._measurement.n_components
+            self._merged[target.name] = target.layer.new_pca(target.module, n_components, new_pca)
+        self._measurement.input_of, self._measurement.pcas = table, self._merged
+
+    def _adopt(self, table: Mapping[str, str], n_batches: int) -> None:
+        reached = {name: key for name, key in table.items() if key in self._merged}
+        self._measurement.adopt(reached, dict(self._merged), n_batches=n_batches)
+
+    def _merge(
+        self, local: Mapping[str, AnyPCA], state_of: Callable[[AnyPCA], dict[str, Tensor]]
+    ) -> tuple[dict[str, str], dict[str, AnyPCA]]:
+        """Return the table of inputs and the merged state of each, the same in all processes."""
+        states: dict[str, dict[str, Tensor]] = {}
+        failure: Exception | None = None
+        try:
+            states = {key: state_of(pca) for key, pca in local.items() if pca.is_fitted}
+        except Exception as error:  # not a number, or no memory: told to the others, who would wait for the states
+            failure = error
+        told = self._ranks.gather_json([failure is not None, dict(self._measurement.input_of), layout_of(states)])
+        _raise_failure(failure, [failed for failed, _, _ in told])
+        layouts = [layout for _, _, layout in told]
+        merged = {key: _merged(found) for key, found in self._ranks.gather_states(states, layouts)}
+        table = _agreed([inputs for _, inputs, _ in told])
+        return table, {key: merged[key] for key in dict.fromkeys(table.values()) if key in merged}
+
+
+def _merged(states: Sequence[dict[str, Tensor]]) -> AnyPCA:
+    if "alike" in states[0]:  # which a process learns from its first rows of any expert
+        alike = torch.stack([state["alike"] for state in states]).any()
+        states = [state | {"alike": alike} for state in states]
+    pcas: list[Any] = [restored(state) for state in states]
+    return functools.reduce(lambda first, second: first.merge(second), pcas)
+
+
+def _agreed(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return which target has which input, as the processes that reached it found."""
     agreed: dict[str, str] = {}
     for table in tables:
@@ -140,37 +253,3 @@ def _agreed(tables: list[dict[str, str]]) -> dict[str, str]:
                     f"the processes disagree on which targets share the input of {name!r}; give all the same model."
                 )
     return agreed
-
-
-def _merge(
-    local: Mapping[str, AnyPCA], input_of: dict[str, str], ranks: Ranks
-) -> tuple[dict[str, str], dict[str, AnyPCA]]:
-    """Return the table of inputs and the merged state of each, the same in all processes."""
-    states = {key: pca.refresh().state_dict() for key, pca in local.items() if pca.is_fitted}
-    layouts = {
-        key: {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in state.items()}
-        for key, state in states.items()
-    }
-    layout_of: dict[str, Any] = functools.reduce(lambda known, layout: layout | known, ranks.gather_json(layouts), {})
-    merged = {}
-    for key in dict.fromkeys(input_of.values()):
-        if key not in layout_of:
-            continue
-        layout = layout_of[key]
-        absent = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in layout.items()}
-        gathered = {name: ranks.gather(states.get(key, absent)[name]) for name in sorted(layout)}
-        present = [
-            {name: tensors[rank] for name, tensors in gathered.items()}
-            for rank in range(ranks.size)
-            if int(gathered["n_samples_seen"][rank])
-        ]
-        pcas: list[Any] = [_restored(state) for state in present]
-        merged[key] = functools.reduce(lambda first, second: first.merge(second), pcas)
-    return input_of, merged
-
-
-def _restored(state: dict[str, Tensor]) -> AnyPCA:
-    if "counts" in state:
-        return OneHotPCA.from_state_dict(state)
-    pca = StreamingPCA(int(state["n_components"]), center=bool(state["center"]))
-    return pca.load_state_dict(state)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from evatune.activations.layers import LayerType, Rows, running_autocast
+from evatune.activations.layers import LayerType, Rows, running_autocast, whole_shape
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
@@ -37,18 +37,16 @@ class ExpertsType(LayerType):
         parameter_name: its name in the module.
     """
 
-    merges = False
-
     def __init__(self, parameter_name: str) -> None:
         self.parameter_name = parameter_name
         self._are_hidden_states = False
 
     def features(self, module: Any) -> tuple[int, int] | None:
         """Return the widths of the inputs and of the outputs of all experts together, (E d, E o)."""
-        parameter = getattr(module, self.parameter_name)
-        if parameter.ndim != 3:
+        shape = whole_shape(getattr(module, self.parameter_name))
+        if len(shape) != 3:
             return None
-        n_experts, n_out, n_in = parameter.shape
+        n_experts, n_out, n_in = shape
         if getattr(module, "is_transposed", False):  # stored as x W and not as x Wᵀ, as PEFT reads it too
             n_in, n_out = n_out, n_in
         return n_experts * n_in, n_experts * n_out

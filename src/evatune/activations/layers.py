@@ -31,8 +31,6 @@ class LayerType(ABC):
 
     is_linear = False
     """Whether "all-linear" means this kind of layer."""
-    merges = True
-    """Whether several processes can measure it together."""
 
     @abstractmethod
     def features(self, module: Any) -> tuple[int, int] | None:
@@ -89,7 +87,7 @@ class LinearType(LayerType):
             return module.in_features, module.out_features
         kind = type(module).__name__
         if kind == "Conv1D" and hasattr(module, "nf"):
-            return module.weight.shape[0], module.weight.shape[1]
+            return whole_shape(module.weight)  # type: ignore[return-value]
         widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT goes by their names too.
         if "Linear" in kind and all(isinstance(width, int) for width in widths):
@@ -119,6 +117,11 @@ class EmbeddingType(LayerType):
     def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> OneHotPCA:
         """Return a `OneHotPCA`."""
         return OneHotPCA(n_components, n_features=module.num_embeddings, center=make(1).center)
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter as it is in use; between uses, DeepSpeed ZeRO-3 leaves an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def running_autocast(*arguments: Any) -> torch.autocast:

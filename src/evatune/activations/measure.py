@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
@@ -17,8 +17,10 @@ from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
 from evatune.activations.distributed import Ranks, drive
 from evatune.activations.measurement import Measurement
+from evatune.activations.passes import Passes
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
+from evatune.activations.sharding import held_interrupts, sharded_again, sharding_of, without_engine
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor, StoppingRule
 from evatune.activations.targets import TargetRules, find_targets, unwrap
 from evatune.allocation import check_plan_settings, max_components
@@ -116,16 +118,12 @@ def measure(
         layers_pattern=layers_pattern,
         target_parameters=target_parameters,
     )
+    model = without_engine(model)
+    sharded = sharding_of(model) is not None
     targets = find_targets(model, rules)
     if isinstance(rank, Mapping):
         rank = _ranks_of([target.name for target in targets], rank)
     ranks = Ranks() if Ranks.present() else None
-    alone = [target.name for target in targets if not target.layer.merges]
-    if ranks is not None and alone:
-        raise EvaError(
-            f"attention modules and fused experts are measured in one process only, and {alone[0]!r} is one of them; "
-            "measure it alone and save the spectra, or leave it out."
-        )
     base = unwrap(model)
     measurement = Measurement(
         targets=targets,
@@ -141,7 +139,7 @@ def measure(
     stopped, n_batches = EXHAUSTED, 0
     # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
     full_precision = torch.autocast(_device_type(base), enabled=False)
-    capture = Capture(targets, full_precision(measurement.consume))
+    capture = Capture(targets, full_precision(measurement.consume), unbroken=sharded)
     bar = tqdm(
         total=max_batches,
         unit="batch",
@@ -160,6 +158,8 @@ def measure(
         encoder_output_test(base) if encoder_decoder else nullcontext() as is_encoder_output,
         autocast,
         bar,
+        sharded_again(model),
+        held_interrupts() if sharded else nullcontext(lambda: False) as interrupted,
     ):
         measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
         masks_of = partial(
@@ -168,8 +168,10 @@ def measure(
             use_label_mask=use_label_mask,
             label_mask_value=label_mask_value,
         )
-        run = forward or partial(_forward, keep_labels=encoder_decoder)
-        passes = _passes(batches, partial(run, base if forward is None else model), masks_of, capture, measurement)
+        # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
+        ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
+        prepare = ours if forward is None else partial(_given_call, forward, model)
+        passes = Passes(batches, prepare=prepare, masks_of=masks_of, capture=capture, measurement=measurement)
         try:
             if ranks is None:
                 for n_batches in passes:
@@ -178,8 +180,18 @@ def measure(
                     if measurement.all_done() or n_batches == max_batches:
                         stopped = BATCH_CAP
                         break
+                    if interrupted():
+                        raise KeyboardInterrupt
             else:
-                n_batches, stopped = drive(passes, measurement, ranks, max_batches=max_batches, bar=bar)
+                n_batches, stopped = drive(
+                    passes,
+                    measurement,
+                    ranks,
+                    max_batches=max_batches,
+                    bar=bar,
+                    together=sharded,
+                    interrupted=interrupted,
+                )
         except KeyboardInterrupt:
             if n_batches == 0:  # nothing whole was measured
                 raise
@@ -224,26 +236,14 @@ def _listed(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else sorted(value)
 
 
-def _forward(base: nn.Module, batch: Any, *, keep_labels: bool) -> None:
+def _call(model: nn.Module, base: nn.Module, batch: Any, *, keep_labels: bool) -> Callable[[], Any]:
+    """Return the call of a model, of which `base` is the inside, with a batch."""
     args, kwargs = forward_arguments(base, batch, keep_labels=keep_labels)
-    base(*args, **kwargs)
+    return partial(model, *args, **kwargs)
 
 
-def _passes(
-    batches: Iterable[Any],
-    run: Callable[[Any], Any],
-    masks_of: Callable[[Any], RowMasks],
-    capture: Capture,
-    measurement: Measurement,
-) -> Iterator[int]:
-    """Pass one batch after the other, and yield how many there were."""
-    for n_before, batch in enumerate(batches):
-        measurement.begin_batch(n_before, masks_of(batch))
-        if not capture.run(partial(run, batch)):
-            measurement.forget()
-            capture.run(partial(run, batch))
-        measurement.end_batch(capture.input_of)
-        yield n_before + 1
+def _given_call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], Any]:
+    return partial(forward, model, batch)
 
 
 def _check_settings(

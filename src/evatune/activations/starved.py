@@ -105,9 +105,9 @@ def _pooled(pcas: list[StreamingPCA]) -> StreamingPCA:
 
 def _spectrum_of(pca: StreamingPCA, n_batches: int) -> Spectrum:
     return Spectrum(
-        components=pca.components_.float().cpu(),
-        singular_values=pca.singular_values_.float().cpu(),
-        mean=pca.mean_.float().cpu(),
+        components=pca.components_.float().cpu().clone(),  # several experts may stand in with one PCA
+        singular_values=pca.singular_values_.float().cpu().clone(),
+        mean=pca.mean_.float().cpu().clone(),
         total_variance=pca.total_variance_,
         n_rows=pca.n_samples_seen_,
         n_batches=n_batches,

@@ -1,0 +1,108 @@
+"""`Passes`: take one batch after the other and pass it through the model, step by step or as an iterator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from evatune.activations.capture import Capture
+from evatune.activations.measurement import Measurement
+from evatune.activations.rows import RowMasks
+from evatune.errors import EvaError
+
+Forward = Callable[[], Any]
+
+
+class Passes:
+    """Passes of batches through a model, in which the inputs of its targets are measured.
+
+    Iterating passes one batch at each step and yields how many there were. Processes that need each other in every
+    pass take `load`, `run` and `idle` apart.
+
+    Args:
+        batches: gone through once.
+        prepare: returns the call of the model with a batch.
+        masks_of: returns which positions of a batch count.
+        capture: the hooks.
+        measurement: what takes the rows.
+
+    Attributes:
+        n_passed: how many batches were passed.
+        loaded: whether there is a batch that was not passed yet.
+        batch: the last one that was loaded or borrowed, if any.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        prepare: Callable[[Any], Forward],
+        masks_of: Callable[[Any], RowMasks],
+        capture: Capture,
+        measurement: Measurement,
+    ) -> None:
+        self._batches = batches
+        self._iterator: Iterator[Any] | None = None
+        self._prepare = prepare
+        self._masks_of = masks_of
+        self._capture = capture
+        self._measurement = measurement
+        self._forward: Forward | None = None
+        self.n_passed = 0
+        self.loaded = False
+        self.batch: Any = None
+
+    def __iter__(self) -> Iterator[int]:
+        while self.load():
+            while not self.run():
+                pass
+            yield self.n_passed
+
+    @property
+    def can_idle(self) -> bool:
+        """Whether there is a batch to repeat."""
+        return self._forward is not None
+
+    @property
+    def broken(self) -> bool:
+        """Whether a pass that other processes take part in has ended in the middle."""
+        return self._capture.broken
+
+    def load(self) -> bool:
+        """Take the next batch; returns False where there is none."""
+        if self._iterator is None:
+            self._iterator = iter(self._batches)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            return False
+        self._measurement.begin_batch(self.n_passed, self._masks_of(batch))
+        self.borrow(batch)
+        self.loaded = True
+        return True
+
+    def borrow(self, batch: Any) -> None:
+        """Take a batch for `idle` alone."""
+        self._forward = self._prepare(batch)
+        self.batch = batch
+
+    def run(self) -> bool:
+        """Pass the batch that was loaded; returns False if the very same batch must be passed once more."""
+        assert self._forward is not None and self.loaded
+        if not self._capture.run(self._forward):
+            self._measurement.forget()
+            return False
+        self._measurement.end_batch(self._capture.input_of)
+        self.n_passed += 1
+        self.loaded = False
+        return True
+
+    def idle(self) -> None:
+        """Repeat the last batch without measuring anything, because other processes need this one in their pass.
+
+        Raises:
+            EvaError: there is none.
+        """
+        if self._forward is None:
+            raise EvaError("there is no batch to repeat; borrow one first.")
+        self._capture.idle(self._forward)

@@ -1,0 +1,99 @@
+"""Models whose parameters are spread over processes: `fully_shard` (FSDP2) and DeepSpeed ZeRO-3.
+
+Every layer of such a model is gathered from all processes right before it runs and given back right after. So all
+processes must make the same number of passes, and a pass must not end in the middle: the others would wait for good,
+and what was gathered would stay.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from evatune.errors import EvaError
+
+FULLY_SHARD = "fully_shard"
+ZERO_3 = "ZeRO-3"
+
+
+def without_engine(model: Any) -> Any:
+    """Return the model inside a DeepSpeed engine, whose hooks are on the model itself; any other as it is."""
+    engine = _if_loaded("deepspeed.runtime.engine", "DeepSpeedEngine")
+    return model.module if engine is not None and isinstance(model, engine) else model
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """Return what spreads the parameters of a model over processes: `FULLY_SHARD`, `ZERO_3` or None.
+
+    Raises:
+        EvaError: it is `FullyShardedDataParallel` (FSDP1) or tensor parallelism, with which measuring was never seen
+            to work.
+    """
+    wrapper = _if_loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if wrapper is not None and any(isinstance(module, wrapper) for module in model.modules()):
+        raise EvaError(
+            "a model inside FullyShardedDataParallel (FSDP1) cannot be measured; measure before wrapping it, or shard "
+            "it with torch.distributed.fsdp.fully_shard."
+        )
+    if any(True for _ in _fully_sharded(model)):
+        return FULLY_SHARD
+    spread = _if_loaded("torch.distributed.tensor", "DTensor")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            return ZERO_3
+        if spread is not None and isinstance(parameter, spread):
+            raise EvaError(
+                f"parameter {name!r} is a DTensor of a model that fully_shard has not sharded; a model under tensor "
+                "parallelism cannot be measured, measure before it is parallelized."
+            )
+    return None
+
+
+@contextmanager
+def sharded_again(model: nn.Module) -> Iterator[None]:
+    """Give back on exit what is still gathered: after a pass, `fully_shard` keeps its outermost part for a backward."""
+    try:
+        yield
+    finally:
+        for module in _fully_sharded(model):
+            module.reshard()
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; only a second one interrupts at once."""
+    pressed: list[bool] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def _fully_sharded(model: nn.Module) -> Iterator[Any]:
+    kinds = [
+        kind
+        for place in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")  # the latter before torch 2.6
+        if (kind := _if_loaded(place, "FSDPModule")) is not None
+    ]
+    return (module for module in model.modules() if isinstance(module, tuple(kinds)))
+
+
+def _if_loaded(module: str, name: str) -> Any:
+    """Return a class if its module was imported; if not, nothing can be of that class."""
+    return getattr(sys.modules.get(module), name, None)

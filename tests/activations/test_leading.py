@@ -1,0 +1,98 @@
+"""What stands for a state where processes meet."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from evatune import StreamingPCA
+from evatune.activations.leading import leading_state, restored, whole_state
+from evatune.pca.one_hot import OneHotPCA
+from evatune.pca.stacked import StackedPCA
+from evatune.pca.subspace import principal_angles
+
+D, K = 400, 6
+
+
+def rows(n=300, *, d=D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, d + 1) ** -1.0
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) * scales + 2.0
+
+
+def check_same(found, wanted):
+    assert (found.n_samples_seen_, found.n_components_) == (wanted.n_samples_seen_, wanted.n_components_)
+    assert found.total_variance_ == pytest.approx(wanted.total_variance_)
+    torch.testing.assert_close(found.mean_, wanted.mean_)
+    torch.testing.assert_close(found.singular_values_, wanted.singular_values_)
+    torch.testing.assert_close(found.components_, wanted.components_, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+def test_leading_components_come_back(backend, center):
+    pca = StreamingPCA(K, backend=backend, center=center).partial_fit(rows())
+    state = leading_state(pca)
+    assert sum(tensor.numel() for tensor in state.values()) <= (K + 1) * D + K + 4
+    check_same(restored(state), pca)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_merged_leading_components_are_about_those_of_all_rows(center):
+    shares = [rows(seed=seed) + seed for seed in range(3)]
+    pcas = [StreamingPCA(K, backend="exact", center=center).partial_fit(share) for share in shares]
+    merged = functools.reduce(lambda a, b: a.merge(b), [restored(leading_state(pca)) for pca in pcas])
+    whole = StreamingPCA(K, backend="exact", center=center).partial_fit(torch.cat(shares))
+    assert merged.total_variance_ == pytest.approx(whole.total_variance_)
+    torch.testing.assert_close(merged.mean_, whole.mean_)
+    torch.testing.assert_close(merged.singular_values_, whole.singular_values_, rtol=0.01, atol=0.01)
+    assert float(principal_angles(merged.components_[:3], whole.components_[:3]).max()) < 0.05
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_fewer_rows_than_components(n_rows):
+    pca = StreamingPCA(K, backend="exact").partial_fit(rows(n_rows))
+    found = restored(leading_state(pca))
+    torch.testing.assert_close(found.singular_values_, pca.singular_values_)
+    more = StreamingPCA(K, backend="exact").partial_fit(rows(50, seed=1))
+    both = found.merge(restored(leading_state(more)))
+    assert both.n_samples_seen_ == n_rows + 50 and torch.isfinite(both.components_).all()
+
+
+def test_whole_states_of_exact_moments_that_were_asked_for_are_whole():
+    pca = StreamingPCA(K, backend="exact").partial_fit(rows())
+    assert whole_state(pca)["state.second_moment"].shape == (D, D)
+    check_same(restored(whole_state(pca)), pca)
+
+
+def test_wide_exact_moments_that_were_chosen_for_speed_are_sent_as_more_components_than_asked_for():
+    # Loaded as such, because which widths "auto" takes for exact is its own business.
+    state = StreamingPCA(K, backend="exact").partial_fit(rows()).state_dict()
+    pca = StreamingPCA(K).load_state_dict(state)
+    assert (pca.backend, pca.backend_) == ("auto", "exact")
+    sent = whole_state(pca)
+    assert sent["leading"].shape == (K + 48, D) and int(sent["n_components"]) == K
+    check_same(restored(sent), pca)
+    narrow = StreamingPCA(K).partial_fit(rows(d=20))
+    assert narrow.backend_ == "exact" and "state.second_moment" in whole_state(narrow)
+
+
+def test_one_hot_and_stacked_states():
+    counts = OneHotPCA(2, n_features=9).partial_fit(torch.arange(9) // 2)
+    assert torch.equal(restored(leading_state(counts)).components_, counts.components_)
+    for state_of in (leading_state, whole_state):
+        stack = StackedPCA(3, widths=[8, 8, 8], new_pca=functools.partial(StreamingPCA, backend="exact"))
+        stack.partial_fit([rows(40, d=8), rows(0, d=8), rows(50, d=8, seed=1)])
+        found = restored(state_of(stack))
+        assert found.rows_of_parts == [40, 0, 50]
+        torch.testing.assert_close(found.components_, stack.components_, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.singular_values_, stack.singular_values_)
+
+
+def test_counts_of_several_processes_are_added():
+    pca = OneHotPCA(3, n_features=6).partial_fit(torch.tensor([0, 0, 1, 4]))
+    merged = restored(whole_state(pca)).merge(restored(whole_state(pca)))
+    twice = OneHotPCA(3, n_features=6).partial_fit(torch.tensor([0, 0, 1, 4] * 2))
+    assert merged.n_samples_seen_ == 8 and torch.equal(merged.components_, twice.components_)

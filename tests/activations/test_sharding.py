@@ -1,0 +1,80 @@
+"""Ctrl-C while other processes need this one in a pass; what spreads models is tested in `test_distributed`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import evatune
+from evatune import EvaError
+from evatune.activations.sharding import held_interrupts, sharding_of
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_interrupt_is_held_and_the_second_is_not():
+    before = signal.getsignal(signal.SIGINT)
+    with held_interrupts() as interrupted:
+        assert not interrupted()
+        interrupt()
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_leave_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    found = []
+
+    def act():
+        with held_interrupts() as interrupted:
+            found.extend([interrupted(), signal.getsignal(signal.SIGINT) is before])
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+    assert found == [False, True]
+
+
+def test_an_ordinary_model_is_not_sharded():
+    assert sharding_of(nn.Linear(2, 2)) is None
+
+
+class Wrapped(FullyShardedDataParallel):
+    """FSDP1 itself refuses to be made without an accelerator."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.inner = module
+
+
+def test_fsdp1_is_refused():
+    with pytest.raises(EvaError, match=r"FSDP1\) cannot be measured; .* torch\.distributed\.fsdp\.fully_shard"):
+        evatune.measure(nn.Sequential(Wrapped(nn.Linear(8, 8))), [torch.randn(20, 8)], n_components=4, progress=False)
+
+
+def test_in_one_process_a_held_interrupt_ends_measuring_after_the_pass(monkeypatch):
+    module = importlib.import_module("evatune.activations.measure")  # the name in the package is the function
+    monkeypatch.setattr(module, "sharding_of", lambda model: "some way")
+    model, n_heads = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), []
+    model.register_forward_hook(lambda module, args, output: n_heads.append(1))
+
+    def batches():
+        for number in range(5):
+            if number == 2:
+                interrupt()
+            yield torch.randn(20, 8)
+
+    spectra = evatune.measure(model, batches(), n_components=4, tau=None, min_gain=None, progress=False)
+    assert spectra.settings["n_batches"] == 3 and {s.stopped for s in spectra.values()} == {"interrupted"}
+    assert len(n_heads) == 3  # all passes went to the end
