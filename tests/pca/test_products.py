@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.pca.products import accumulate_gram, accumulate_product, symmetric
+from evatune.pca.products import accumulate_gram, accumulate_product, gram_norm, symmetric
 
 
 @pytest.mark.parametrize("n_features", [1, 2, 63, 64, 65, 200, 577])
@@ -21,10 +21,15 @@ def test_strips_make_up_the_gram_matrix(n_features, dtype):
     assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
 
 
-def test_a_symmetric_matrix_comes_from_the_lower_triangle():
-    matrix = torch.arange(9.0).view(3, 3)
-    assert symmetric(matrix).tolist() == [[0, 3, 6], [3, 4, 7], [6, 7, 8]]
-    assert matrix[0, 1] == 1, "and the argument stays as it is"
+def test_what_is_left_out_is_filled_in_and_counted():
+    rows = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)).double()
+    total = torch.zeros(200, 200).double()
+    accumulate_gram(total, rows)
+    assert not total[0, 199], "or nothing was left out"
+    whole = symmetric(total)
+    torch.testing.assert_close(whole, rows.T @ rows, rtol=1e-12, atol=1e-12)
+    assert not total[0, 199], "and the argument stays as it is"
+    torch.testing.assert_close(gram_norm(total), torch.linalg.matrix_norm(rows.T @ rows), rtol=1e-12, atol=0)
 
 
 def test_a_half_precision_product_is_added_in_full_precision():

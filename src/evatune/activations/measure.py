@@ -127,7 +127,7 @@ def measure(
     base = unwrap(model)
     measurement = Measurement(
         targets=targets,
-        new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed),
+        new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed, rough_looks=True),
         n_components=n_components,
         monitor=StoppingMonitor(rule, checks_per_doubling=2 if ranks is None else 1),
         plan_options=None if rank is None else {"rank": rank, "rho": rho, "metric": metric},

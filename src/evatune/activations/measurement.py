@@ -68,7 +68,7 @@ class Measurement:
         """Prepare for the batch after `n_batches`."""
         self._n_batches, self._masks = n_batches, masks
         self._checking = self.alone and is_check(n_batches)  # processes check together, see `adopt`
-        if self._checking and self.plan_options:
+        if self._checking and self.plan_options and self.monitor.rule.is_on:
             self._needed = self._components_needed(**self.plan_options)
 
     def consume(self, key: str, entering: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evatune.pca.eigen import leading_eigenpairs
 from evatune.pca.moments import Moments
-from evatune.pca.products import accumulate_gram, symmetric
+from evatune.pca.products import accumulate_gram, gram_norm, symmetric
 from evatune.pca.subspace import solver_copy
 
 HALF_PRECISION_NOISE = 0.03
@@ -22,7 +22,7 @@ HALF_PRECISION_NOISE = 0.03
 
 
 class ExactState:
-    """The second moment of the shifted rows; only its lower triangle is filled.
+    """The second moment of the shifted rows, of which only strips up to the diagonal are filled.
 
     `missed` is the variance, not divided by the rows, that the leading components lack because the state began as a
     sketch.
@@ -78,11 +78,9 @@ class ExactState:
         of which (trace S - ‖S‖) / d, the mean of the small ones, is a lower bound. It is not where a few massive
         activations own the variance.
         """
-        scatter_dd = symmetric(self.second_moment_dd)
-        norm = torch.linalg.matrix_norm(scatter_dd)
-        n_features = scatter_dd.shape[0]
+        norm, n_features = gram_norm(self.second_moment_dd), len(self.second_moment_dd)
         noise = 2 * 2.0**-9 * norm / (3 * n_features) ** 0.5
-        small = (scatter_dd.diagonal().sum() - norm) / n_features
+        small = (self.second_moment_dd.diagonal().sum() - norm) / n_features
         self.needs_full_precision = bool(noise > HALF_PRECISION_NOISE * small)
         self.n_rows_reviewed = moments.n_rows
 

@@ -27,8 +27,14 @@ GRAM_STRIPS = 3
 """How many strips a Gram matrix is made of; each leaves out what is above its diagonal block."""
 
 
+def _strips(n_features: int) -> list[tuple[int, int]]:
+    """Return first and last row of each strip of a Gram matrix."""
+    height = max(-(-n_features // GRAM_STRIPS), 64)
+    return [(start, min(start + height, n_features)) for start in range(0, n_features, height)]
+
+
 def accumulate_gram(total_dd: Tensor, rows_nd: Tensor) -> None:
-    """Add the lower triangle of ZᵀZ to `total_dd` in place; what stands above the diagonal blocks of strips is left.
+    """Add ZᵀZ to `total_dd` in place, but for what stands above the diagonal blocks of strips.
 
     Args:
         total_dd: (d, d), float32 or float64.
@@ -36,17 +42,25 @@ def accumulate_gram(total_dd: Tensor, rows_nd: Tensor) -> None:
 
     Cost: two thirds of the O(n d²) of the whole product.
     """
-    n_features = rows_nd.shape[1]
-    height = max(-(-n_features // GRAM_STRIPS), 64)
-    for start in range(0, n_features, height):
-        stop = min(start + height, n_features)
+    for start, stop in _strips(rows_nd.shape[1]):
         accumulate_product(total_dd[start:stop, :stop], rows_nd[:, start:stop].T, rows_nd[:, :stop])
 
 
 def symmetric(total_dd: Tensor) -> Tensor:
-    """Return a new symmetric matrix (d, d) with the lower triangle of `total_dd`."""
-    lower_dd = total_dd.tril()
-    return lower_dd + lower_dd.tril(-1).T
+    """Return a new matrix (d, d) in which what `accumulate_gram` leaves out is there."""
+    whole_dd = total_dd.clone()
+    for start, stop in _strips(len(total_dd)):
+        whole_dd[:start, start:stop] = total_dd[start:stop, :start].T
+    return whole_dd
+
+
+def gram_norm(total_dd: Tensor) -> Tensor:
+    """Return the Frobenius norm of `symmetric(total_dd)`, a scalar tensor."""
+    squares = [
+        2 * total_dd[start:stop, :start].square().sum() + total_dd[start:stop, start:stop].square().sum()
+        for start, stop in _strips(len(total_dd))
+    ]
+    return torch.stack(squares).sum().sqrt()
 
 
 @functools.cache

@@ -166,40 +166,43 @@ class SketchState:
     def exactly(self, moments: Moments, *, center: bool) -> ExactState:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
         vectors_dp, values_p = self.decompose(moments, center=center)
-        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
-        missed = self.missed_share(components_kd, values_k, moments, center=center) * float(values_k.sum())
+        missed = self.missed_share(vectors_dp, values_p, moments, center=center, n_components=self.n_components)
+        missed *= float(values_p[: self.n_components].sum())
         return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
 
     def _misses_too_much(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> bool:
-        if self.tolerance is None or not len(values_p):
+        if self.tolerance is None:
             return False
-        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
-        n_half = (len(values_k) + 1) // 2
-        missed = self.missed_share(components_kd, values_k, moments, center=center)
-        missed_by_half = self.missed_share(components_kd[:n_half], values_k[:n_half], moments, center=center)
+        missed, missed_by_half = (
+            self.missed_share(vectors_dp, values_p, moments, center=center, n_components=k)
+            for k in (self.n_components, (self.n_components + 1) // 2)
+        )
         return max(missed, 10 * missed_by_half) > self.tolerance / SAFETY
 
-    def missed_share(self, components_kd: Tensor, values_k: Tensor, moments: Moments, *, center: bool) -> float:
-        """Estimate how much of the variance that the best k components capture these ones miss, as a share of it.
+    def missed_share(
+        self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, n_components: int
+    ) -> float:
+        """Estimate how much of the variance that the best k components capture ours miss, as a share of it.
 
-        Second-order perturbation of an eigenpair (v, λ) with residual ρ: its span misses ρ² / (λ - μ) for directions of
-        small eigenvalues μ, which is at most ρ² / λ for μ near zero and never more than ρ.
+        By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
+        eigenvalues μ, and never more than ρ. Outside of the sketch, these are at most about its last eigenvalue.
 
         Args:
-            components_kd: components from `decompose`, in rows (k, d).
-            values_k: their eigenvalues, (k,).
+            vectors_dp: what `decompose` returned, (d, p).
+            values_p: its eigenvalues, (p,).
             moments: of the same rows.
             center: as for `decompose`.
+            n_components: k.
         """
-        probes_ds, images_ds = solver_copy(self.columns_dm[:, self.width :]), self._scatter_columns(moments, center)
-        components_kd, values_k = solver_copy(components_kd), solver_copy(values_k)
-        residuals_ks = components_kd @ images_ds[:, self.width :] - values_k[:, None] * (components_kd @ probes_ds)
+        if not len(values_p):
+            return 0.0
+        probes_ds, images_ds = solver_copy(self.columns_dm), self._scatter_columns(moments, center)
+        probes_ds, images_ds = probes_ds[:, self.width :], images_ds[:, self.width :]
+        components_kd, values_k = vectors_dp[:, :n_components].T, values_p[:n_components]
+        residuals_ks = components_kd @ images_ds - values_k[:, None] * (components_kd @ probes_ds)
         residuals_k = residuals_ks.square().mean(dim=1).sqrt()
-        missed_k = residuals_k.square() / torch.maximum(values_k, residuals_k).clamp_min(
-            torch.finfo(values_k.dtype).tiny
-        )
-        total = float(values_k.sum())
-        return float(missed_k.sum()) / total if total > 0 else 0.0
+        missed_k = residuals_k.square() / torch.maximum(values_k - values_p[-1], residuals_k).clamp_min(1e-300)
+        return float(missed_k.sum() / values_k.sum())
 
     def _restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, width: int) -> None:
         """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""

@@ -285,16 +285,14 @@ class StreamingPCA:
         `evatune.pca.sketch.SketchState.missed_share`; for "incremental" nothing is known.
         """
         moments = self._fitted()
-        components_kd, singular_values_k = self._decompose()
-        if isinstance(self._state, ExactState):
-            captured = float(singular_values_k.square().sum())
-            return min(self._state.missed / captured, 1.0) if captured > 0 else 0.0
-        if not isinstance(self._state, SketchState):
+        if isinstance(self._state, SketchState):
+            with torch.no_grad(), one_thread():
+                pairs = self._state.decompose(moments, center=self.center)
+                return self._state.missed_share(*pairs, moments, center=self.center, n_components=self.n_components_)
+        if not isinstance(self._state, ExactState):
             return math.nan
-        seen_k = singular_values_k > 0
-        return self._state.missed_share(
-            components_kd[seen_k], singular_values_k[seen_k].square(), moments, center=self.center
-        )
+        captured = float(self.singular_values_.square().sum()) if self._state.missed else 1.0
+        return min(self._state.missed / captured, 1.0) if captured > 0 else 0.0
 
     @property
     def total_variance_(self) -> float:
