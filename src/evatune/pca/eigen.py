@@ -1,9 +1,9 @@
 """Leading eigenpairs of a symmetric positive matrix: from a thin sketch of it, and by iteration on the matrix itself.
 
-Shapes: d features, l sketch columns, p <= l eigenpairs.
+Shapes: d features, l columns, p <= l eigenpairs.
 
 References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation;
-Saad (2011), Numerical Methods for Large Eigenvalue Problems, chapter 5, for subspace iteration.
+Zhou, Saad, Tiago and Chelikowsky (2006) for subspace iteration with a Chebyshev filter.
 """
 
 from __future__ import annotations
@@ -11,30 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import eigenpairs_of_factor, solver_copy
+from evatune.pca.subspace import eigenpairs_of_factor, one_thread
 
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
 
-OVERSAMPLING = 32
+OVERSAMPLING = 16
 """How many columns more than wanted pairs are iterated: the pairs converge by λ of the first left out over theirs."""
 
-MAX_STEPS = 40
-"""Steps after which a matrix whose spectrum hardly falls is factorized in full."""
+DEGREE = 3
+"""Of the Chebyshev filter; in float32 a higher one would drown small eigenvectors in the rounding of large ones."""
+
+MAX_ROUNDS = 16
+"""Rounds after which a matrix whose spectrum hardly falls is factorized in full."""
 
 
-COLD_STEPS = 3
-"""How many steps more a rough answer takes from random columns."""
-
-
-def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor, *, rounding: float, floor: float) -> tuple[Tensor, Tensor]:
+def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor, *, rounding: float) -> tuple[Tensor, Tensor]:
     """Return eigenpairs of the Nyström approximation Y (QᵀY)⁺ Yᵀ of a matrix S that is known through Y = S Q.
 
     Args:
         test_dl: test matrix Q, (d, l) in float64.
         sketch_dl: sketch Y, (d, l) in float64.
-        rounding: unit roundoff of the sums that made the sketch.
-        floor: share of the trace below which a column's energy qᵀSq may be nothing but rounding errors.
+        rounding: unit roundoff of the sums that made the sketch; what is smaller is not told from zero.
 
     Returns:
         Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p <= l leaves out directions in
@@ -46,7 +44,7 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor, *, rounding: float, f
     # A column that sees no variance holds rounding errors, which the formula would divide by themselves.
     energy_l = core_ll.diagonal()
     noise_l = torch.linalg.vector_norm(sketch_dl, dim=0) * (1e-3 / n_features**0.5)
-    alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * floor)
+    alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
     if not alive_l.any():
         return test_dl[:, :0], energy_l[:0]
     # Massive activations make the core span many orders of magnitude. With a unit diagonal, the cut-off is relative
@@ -65,11 +63,11 @@ def leading_eigenpairs(
     *,
     tolerance: float,
     near_dl: Tensor | None = None,
-    n_steps: int | None = None,
+    n_rounds: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the leading eigenpairs of a symmetric positive matrix, or all of them where that is quicker.
 
-    Subspace iteration with a Nyström step each time, until every wanted pair has a residual ‖S v - λ v‖ of at most
+    Subspace iteration with a Chebyshev filter, until every wanted pair has a residual ‖S v - λ v‖ of at most
     `tolerance` λ. The angle to an eigenvector is at most the residual over the gap to the next eigenvalue, and the
     variance that the pair misses is of the order of the residual's square.
 
@@ -78,39 +76,69 @@ def leading_eigenpairs(
         n_pairs: how many pairs are wanted.
         tolerance: of the residuals, relative to the eigenvalues.
         near_dl: columns that nearly span them, from a similar matrix.
-        n_steps: take so many steps from `near_dl`, whatever the residual, and some more where it is not given.
+        n_rounds: take so many rounds, whatever the residual.
 
     Returns:
         Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending, p >= n_pairs where the matrix has
-        so many that are not zero. Cost O(d² p) a step, or O(d³).
+        so many that are not zero. Cost O(d² p) a round, or O(d³).
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
     if n_features <= FULL_UP_TO or 4 * width > n_features:
         return _all_eigenpairs(matrix_dd)
-    rounding = torch.finfo(matrix_dd.dtype).eps
-    if near_dl is None or near_dl.shape[1] < n_pairs:
+    if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
-        near_dl = torch.randn(n_features, width, generator=generator).to(matrix_dd)
-        n_steps = None if n_steps is None else n_steps + COLD_STEPS
-    values_p: Tensor | None = None
-    for step in range(MAX_STEPS if n_steps is None else n_steps):
-        image_dl = solver_copy(matrix_dd @ near_dl.to(matrix_dd))
-        test_dl = solver_copy(near_dl.to(matrix_dd))
-        if n_steps is None and values_p is not None:
-            residual_k = torch.linalg.vector_norm((image_dl - test_dl * values_p)[:, :n_pairs], dim=0)
-            if bool((residual_k <= tolerance * values_p[:n_pairs]).all()):
-                return near_dl, values_p
-        # A product with the matrix itself is wrong by a relative rounding of its largest eigenvalue in all columns.
-        near_dl, values_p = nystrom_eigenpairs(test_dl, image_dl, rounding=rounding, floor=10 * rounding)
-        if step == 0 and near_dl.shape[1] < n_pairs:  # the matrix has no more
-            return near_dl, values_p
-    if n_steps is None or values_p is None:
-        return _all_eigenpairs(matrix_dd)
-    return near_dl, values_p
+        near_dl = matrix_dd @ torch.randn(n_features, width, generator=generator).to(matrix_dd)
+    basis_dl = _orthonormal(near_dl[:, :width].to(matrix_dd))
+    zero = 10 * torch.finfo(matrix_dd.dtype).eps
+    for n_done in range(MAX_ROUNDS):
+        basis_dl, image_dl, values_l = _ritz_pairs(matrix_dd, basis_dl)
+        residual_l = torch.linalg.vector_norm(image_dl - basis_dl * values_l, dim=0)
+        settled_l = (residual_l <= tolerance * values_l) | (values_l <= zero * values_l[0])
+        if (n_done == n_rounds) if n_rounds is not None else bool(settled_l[:n_pairs].all()):
+            seen_l = values_l > zero * values_l[0].clamp_min(0.0)
+            return basis_dl[:, seen_l], values_l[seen_l]
+        basis_dl = _orthonormal(_filtered(matrix_dd, basis_dl, image_dl, values_l))
+    return _all_eigenpairs(matrix_dd)
+
+
+def _orthonormal(columns_dl: Tensor) -> Tensor:
+    """Return orthonormal columns with the same span, (d, l)."""
+    columns_dl = columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(1e-30)
+    with one_thread():
+        return torch.linalg.qr(columns_dl.cpu() if columns_dl.device.type == "mps" else columns_dl).Q.to(columns_dl)
+
+
+def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Ritz vectors in the span of a basis (d, l), their images (d, l) and Ritz values (l,), descending."""
+    image_dl = matrix_dd @ basis_dl
+    core_ll = (basis_dl.T @ image_dl).cpu().double()
+    with one_thread():
+        values_l, vectors_ll = torch.linalg.eigh((core_ll + core_ll.T) / 2)
+    vectors_ll = vectors_ll.flip(1).to(image_dl)
+    return basis_dl @ vectors_ll, image_dl @ vectors_ll, values_l.flip(0).to(image_dl)
+
+
+def _filtered(matrix_dd: Tensor, basis_dl: Tensor, image_dl: Tensor, values_l: Tensor) -> Tensor:
+    """Apply the Chebyshev polynomial that is small on [0, smallest Ritz value] and grows fastest beyond it, (d, l).
+
+    Scaled so that it is 1 at the largest Ritz value, which keeps it from overflowing.
+    """
+    half = values_l[-1] / 2
+    if not half > 0:  # the columns see all there is
+        return image_dl
+    first = half / (values_l[0] - half)
+    scale = first
+    before_dl, now_dl = basis_dl, (image_dl - half * basis_dl) * (first / half)
+    for _ in range(DEGREE - 1):
+        following = 1 / (2 / first - scale)
+        shifted_dl = matrix_dd @ now_dl - half * now_dl
+        before_dl, now_dl = now_dl, shifted_dl * (2 * following / half) - before_dl * (scale * following)
+        scale = following
+    return now_dl
 
 
 def _all_eigenpairs(matrix_dd: Tensor) -> tuple[Tensor, Tensor]:
-    on_cpu = matrix_dd.cpu() if matrix_dd.device.type == "mps" else matrix_dd
-    values_d, vectors_dd = torch.linalg.eigh(on_cpu)
+    with one_thread():
+        values_d, vectors_dd = torch.linalg.eigh(matrix_dd.cpu() if matrix_dd.device.type == "mps" else matrix_dd)
     return vectors_dd.flip(1), values_d.flip(0).clamp_min(0.0)

@@ -64,6 +64,12 @@ class ExactState:
 
     def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> ExactState:
         """Add shifted rows, (n, d), and return this state; `moments` include them already."""
+        if self.n_rows_reviewed == 0 and product_dtype != shifted_nd.dtype:  # may they be in half precision?
+            accumulate_gram(self.second_moment_dd, shifted_nd.to(product_dtype))
+            self._review(moments)
+            if not self.needs_full_precision:
+                return self
+            self.second_moment_dd.zero_()
         dtype = shifted_nd.dtype if self.needs_full_precision else product_dtype
         accumulate_gram(self.second_moment_dd, shifted_nd.to(dtype))
         if moments.n_rows >= 2 * self.n_rows_reviewed:
@@ -91,7 +97,7 @@ class ExactState:
             moments: of the same rows.
             center: take the scatter about the mean.
             n_pairs: how many are wanted.
-            rough: take one step from the eigenvectors that were found last, whatever the residual.
+            rough: take one round from the eigenvectors that were found last, whatever the residual.
         """
         scatter_dd = symmetric(self.second_moment_dd)
         if center:
@@ -101,7 +107,7 @@ class ExactState:
         if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
             scatter_dd = solver_copy(scatter_dd)
         pairs = leading_eigenpairs(
-            scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_steps=1 if rough else None
+            scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_rounds=1 if rough else None
         )
         self._near_dl = pairs[0].to(self.second_moment_dd)
         return pairs

@@ -252,7 +252,7 @@ class SketchState:
         sketch_dl = self._scatter_columns(moments, center)[:, : self.width]
         test_dl = solver_copy(self.columns_dm[:, : self.width])
         rounding = torch.finfo(self.sums_dm.dtype).eps
-        return nystrom_eigenpairs(test_dl, sketch_dl, rounding=rounding, floor=rounding**2)
+        return nystrom_eigenpairs(test_dl, sketch_dl, rounding=rounding)
 
     def merged(self, other: SketchState, mine: Moments, theirs: Moments, *, center: bool) -> SketchState:
         """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""

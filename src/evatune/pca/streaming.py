@@ -444,7 +444,7 @@ class StreamingPCA:
         if self._decomposition is None:
             if not torch.isfinite(moments.squares_d).all():
                 raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
-            with torch.no_grad(), one_thread():
+            with torch.no_grad():
                 self._decomposition = self._factorize(moments)
         return self._decomposition
 
@@ -455,7 +455,8 @@ class StreamingPCA:
             )
         else:
             assert isinstance(self._state, SketchState | IncrementalState)
-            vectors_dp, values_p = self._state.decompose(moments, center=self.center)
+            with one_thread():
+                vectors_dp, values_p = self._state.decompose(moments, center=self.center)
         # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vectors.
         n_known = min(self.n_components_, values_p.shape[0])
         basis_dk = complete_basis(vectors_dp[:, :n_known], self.n_components_, seed=self.seed)
