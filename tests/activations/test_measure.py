@@ -34,7 +34,8 @@ def test_every_backend_measures_the_same(build, batches_for, observe, quiet, bac
     spectra = measure(model, batches, backend=backend, **quiet)
     seen = observe(model, batches, spectra, select=by_attention_mask)
     for name in spectra:
-        assert spectra[name].backend == backend
+        # Rows narrower than a sketch would be are followed exactly.
+        assert spectra[name].backend == ("exact" if backend == "sketch" else backend)
         seen.check(name, spectra[name], n_compared=1, rtol=0.05 if backend == "incremental" else 2e-3)
 
 

@@ -24,7 +24,7 @@ BATCH_CAP = "batch cap"
 EXHAUSTED = "data exhausted"
 INTERRUPTED = "interrupted"
 
-ENOUGH_ROWS = 512
+ENOUGH_ROWS = 2048
 """How many unseen rows a gain is measured on; fewer say little about rows to come."""
 
 

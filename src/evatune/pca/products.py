@@ -23,6 +23,9 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
+NARROW = 256
+"""Width up to which rows are multiplied in full precision."""
+
 GRAM_STRIPS = 3
 """How many strips a Gram matrix is made of; each leaves out what is above its diagonal block."""
 
@@ -81,13 +84,15 @@ def has_fast_bfloat16(device_type: str) -> bool:
     return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", " bf16"))
 
 
-def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype) -> torch.dtype:
+def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype, *, n_components: int) -> torch.dtype:
     """Choose in which dtype rows are multiplied.
 
     Args:
-        rows: rows as they arrive.
-        wanted: a dtype, or "auto": float64 rows in float64, half-precision rows in bfloat16, float32 rows in bfloat16
-            where that is fast and else in float32.
+        rows: rows as they arrive, (n, d).
+        wanted: a dtype, or "auto": float64 rows in float64, others in bfloat16 where that is fast and else in float32.
+            Narrow rows, where little can be gained, and those of which so many components are wanted that the
+            smallest would drown in rounding, are multiplied in float32.
+        n_components: k.
 
     Returns:
         The dtype of the products.
@@ -96,4 +101,6 @@ def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype) -> torch.dtype
         return wanted
     if rows.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if has_fast_bfloat16(rows.device.type) else torch.float32
+    n_features = rows.shape[1]
+    full = n_features <= NARROW or 2 * n_components > n_features or not has_fast_bfloat16(rows.device.type)
+    return torch.float32 if full else torch.bfloat16

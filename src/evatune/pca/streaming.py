@@ -166,7 +166,7 @@ class StreamingPCA:
             self._state = self._start(shifted_nd)
         assert self._moments is not None and self._state is not None
         self._moments = self._moments.plus(batch)
-        product_dtype = choose_product_dtype(rows, self.product_dtype)
+        product_dtype = choose_product_dtype(rows, self.product_dtype, n_components=self.n_components)
         with torch.autocast(rows.device.type, enabled=False):  # which would round products that the sums need whole
             self._state = self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
         self._decomposition, self._rough = None, self.rough_looks
