@@ -9,7 +9,7 @@ Both libraries get the same model, the same batches in the same order, rank and 
 so that peak memory is its own. Quality is the variance of held-out rows (batches that neither saw) in the span of the
 components, against the best possible subspace of these very rows from a float64 eigendecomposition. evatune passes
 `--batches` batches, once as the model is and once with the forward pass in bfloat16 where the processor is quick at it;
-PEFT passes as many, or with `--until-converged` all of the text again and again until its own rule (tau = 0.99) ends it.
+PEFT passes as many, or with `--until-converged` all of the text, again and again, until its own rule (tau = 0.99) holds.
 Results go to the terminal and to benchmarks/results/initialization.json, or initialization-converged.json.
 """
 
