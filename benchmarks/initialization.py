@@ -8,8 +8,9 @@ Command (SmolLM2-135M from PyPI, Python's own documentation as text, no hub):
 Both libraries get the same model, the same batches in the same order, rank and rho. Each runs in a process of its own,
 so that peak memory is its own. Quality is the variance of held-out rows (batches that neither saw) in the span of the
 components, against the best possible subspace of these very rows from a float64 eigendecomposition. evatune passes
-`--batches` batches, once as the model is and once with the forward pass in bfloat16 where the processor is quick at it;
-PEFT passes as many, or with `--until-converged` all of the text, again and again, until its own rule (tau = 0.99) holds.
+`--batches` batches, once as the model is and once with the forward pass in bfloat16 where the processor is quick at it.
+PEFT passes as many, or with `--until-converged` all of the text, again and again, until its own rule (tau = 0.99) ends
+it.
 Results go to the terminal and to benchmarks/results/initialization.json, or initialization-converged.json.
 """
 
@@ -48,7 +49,6 @@ class CappedLoader:
     def __init__(self, batches: list[dict[str, torch.Tensor]], *, endless: bool) -> None:
         self.batches = batches
         self.endless = endless
-        self.passes = 0
         self.probed = False
 
     def __len__(self) -> int:
@@ -58,9 +58,7 @@ class CappedLoader:
         if not self.probed:
             self.probed = True
             yield self.batches[0]
-        for batch in self.batches:
-            yield batch
-            self.passes += 1
+        yield from self.batches
         if not self.endless:
             raise CapReachedError
 
@@ -149,6 +147,8 @@ def run_peft(model, batches, args) -> tuple[dict, dict]:
     names = sorted(linear - {"lm_head"})
     config = LoraConfig(r=args.rank, target_modules=names, init_lora_weights="eva", eva_config=EvaConfig(rho=args.rho))
     loader = CappedLoader(batches if args.until_converged else batches[: args.batches], endless=args.until_converged)
+    passes = []
+    model.register_forward_pre_hook(lambda module, args: passes.append(1))
     started = time.perf_counter()
     try:
         eva.get_eva_state_dict(model, loader, config, show_progress_bar=not args.quiet)
@@ -157,7 +157,7 @@ def run_peft(model, batches, args) -> tuple[dict, dict]:
         stopped = "cap"
     seconds = time.perf_counter() - started
     tensors = {hook.name: hook.svd.components_.float() for hook in hooks}
-    facts = {"seconds": seconds, "passes": loader.passes, "stopped": stopped}
+    facts = {"seconds": seconds, "passes": len(passes) - 1, "stopped": stopped}
     facts["converged"] = sum(bool(hook.converged.all()) for hook in hooks)
     return facts, tensors
 

@@ -285,6 +285,15 @@ def test_the_callers_grad_mode_makes_no_difference(build, batches_for, quiet, co
     same(spectra, expected)
 
 
+def test_the_device_of_the_states_may_be_given(build, batches_for, quiet):
+    model, batches = build("llama"), batches_for("llama")
+    default = measure(model, batches, **quiet)
+    given = measure(model, batches, state_device="cpu", **quiet)
+    assert (default.settings["state_device"], given.settings["state_device"]) == (None, "cpu")
+    for key in default.inputs:
+        assert torch.equal(default.inputs[key].components, given.inputs[key].components)
+
+
 def test_settings_and_versions_are_kept(build, batches_for, quiet):
     spectra = measure(
         build("llama"), batches_for("llama"), target_modules={"q_proj"}, layers_to_transform=(1,), seed=4, **quiet

@@ -452,3 +452,10 @@ class TestErrors:
         model = lora(llama(), init_lora_weights="eva", eva_config=EvaConfig(rho=1.5))
         with pytest.warns(EvaWarning, match="eva_config says rho=1.5, .* called with rho=2.0"):
             evatune.initialize(model, batches, progress=False)
+
+
+def test_an_adapter_of_a_sharded_model_is_refused_before_anything_is_measured(llama, lora, monkeypatch):
+    module = sys.modules["evatune.adapters.initialize"]  # the function hides its module
+    monkeypatch.setattr(module, "sharding_of", lambda model: "fully_shard")
+    with pytest.raises(EvaError, match=r"spread over processes by fully_shard.* from the spectra before sharding"):
+        evatune.initialize(lora(llama()), iter(()))

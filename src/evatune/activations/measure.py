@@ -56,6 +56,7 @@ def measure(
     forward: Forward | None = None,
     progress: bool = True,
     seed: int = 0,
+    state_device: str | torch.device | None = None,
     target_parameters: Sequence[str] | None = None,
 ) -> Spectra:
     """Measure the activations that enter the targets of a model while batches of downstream data pass through it.
@@ -95,6 +96,8 @@ def measure(
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
         progress: show a bar on standard error.
         seed: of the sketches.
+        state_device: where the states are kept and rows are multiplied; by default where the rows are. "cpu" spares the
+            memory of an accelerator, for copying every row.
         target_parameters: names or name endings of parameters that hold the weights of all experts of a layer, beside
             `target_modules`, which may then be empty.
 
@@ -132,6 +135,7 @@ def measure(
         monitor=StoppingMonitor(rule, checks_per_doubling=2 if ranks is None else 1),
         plan_options=None if rank is None else {"rank": rank, "rho": rho, "metric": metric},
         alone=ranks is None,
+        state_device=None if state_device is None else torch.device(state_device),
     )
     encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     autocast = _autocast(base, dtype)
@@ -217,6 +221,7 @@ def measure(
         "center": center,
         "dtype": str(dtype) if dtype is not None else None,
         "seed": seed,
+        "state_device": None if state_device is None else str(state_device),
     }
     if ranks is not None:
         settings |= {"processes": ranks.size, "bytes_sent": ranks.bytes_sent}

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evatune.activations.layers import AnyPCA
@@ -34,6 +35,7 @@ class Measurement:
         monitor: follows the inputs through the checks.
         plan_options: rank, rho and metric of the later plan, if known: checks then look at the components it needs.
         alone: whether this process checks by itself, or only together with others (`adopt`).
+        state_device: where states are kept and rows are multiplied, if not where the rows are.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Measurement:
         monitor: StoppingMonitor,
         plan_options: Mapping[str, Any] | None = None,
         alone: bool = True,
+        state_device: torch.device | None = None,
     ) -> None:
         self.targets = {target.name: target for target in targets}
         self.new_pca = new_pca
@@ -52,6 +55,7 @@ class Measurement:
         self.monitor = monitor
         self.plan_options = plan_options
         self.alone = alone
+        self.state_device = state_device
         self.pcas: dict[str, AnyPCA] = {}
         self.is_encoder_output: Callable[[Tensor], bool] = lambda activation: False
         self.history: list[dict[str, Any]] = []
@@ -94,6 +98,10 @@ class Measurement:
                 raise EvaError(f"target {key!r} {error}") from None
             if rows is None:
                 break
+            if self.state_device is not None:
+                rows = (
+                    rows.to(self.state_device) if isinstance(rows, Tensor) else [r.to(self.state_device) for r in rows]
+                )
             pca = self.pcas.get(key)
             if pca is None:
                 pca = self.pcas[key] = target.layer.new_pca(target.module, self.n_components, self.new_pca)
@@ -254,7 +262,7 @@ class Measurement:
     def _stand_ins(self, n_batches: int) -> dict[str, Spectrum]:
         return stand_ins(self.targets, self.pcas, self.input_of, n_components=self.n_components, n_batches=n_batches)
 
-    def _components_needed(self, *, rank: int, rho: float, metric: str) -> dict[str, int]:
+    def _components_needed(self, *, rank: int | Mapping[str, int], rho: float, metric: str) -> dict[str, int]:
         """Return how many components of each input a plan from the present spectra would use."""
         variances = self._variances
         for name, key in self.input_of.items():

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from evatune.activations import measure
+from evatune.activations.sharding import sharding_of
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
 from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer
@@ -71,8 +72,8 @@ def initialize(
         The plan that was applied.
 
     Raises:
-        EvaError: no PEFT model, an unknown, merged, trained or already initialized adapter, layers that are not linear,
-            spectra of other modules, or an argument that is out of range.
+        EvaError: no PEFT model or one that is spread over processes, an unknown, merged, trained or already initialized
+            adapter, layers that are not linear, spectra of other modules, or an argument that is out of range.
 
     Cost: that of `evatune.measure`; after it, O(sum of ranks * in_features).
 
@@ -85,6 +86,11 @@ def initialize(
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
     check_layers(layers, adapter_name, config=config)
+    if (how := sharding_of(model)) is not None:
+        raise EvaError(
+            f"the parameters of this model are spread over processes by {how}, so its adapter cannot be written; "
+            "measure it with evatune.measure, and initialize the adapter from the spectra before sharding."
+        )
     _check_fresh(model, layers, adapter_name)
     _check_planning(rho=rho, metric=metric, budget=budget)
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
