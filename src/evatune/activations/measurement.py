@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatune.activations.layers import AnyPCA
+from evatune.activations.layers import AnyPCA, Rows
 from evatune.activations.rows import RowMasks
 from evatune.activations.starved import is_expert, stand_ins
 from evatune.activations.stopping import StoppingMonitor, is_check
@@ -23,6 +23,11 @@ from evatune.spectra import Spectrum, Target
 
 SHOWN_ERROR = 0.01
 """Estimated share of the best captured variance above which the user is told what a sketch misses."""
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    """Return rows, as a layer type hands them over, on a device."""
+    return rows.to(device) if isinstance(rows, Tensor) else [part.to(device) for part in rows]
 
 
 class Measurement:
@@ -99,9 +104,7 @@ class Measurement:
             if rows is None:
                 break
             if self.state_device is not None:
-                rows = (
-                    rows.to(self.state_device) if isinstance(rows, Tensor) else [r.to(self.state_device) for r in rows]
-                )
+                rows = _moved(rows, self.state_device)
             pca = self.pcas.get(key)
             if pca is None:
                 pca = self.pcas[key] = target.layer.new_pca(target.module, self.n_components, self.new_pca)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
+from evatune.pca.learned import LearnedPCA
 from evatune.pca.streaming import NotFittedError
 from evatune.pca.subspace import fix_signs, one_thread
 
 
-class OneHotPCA:
+class OneHotPCA(LearnedPCA):
     """The principal components of one-hot rows, in the contract of `StreamingPCA`; rows are given as token numbers.
 
     Args:
@@ -159,11 +160,6 @@ class OneHotPCA:
     def singular_values_(self) -> Tensor:
         """Singular values of the centred rows, (k,)."""
         return self._decompose()[1]
-
-    @property
-    def explained_variance_(self) -> Tensor:
-        """Variance along each component, (k,)."""
-        return self.singular_values_.square() / max(self.n_samples_seen_ - 1, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything learned as a flat mapping of tensors."""

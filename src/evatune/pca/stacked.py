@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
+from evatune.pca.learned import LearnedPCA
 from evatune.pca.streaming import NotFittedError, StreamingPCA
 from evatune.pca.subspace import captured_energy, complete_basis
 
 
-class StackedPCA:
+class StackedPCA(LearnedPCA):
     """One `StreamingPCA` for each of several parts, seen as the PCA of the stacked input.
 
     Args:
@@ -152,11 +153,6 @@ class StackedPCA:
             squares = part.singular_values_.square()
             squares_k[: len(squares)] += squares
         return squares_k.sqrt()
-
-    @property
-    def explained_variance_(self) -> Tensor:
-        """Variance along each stacked component, (k,)."""
-        return self.singular_values_.square() / max(self.n_samples_seen_ - 1, 1)
 
     @property
     def components_(self) -> Tensor:

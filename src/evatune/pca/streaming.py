@@ -16,6 +16,7 @@ from torch import Tensor
 from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.pca.exact import ExactState
 from evatune.pca.incremental import IncrementalState
+from evatune.pca.learned import LearnedPCA
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype
 from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
@@ -45,7 +46,7 @@ _STATES: dict[str, type[ExactState] | type[SketchState] | type[IncrementalState]
 }
 
 
-class StreamingPCA:
+class StreamingPCA(LearnedPCA):
     """Principal component analysis over batches of rows, in the estimator contract of scikit-learn.
 
     The covariance of the rows is C = Σ (x - m)(x - m)ᵀ / (M - 1); the components are its leading eigenvectors, which
@@ -265,17 +266,6 @@ class StreamingPCA:
     def singular_values_(self) -> Tensor:
         """Singular values of the centred rows, (k,)."""
         return self._decompose()[1]
-
-    @property
-    def explained_variance_(self) -> Tensor:
-        """Variance along each component, (k,)."""
-        return self.singular_values_.square() / max(self.n_samples_seen_ - 1, 1)
-
-    @property
-    def explained_variance_ratio_(self) -> Tensor:
-        """Share of the total variance along each component, (k,); zeros where the rows never vary."""
-        total = self.total_variance_
-        return self.explained_variance_ / total if total > 0 else torch.zeros_like(self.singular_values_)
 
     @property
     def captured_error_(self) -> float:
