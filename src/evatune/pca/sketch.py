@@ -48,6 +48,9 @@ N_PROBES = 8
 WIDEST = 4
 """A sketch gets at most so many times wider than it began."""
 
+PROBE_SEED = 0x9E3779B9
+"""Of the probes, whatever the seed of the test matrix."""
+
 EXACT_UP_TO = 2048
 """Features up to which the exact second moment, of 16 MiB in float32 then, may take a sketch's place."""
 
@@ -166,43 +169,38 @@ class SketchState:
     def exactly(self, moments: Moments, *, center: bool) -> ExactState:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
         vectors_dp, values_p = self.decompose(moments, center=center)
-        missed = self.missed_share(vectors_dp, values_p, moments, center=center, n_components=self.n_components)
-        missed *= float(values_p[: self.n_components].sum())
+        missed = float(self._missed(vectors_dp, values_p, moments, center=center).sum())
         return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
 
-    def _misses_too_much(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> bool:
-        if self.tolerance is None:
-            return False
-        missed, missed_by_half = (
-            self.missed_share(vectors_dp, values_p, moments, center=center, n_components=k)
-            for k in (self.n_components, (self.n_components + 1) // 2)
-        )
-        return max(missed, 10 * missed_by_half) > self.tolerance / SAFETY
+    def missed_share(self, moments: Moments, *, center: bool) -> float:
+        """Estimate how much of the variance that the best k components capture ours miss, as a share of it."""
+        vectors_dp, values_p = self.decompose(moments, center=center)
+        if not len(values_p):
+            return 0.0
+        missed_k = self._missed(vectors_dp, values_p, moments, center=center)
+        return float(missed_k.sum() / values_p[: len(missed_k)].sum())
 
-    def missed_share(
-        self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, n_components: int
-    ) -> float:
-        """Estimate how much of the variance that the best k components capture ours miss, as a share of it.
+    def _misses_too_much(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> bool:
+        if self.tolerance is None or not len(values_p):
+            return False
+        missed_k = self._missed(vectors_dp, values_p, moments, center=center)
+        n_half = (len(missed_k) + 1) // 2
+        share = missed_k.sum() / values_p[: len(missed_k)].sum()
+        share_of_half = missed_k[:n_half].sum() / values_p[:n_half].sum()
+        return bool(torch.maximum(share, 10 * share_of_half) > self.tolerance / SAFETY)
+
+    def _missed(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> Tensor:
+        """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
 
         By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
         eigenvalues μ, and never more than ρ. Outside of the sketch, these are at most about its last eigenvalue.
-
-        Args:
-            vectors_dp: what `decompose` returned, (d, p).
-            values_p: its eigenvalues, (p,).
-            moments: of the same rows.
-            center: as for `decompose`.
-            n_components: k.
         """
-        if not len(values_p):
-            return 0.0
-        probes_ds, images_ds = solver_copy(self.columns_dm), self._scatter_columns(moments, center)
-        probes_ds, images_ds = probes_ds[:, self.width :], images_ds[:, self.width :]
-        components_kd, values_k = vectors_dp[:, :n_components].T, values_p[:n_components]
+        probes_ds = solver_copy(self.columns_dm[:, self.width :])
+        images_ds = self._scatter_columns(moments, center)[:, self.width :]
+        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
         residuals_ks = components_kd @ images_ds - values_k[:, None] * (components_kd @ probes_ds)
         residuals_k = residuals_ks.square().mean(dim=1).sqrt()
-        missed_k = residuals_k.square() / torch.maximum(values_k - values_p[-1], residuals_k).clamp_min(1e-300)
-        return float(missed_k.sum() / values_k.sum())
+        return residuals_k.square() / torch.maximum(values_k - values_p[-1], residuals_k).clamp_min(1e-300)
 
     def _restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, width: int) -> None:
         """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""
@@ -314,9 +312,10 @@ class SketchState:
 
 
 def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
-    """Return Gaussian columns (d, m), of which the last are the probes: always the same ones for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return Gaussian columns (d, m), of which the last are the probes: everywhere the same, so that sketches merge."""
+    generator = torch.Generator().manual_seed(PROBE_SEED)
     probes_ds = torch.randn(n_features, N_PROBES, generator=generator)
+    generator.manual_seed(seed)
     test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator)
     return _rounded(torch.cat([test_dl, probes_ds], dim=1))
 

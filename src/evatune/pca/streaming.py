@@ -277,8 +277,7 @@ class StreamingPCA(LearnedPCA):
         moments = self._fitted()
         if isinstance(self._state, SketchState):
             with torch.no_grad(), one_thread():
-                pairs = self._state.decompose(moments, center=self.center)
-                return self._state.missed_share(*pairs, moments, center=self.center, n_components=self.n_components_)
+                return self._state.missed_share(moments, center=self.center)
         if not isinstance(self._state, ExactState):
             return math.nan
         captured = float(self.singular_values_.square().sum()) if self._state.missed else 1.0
