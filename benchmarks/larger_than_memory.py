@@ -116,6 +116,7 @@ def main() -> None:
 
     import evatune
 
+    args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder / "llama-2-7b-shaped"
     told = None
     try:

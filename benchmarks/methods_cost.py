@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import pydoc_data.topics
 import resource
 import statistics
@@ -28,6 +27,7 @@ import torch
 
 from evatune.methods import parse_method
 from evatune.tables import text_table
+from initialization import processor
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = ("lora", "pissa", "milora", "olora", "lora-ga", "corda", "lora-one", "dora", "vera", "adalora")
@@ -165,7 +165,7 @@ def main() -> None:
         "training": training | {"seconds_in_all": whole},
         "methods": results,
         "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers", "peft")},
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
+        "machine": {"processor": processor(), "threads": args.threads},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
