@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchEncoding
 
-from evatune import EvaError, Spectra, measure
+from evatune import EvaError, EvaWarning, Spectra, measure
 
 
 def by_attention_mask(name, batch):
@@ -292,6 +292,18 @@ def test_the_device_of_the_states_may_be_given(build, batches_for, quiet):
     assert (default.settings["state_device"], given.settings["state_device"]) == (None, "cpu")
     for key in default.inputs:
         assert torch.equal(default.inputs[key].components, given.inputs[key].components)
+
+
+def test_components_that_miss_much_are_a_warning(quiet):
+    """Rows without any structure are the worst case of a sketch."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(150, 2100, generator=generator) for _ in range(4)]
+    model = nn.Sequential(nn.Linear(2100, 2))
+    with pytest.warns(EvaWarning, match=r"components of 1 of 1 inputs seem to miss more than 1\.0% .* of '0' "):
+        spectra = measure(model, batches, target_modules=["0"], **quiet)
+    assert spectra["0"].backend == "sketch" and 0.01 < spectra["0"].captured_error < 1
+    exact = measure(model, batches, target_modules=["0"], backend="exact", **quiet)
+    assert exact["0"].captured_error == 0.0
 
 
 def test_settings_and_versions_are_kept(build, batches_for, quiet):

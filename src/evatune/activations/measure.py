@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
 from evatune.activations.distributed import Ranks, drive
-from evatune.activations.measurement import Measurement
+from evatune.activations.measurement import Measurement, warn_of_errors
 from evatune.activations.passes import Passes
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
@@ -225,7 +225,7 @@ def measure(
     }
     if ranks is not None:
         settings |= {"processes": ranks.size, "bytes_sent": ranks.bytes_sent}
-    return Spectra(
+    spectra = Spectra(
         targets=measurement.target_table(measurement.input_of, n_batches=n_batches),
         inputs=measurement.spectra(stopped, n_batches=n_batches),
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
@@ -234,6 +234,8 @@ def measure(
         seconds=time.perf_counter() - started,
         history=measurement.history,
     )
+    warn_of_errors(spectra.inputs)
+    return spectra
 
 
 def _listed(value: Any) -> Any:

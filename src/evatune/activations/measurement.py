@@ -22,7 +22,23 @@ from evatune.pca import StreamingPCA
 from evatune.spectra import Spectrum, Target
 
 SHOWN_ERROR = 0.01
-"""Estimated share of the best captured variance above which the user is told what a sketch misses."""
+"""Estimated share of the best captured variance that components may miss without a word to the user."""
+
+
+def warn_of_errors(spectra: Mapping[str, Spectrum]) -> None:
+    """Tell the user how many of the inputs have components that seem to miss much."""
+    errors = {
+        key: error for key, spectrum in spectra.items() if (error := spectrum.captured_error or 0.0) > SHOWN_ERROR
+    }
+    if errors:
+        worst = max(errors, key=lambda key: errors[key])
+        warnings.warn(
+            f"the components of {len(errors)} of {len(spectra)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the "
+            f"variance that the best ones capture, those of {worst!r} {errors[worst]:.1%}; where that matters and "
+            "memory allows, measure with backend='exact'.",
+            EvaWarning,
+            stacklevel=3,
+        )
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
@@ -229,7 +245,6 @@ class Measurement:
                 "give more or longer batches, or a smaller rank, rho or n_components."
             )
         spectra = self._stand_ins(n_batches)
-        missing: dict[str, float] = {}
         for key in self.targets:
             if key not in self.pcas or key in spectra:
                 continue
@@ -238,8 +253,6 @@ class Measurement:
                 raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
             pca.refresh()
             error = pca.captured_error_
-            if error > SHOWN_ERROR:
-                missing[key] = error
             spectra[key] = Spectrum(
                 components=pca.components_.float().cpu(),
                 singular_values=pca.singular_values_.float().cpu(),
@@ -250,15 +263,6 @@ class Measurement:
                 stopped=self.monitor.done.get(key, stopped),
                 backend=pca.backend_,
                 captured_error=None if math.isnan(error) else error,
-            )
-        if missing:
-            worst = max(missing, key=lambda key: missing[key])
-            warnings.warn(
-                f"the sketches of {len(missing)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the variance that "
-                f"as many best components capture, that of {worst!r} {missing[worst]:.1%}; where that matters and "
-                "memory allows, measure with backend='exact'.",
-                EvaWarning,
-                stacklevel=3,
             )
         return {key: spectra[key] for key in self.targets if key in spectra}
 

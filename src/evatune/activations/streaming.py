@@ -24,7 +24,7 @@ from evatune.activations.blockwise import BlockwiseRun
 from evatune.activations.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.empty import empty_model, model_folder, read_config
 from evatune.activations.measure import Forward, _autocast, _check_settings
-from evatune.activations.measurement import Measurement
+from evatune.activations.measurement import Measurement, warn_of_errors
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, StoppingMonitor, StoppingRule
@@ -179,7 +179,7 @@ def measure_from_disk(
         "seed": seed,
         "from_disk": True,
     }
-    return Spectra(
+    spectra = Spectra(
         targets={target.name: run.table[target.name] for target in targets if target.name in run.table},
         inputs={
             target.name: replace(run.spectra[target.name], stopped=stopped)
@@ -191,6 +191,8 @@ def measure_from_disk(
         versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
         seconds=time.perf_counter() - started,
     )
+    warn_of_errors(spectra.inputs)
+    return spectra
 
 
 def find_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.Module]:
