@@ -300,7 +300,7 @@ def test_components_that_miss_much_are_a_warning(quiet):
     batches = [torch.randn(150, 2100, generator=generator) for _ in range(4)]
     model = nn.Sequential(nn.Linear(2100, 2))
     with pytest.warns(EvaWarning, match=r"components of 1 of 1 inputs seem to miss more than 1\.0% .* of '0' "):
-        spectra = measure(model, batches, target_modules=["0"], **quiet)
+        spectra = measure(model, batches, target_modules=["0"], tolerance=None, **quiet)
     assert spectra["0"].backend == "sketch" and 0.01 < spectra["0"].captured_error < 1
     exact = measure(model, batches, target_modules=["0"], backend="exact", **quiet)
     assert exact["0"].captured_error == 0.0

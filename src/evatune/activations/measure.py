@@ -51,6 +51,7 @@ def measure(
     use_label_mask: bool = False,
     label_mask_value: int = IGNORED_LABEL,
     backend: str = "auto",
+    tolerance: float | None = 1e-3,
     center: bool = True,
     dtype: str | torch.dtype | None = None,
     forward: Forward | None = None,
@@ -90,6 +91,7 @@ def measure(
             (Appendix F.3 of the paper).
         label_mask_value: the label that the loss ignores.
         backend: of `StreamingPCA`.
+        tolerance: of `StreamingPCA`: what sketches may miss before they get wider or exact.
         center: subtract the mean, as Algorithm 2 does.
         dtype: run the forward pass under autocast in this dtype; "auto" takes bfloat16 where it is fast; None runs the
             model as it is.
@@ -112,7 +114,8 @@ def measure(
     (`evatune.pca.sketch`).
     """
     n_components = _check_settings(n_components, rank, rho, metric, max_batches)
-    StreamingPCA(n_components, backend=backend)  # refuses settings before the first batch is passed
+    new_pca = partial(StreamingPCA, backend=backend, tolerance=tolerance, center=center, seed=seed, rough_looks=True)
+    new_pca(n_components)  # refuses settings before the first batch is passed
     rule = StoppingRule(tau=tau, delta=delta, min_gain=min_gain)
     rules = TargetRules(
         target_modules=target_modules,
@@ -130,7 +133,7 @@ def measure(
     base = unwrap(model)
     measurement = Measurement(
         targets=targets,
-        new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed, rough_looks=True),
+        new_pca=new_pca,
         n_components=n_components,
         monitor=StoppingMonitor(rule, checks_per_doubling=2 if ranks is None else 1),
         plan_options=None if rank is None else {"rank": rank, "rho": rho, "metric": metric},
@@ -218,6 +221,7 @@ def measure(
         "use_label_mask": use_label_mask,
         "label_mask_value": label_mask_value,
         "backend": backend,
+        "tolerance": tolerance,
         "center": center,
         "dtype": str(dtype) if dtype is not None else None,
         "seed": seed,
