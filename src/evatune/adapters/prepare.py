@@ -91,6 +91,7 @@ def prepare(
 
     Raises:
         EvaError: an unknown or senseless method, missing batches or steps, no matching target, or a value out of range.
+            The model is as it was then, but for `qlora`, which has quantized it when batches turn out to be bad.
 
     Cost: see the page of each method in `docs/methods`.
 
