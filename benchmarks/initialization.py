@@ -181,10 +181,8 @@ def child(name: str, args: argparse.Namespace, folder: str) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(folder) / f"{name}.safetensors")
 
 
-def held_out_moments(args: argparse.Namespace, inputs: list[str]) -> dict[str, torch.Tensor]:
-    """Return the float64 scatter matrix of the held-out rows of every input, about their mean."""
-    batches = text_batches(args.model, None)[-args.held_out :]
-    model = load(args.model, torch.float32)
+def scatter_matrices(model, batches: list[dict[str, torch.Tensor]], inputs: list[str]) -> dict[str, torch.Tensor]:
+    """Return the float64 scatter matrix of the rows of every input, about their mean."""
     scatter: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     n_rows = 0
@@ -218,7 +216,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     sides = {name: load_file(folder / f"{name}.safetensors") for name in (*OURS, "peft")}
     inputs = [name for name in sides["evatune"] if name in sides["peft"]]
     scores: dict = {"inputs": len(inputs)}
-    scatters = held_out_moments(args, inputs)
+    held_out = text_batches(args.model, None)[-args.held_out :]
+    scatters = scatter_matrices(load(args.model, torch.float32), held_out, inputs)
     eigenvalues = {name: torch.linalg.eigvalsh(scatter).flip(0) for name, scatter in scatters.items()}
     for k in (args.rank, round(args.rank * args.rho)):
         captured = {

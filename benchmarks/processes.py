@@ -37,7 +37,7 @@ import evatune
 from evatune.files import write_text
 from evatune.report.style import INK, PALETTE, save, styled
 from evatune.tables import text_table
-from initialization import BATCH, LENGTH, captured_of_best, load, processor
+from initialization import BATCH, LENGTH, captured_of_best, load, processor, scatter_matrices
 
 ROOT = Path(__file__).resolve().parent
 RULES = {
@@ -131,26 +131,7 @@ def held_out_scatter(args: argparse.Namespace, keys: list[str]) -> dict[str, tor
     """Return the float64 scatter matrix of held-out rows of every input, about their mean."""
     n_measured = max(args.processes) * args.batches
     batches = batches_of(args, n_measured + args.held_out)[n_measured:]
-    model = model_of(args)
-    scatter: dict[str, torch.Tensor] = {}
-    sums: dict[str, torch.Tensor] = {}
-
-    def hook_for(name: str):
-        def hook(module, positional):
-            rows = positional[0].reshape(-1, positional[0].shape[-1]).double()
-            scatter[name] = scatter.get(name, 0) + rows.T @ rows
-            sums[name] = sums.get(name, 0) + rows.sum(0)
-
-        return hook
-
-    handles = [model.get_submodule(key).register_forward_pre_hook(hook_for(key)) for key in keys]
-    with torch.no_grad():
-        for batch in batches:
-            model.model(**batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    n_rows = len(batches) * BATCH * LENGTH
-    return {key: scatter[key] - torch.outer(sums[key], sums[key]) / n_rows for key in keys}
+    return scatter_matrices(model_of(args), batches, keys)
 
 
 def facts_of(all_spectra: list[evatune.Spectra]) -> dict:

@@ -20,7 +20,9 @@ from evatune.pca.subspace import principal_angles
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="ZeRO-3 needs deepspeed: pip install deepspeed"
+    ),
 ]
 
 N_BATCHES = 8

@@ -33,7 +33,9 @@ from evatune.training.setup import (
     quantize_as_asked,
 )
 
-NEEDS_BITSANDBYTES = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="qlora needs bitsandbytes")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
+    not importlib.util.find_spec("bitsandbytes"), reason="qlora needs bitsandbytes: pip install evatune[qlora]"
+)
 
 
 @pytest.fixture

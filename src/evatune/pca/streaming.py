@@ -66,8 +66,8 @@ class StreamingPCA(LearnedPCA):
         tolerance: share of the variance that the best k components capture that a sketch may miss (and a tenth of it
             for the first half of them). One that seems to miss more gets wider at its next refresh, up to four times,
             or turns into the exact second moment for rows of up to 2048 features. None leaves it as it is.
-        rough_looks: until `refresh` is called, take only one step from the components last asked for when they are
-            asked for again, which is enough to watch them. Concerns wide rows with the backend "exact".
+        rough_looks: until `refresh` is called, take only one round of iteration from the components last asked for when
+            they are asked for again, which is enough to watch them. Concerns wide rows with the backend "exact".
 
     Attributes:
         components_: (k, d), orthonormal rows by descending variance; the largest entry of each is positive.
