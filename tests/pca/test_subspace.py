@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatune.pca.subspace import (
-    captured_variance,
     complete_basis,
     component_cosines,
     eigenpairs_of_factor,
     fix_signs,
     one_thread,
-    principal_angles,
     solver_copy,
 )
 
@@ -91,25 +87,6 @@ def test_directions_of_zero_are_left_out_of_eigenpairs():
 
 
 @PLENTY
-@given(seed=seeds, k=st.integers(1, 9))
-def test_captured_variance_is_a_share_that_grows_with_the_span_and_ends_at_one(seed, k):
-    rows, mean = matrix(seed, 50, 10) + 3, matrix(seed + 1, 10)
-    basis = orthonormal_rows(seed + 2, 10, 10)
-    some, more, everything = (float(captured_variance(rows, basis[:n], mean)) for n in (k, k + 1, 10))
-    assert 0 <= some <= more + 1e-12 <= 1 + 1e-9 and everything == pytest.approx(1.0)
-    mixing = orthonormal_rows(seed + 3, k, k)
-    assert float(captured_variance(rows, mixing @ basis[:k], mean)) == pytest.approx(some), "only the span counts"
-
-
-def test_captured_variance_by_hand():
-    rows = torch.tensor([[3.0, 1.0], [-3.0, 1.0]])
-    x_axis = torch.tensor([[1.0, 0.0]])
-    assert float(captured_variance(rows, x_axis)) == pytest.approx(18 / 20)
-    assert float(captured_variance(rows, x_axis, torch.tensor([0.0, 1.0]))) == pytest.approx(1.0)
-    assert float(captured_variance(torch.ones(3, 2), x_axis, torch.ones(2))) == 1.0, "nothing varies, nothing is lost"
-
-
-@PLENTY
 @given(seed=seeds)
 def test_cosines_ignore_signs_and_stay_below_one(seed):
     first, second = orthonormal_rows(seed, 4, 9), orthonormal_rows(seed + 1, 4, 9)
@@ -118,25 +95,6 @@ def test_cosines_ignore_signs_and_stay_below_one(seed):
     assert cosines.shape == (4,) and (cosines >= 0).all() and (cosines <= 1 + 1e-12).all()
     torch.testing.assert_close(component_cosines(signs * first, second), cosines)
     torch.testing.assert_close(component_cosines(first, -first), torch.ones(4, dtype=torch.float64))
-
-
-@PLENTY
-@given(seed=seeds, k=st.integers(1, 4), m=st.integers(1, 4))
-def test_angles_depend_on_the_spans_alone_and_are_symmetric(seed, k, m):
-    first, second = orthonormal_rows(seed, k, 9), orthonormal_rows(seed + 1, m, 9)
-    angles = principal_angles(first, second)
-    assert angles.shape == (min(k, m),) and (angles.diff() >= 0).all()
-    mixed = orthonormal_rows(seed + 2, k, k) @ first
-    torch.testing.assert_close(principal_angles(mixed, second), angles, rtol=0, atol=1e-6)
-    torch.testing.assert_close(principal_angles(second, first), angles, rtol=0, atol=1e-6)
-    assert float(principal_angles(first, mixed).max()) < 1e-6
-
-
-def test_angles_by_hand():
-    plane = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
-    tilted = torch.tensor([[1.0, 0, 0], [0, math.cos(0.3), math.sin(0.3)]])
-    assert principal_angles(plane, tilted).tolist() == pytest.approx([0.0, 0.3], abs=1e-6)
-    assert principal_angles(plane, torch.tensor([[0, 0, 1.0]])).tolist() == pytest.approx([math.pi / 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Small linear algebra on subspaces: signs, completion, low-rank sums, angles and captured variance.
+"""Small linear algebra on subspaces: signs, completion, low-rank sums, captured energy and cosines.
 
 Shapes: n rows, d features, k components, l sketch columns. Components are rows (k, d), bases are columns (d, l).
 Everything here works on matrices with few columns and is called at refreshes and checks, never once a batch.
@@ -89,23 +89,6 @@ def eigenpairs_of_factor(factor_dm: Tensor) -> tuple[Tensor, Tensor]:
     return (factor_dm @ vectors_mp) / values_p.sqrt(), values_p
 
 
-def captured_variance(rows_nd: Tensor, components_kd: Tensor, mean_d: Tensor | None = None) -> Tensor:
-    """Share of the variance of rows that lies in the span of components: ‖(X - m)Vᵀ‖² / ‖X - m‖² (Theorem 3.1).
-
-    Args:
-        rows_nd: rows, (n, d); for an honest figure, rows that the components were not made from.
-        components_kd: orthonormal components, (k, d).
-        mean_d: what is subtracted, (d,); nothing if None.
-
-    Returns:
-        A scalar tensor between 0 and 1; 1 where the rows do not vary at all.
-    """
-    centred_nd = rows_nd if mean_d is None else rows_nd - mean_d.to(rows_nd)
-    total = centred_nd.square().sum()
-    captured = captured_energy(centred_nd, components_kd)
-    return torch.where(total > 0, captured / total, torch.ones_like(total))
-
-
 def captured_energy(centred_nd: Tensor, components_kd: Tensor) -> Tensor:
     """Energy ‖X Vᵀ‖² of rows (n, d) in the span of orthonormal components (k, d), a scalar tensor."""
     return (centred_nd @ components_kd.to(centred_nd).T).square().sum()
@@ -122,17 +105,3 @@ def component_cosines(new_kd: Tensor, old_kd: Tensor) -> Tensor:
         Cosines between 0 and 1, (k,). The sign of a component carries no information, so it is ignored.
     """
     return (new_kd * old_kd).sum(dim=1).abs()
-
-
-def principal_angles(first_kd: Tensor, second_kd: Tensor) -> Tensor:
-    """Principal angles between the spans of two sets of orthonormal rows, in radians (Björck and Golub 1973).
-
-    Args:
-        first_kd: orthonormal rows, (k, d).
-        second_kd: orthonormal rows, (m, d).
-
-    Returns:
-        Angles, ascending, (min(k, m),).
-    """
-    cosines = torch.linalg.svdvals(solver_copy(first_kd) @ solver_copy(second_kd).T)
-    return torch.arccos(cosines.clamp(-1.0, 1.0))
