@@ -126,6 +126,21 @@ def test_a_seven_billion_model_is_estimated_from_its_configuration():
     assert not getattr(config, "dtype", None), "what was given is not changed"
 
 
+def test_ranks_by_target_name_keep_components_for_the_largest(build):
+    options = {"target_modules": ["q_proj", "down_proj"], "rho": 1.5, "backend": "sketch"} | SETTINGS
+    ranks = {f"model.layers.{n}.{name}": 2 for n in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    last = "model.layers.1.mlp.down_proj"
+    model = build("llama")
+    assert estimate(model, rank=ranks | {last: 6}, **options) == estimate(model, rank=6, **options)
+    assert estimate(model, rank=ranks, **options) == estimate(model, rank=2, **options)
+    assert estimate(model, rank=2, **options) != estimate(model, rank=6, **options)
+    with pytest.raises(EvaError, match=r"rank names 'down_proj', which is no target"):
+        estimate(model, rank=ranks | {"down_proj": 6}, **options)
+    del ranks[last]
+    with pytest.raises(EvaError, match=r"rank names no value for 1 targets, the first 'model\.layers\.1\.mlp"):
+        estimate(model, rank=ranks, **options)
+
+
 def test_fused_experts_are_followed_too(tmp_path):
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

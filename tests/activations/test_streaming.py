@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from evatune import EvaError, measure, measure_from_disk
+from evatune import EvaError, Spectra, measure, measure_from_disk
 from evatune.activations import checkpoint as checkpoint_module
 from evatune.activations.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.outline import HIDDEN, Outline
@@ -152,6 +152,42 @@ def test_options_mean_what_they_mean_in_measure(stored, batches_for, quiet, tmp_
     options.pop("waiting_gib", None)
     assert_equal(got, measure(model, batches, **quiet | options))
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "what waited on disk is gone"
+
+
+def test_ranks_by_target_name_mean_what_they_mean_in_measure(stored, batches_for, quiet, tmp_path):
+    folder, model = stored("llama")
+    batches = batches_for("llama")
+    options = quiet | {"target_modules": ["q_proj", "down_proj"]}
+    del options["n_components"]
+    ranks = {name: 1 + 2 * name.endswith("down_proj") for name in measure(model, batches, **options)}
+    got = measure_from_disk(folder, batches, rank=dict(reversed(ranks.items())), **quiet_(options))
+    assert_equal(got, measure(model, batches, rank=ranks, **options))
+    assert got.n_components == 6 and got.plan(ranks).base_ranks == ranks
+    loaded = Spectra.load(got.save(tmp_path / "spectra"))
+    assert loaded.settings["rank"] == ranks and list(loaded.settings["rank"]) == list(ranks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.0.self_attn.q_proj": 0}, r"rank must be a whole number of at least 1, got 0 for model\.layers"),
+        ({"model.layers.9.self_attn.q_proj": 2}, r"rank names 'model\.layers\.9\.\S+', which is no target"),
+        (
+            {"model.layers.1.self_attn.q_proj": None},
+            r"rank names no value for 1 targets, the first 'model\.layers\.1\.",
+        ),
+    ],
+)
+def test_ranks_that_fit_no_target_are_refused_before_any_batch(stored, change, message):
+    def no_batches():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    folder, _ = stored("llama")
+    ranks = {f"model.layers.{n}.self_attn.q_proj": 2 for n in range(2)} | change
+    ranks = {name: rank for name, rank in ranks.items() if rank is not None}
+    with pytest.raises(EvaError, match=message):
+        measure_from_disk(folder, no_batches(), target_modules=["q_proj"], rank=ranks, progress=False)
 
 
 def test_weights_are_read_once_from_their_shards_and_none_behind_the_last_target(

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 
 from evatune.activations.empty import empty_model, model_folder, read_config
 from evatune.activations.layers import AnyPCA
-from evatune.activations.measure import _check_settings
+from evatune.activations.measure import _check_settings, _ranks_of
 from evatune.activations.streaming import find_blocks
 from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
 from evatune.activations.trace import Trace, follow
@@ -209,7 +209,7 @@ def estimate(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     n_components: int | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rho: float = 2.0,
     max_batches: int = 64,
     backend: str = "auto",
@@ -232,7 +232,7 @@ def estimate(
         layers_to_transform: only layers with these numbers.
         layers_pattern: name of the list of layers.
         n_components: how many components to keep of each input.
-        rank: rank r of the later plan.
+        rank: rank r of the later plan, for all targets or by target name.
         rho: of the later plan.
         max_batches: the most batches.
         backend: of `StreamingPCA`.
@@ -266,6 +266,8 @@ def estimate(
     )
     empty: Any = build(dtype=weights_dtype)
     targets = find_targets(empty, rules)
+    if isinstance(rank, Mapping):
+        _ranks_of([target.name for target in targets], rank)  # names must fit here as well as in `measure`
     trace = follow(build, rules, weights_dtype, batch_size=batch_size, length=length)
     traced = trace is not None
     trace = trace or Trace()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from evatune.activations.blockwise import BlockwiseRun
 from evatune.activations.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.empty import empty_model, model_folder, read_config
-from evatune.activations.measure import Forward, _autocast, _check_settings
+from evatune.activations.measure import Forward, _autocast, _check_settings, _ranks_of
 from evatune.activations.measurement import Measurement, warn_of_errors
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.rows import IGNORED_LABEL, RowMasks
@@ -44,7 +44,7 @@ def measure_from_disk(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     n_components: int | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rho: float = 2.0,
     max_batches: int = 64,
     use_label_mask: bool = False,
@@ -80,8 +80,9 @@ def measure_from_disk(
         exclude_modules: what is left out of these.
         layers_to_transform: only layers with these numbers.
         layers_pattern: name of the list of layers.
-        n_components: how many components to keep of each input; by default round(rho * rank), or 32 without a rank.
-        rank: rank r of the later plan.
+        n_components: how many components to keep of each input; by default round(rho * rank) for the largest rank,
+            or 32 without a rank.
+        rank: rank r of the later plan, for all targets or by target name.
         rho: of the later plan.
         max_batches: how many batches to measure.
         use_label_mask: leave out positions whose label the loss ignores.
@@ -134,6 +135,8 @@ def measure_from_disk(
             "load it whole and use `measure`."
         )
     targets = find_targets(empty, rules)
+    if isinstance(rank, Mapping):
+        rank = _ranks_of([target.name for target in targets], rank)
     device = torch.device(device)
     run = BlockwiseRun(
         model=empty,
