@@ -29,9 +29,28 @@ def test_a_component_of_a_wide_target_costs_more():
     assert plan.budget_in == "parameters"
 
 
-@given(seed=st.integers(0, 10_000), rank=st.integers(1, 6), rho=st.floats(1, 3))
+def test_a_frozen_a_costs_nothing():
+    # An input that is nine times as wide matters only while its rows of A are trained.
+    targets = {"wide in": target([1.2, 1.1], in_features=576), "wide out": target([1.0, 0.9], out_features=128)}
+    assert allocate(targets, rank=1, budget="parameters").ranks == {"wide in": 0, "wide out": 2}
+    plan = allocate(targets, rank=1, budget="parameters", train_a=False)
+    assert plan.ranks == {"wide in": 2, "wide out": 0}
+    assert (plan.n_parameters, plan.uniform_parameters) == (2 * 64, 64 + 128)
+    assert not plan.train_a and RankPlan.from_json(plan.to_json()) == plan
+    assert "128 trainable parameters of B, -33.3% against uniform ranks" in plan.table()
+
+
+def test_what_is_frozen_is_not_counted_but_changes_no_plan_in_components():
+    targets = {"a": target([3.0, 2.0], in_features=100), "b": target([1.0, 0.5])}
+    frozen, trained = (allocate(targets, rank=1, train_a=train_a) for train_a in (False, True))
+    assert frozen.ranks == trained.ranks == {"a": 2, "b": 0}
+    assert (frozen.n_parameters, frozen.uniform_parameters) == (2 * 64, 64 + 64)
+    assert (trained.n_parameters, trained.uniform_parameters) == (2 * 164, 164 + 128)
+
+
+@given(seed=st.integers(0, 10_000), rank=st.integers(1, 6), rho=st.floats(1, 3), train_a=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_no_more_parameters_are_spent_than_uniform_lora_has_and_what_is_left_pays_nothing(seed, rank, rho):
+def test_no_more_parameters_are_spent_than_uniform_lora_has_and_what_is_left_pays_nothing(seed, rank, rho, train_a):
     random = np.random.default_rng(seed)
     targets = {
         f"t{i}": target(
@@ -41,13 +60,13 @@ def test_no_more_parameters_are_spent_than_uniform_lora_has_and_what_is_left_pay
         )
         for i in range(5)
     }
-    plan = allocate(targets, rank=rank, rho=rho, budget="parameters")
+    plan = allocate(targets, rank=rank, rho=rho, budget="parameters", train_a=train_a)
     left = plan.uniform_parameters - plan.n_parameters
     cap = int(rho * rank + 0.5)
     assert left >= 0
     assert all(0 <= count <= cap for count in plan.ranks.values())
     for name, count in plan.ranks.items():
-        assert count == cap or targets[name].in_features + targets[name].out_features > left
+        assert count == cap or train_a * targets[name].in_features + targets[name].out_features > left
 
 
 @pytest.mark.parametrize("budget", ["components", "parameters"])
@@ -67,6 +86,8 @@ def test_a_plan_from_before_budgets_is_read_as_one_in_components():
     assert RankPlan.from_json(data).budget_in == "parameters"
     del data["budget_in"]
     assert RankPlan.from_json(data).budget_in == "components"
+    del data["train_a"]
+    assert RankPlan.from_json(data).train_a
     with pytest.raises(EvaError, match="the entry 'ranks' is missing"):
         RankPlan.from_json({name: value for name, value in data.items() if name != "ranks"})
 

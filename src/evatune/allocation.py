@@ -66,7 +66,8 @@ def _sum(target: ComponentVariances) -> Array:
 
 
 BUDGETS = ("components", "parameters")
-"""What is given away: components, or trainable parameters, of which a component of a target costs in + out."""
+"""What is given away: components, or trainable parameters, of which a component of a target costs in + out, or out
+where A is frozen."""
 
 METRICS: dict[str, Callable[[ComponentVariances], Array]] = {
     "ratio": _ratio,
@@ -102,6 +103,8 @@ class RankPlan:
     """Whether scale is alpha / √r instead of alpha / r."""
     budget_in: str = "components"
     """What was given away, one of `BUDGETS`."""
+    train_a: bool = True
+    """Whether A is trained as well as B; where it is frozen, B alone is counted as trainable."""
 
     @property
     def budget(self) -> int:
@@ -115,7 +118,7 @@ class RankPlan:
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters of the adapter, Σ r (in + out)."""
+        """Trainable parameters of the adapter: Σ r (in + out), or Σ r · out where A is frozen."""
         return self._count(self.ranks)
 
     @property
@@ -124,7 +127,10 @@ class RankPlan:
         return self._count(self.base_ranks)
 
     def _count(self, ranks: Mapping[str, int]) -> int:
-        return sum(rank * (self.in_features[name] + self.out_features[name]) for name, rank in ranks.items())
+        return sum(
+            rank * _n_trainable(self.in_features[name], self.out_features[name], train_a=self.train_a)
+            for name, rank in ranks.items()
+        )
 
     def table(self) -> str:
         """Return a table with one line for each kind of matrix, and the totals below."""
@@ -142,13 +148,14 @@ class RankPlan:
         headers = ["matrix", "targets", "least", "mean rank", "most", "change", "explained"]
         relative = self.n_parameters / self.uniform_parameters - 1
         unit = "" if self.budget_in == "components" else f", budget in {self.budget_in}"
+        of_b = "" if self.train_a else " of B"
         n_without = Counter(self.ranks.values())[0]
         lines = [
             text_table(headers, rows),
             "",
             f"{self.total:,} of {self.budget:,} components over {len(self.ranks)} targets"
             f" (rho {self.rho:g}, metric {self.metric}{unit}), {n_without} targets without an adapter",
-            f"{self.n_parameters:,} trainable parameters, {relative:+.1%} against uniform ranks",
+            f"{self.n_parameters:,} trainable parameters{of_b}, {relative:+.1%} against uniform ranks",
         ]
         return "\n".join(lines)
 
@@ -186,6 +193,11 @@ def max_components(rank: int, rho: float) -> int:
     return int(rho * rank + 0.5)
 
 
+def _n_trainable(in_features: int, out_features: int, *, train_a: bool) -> int:
+    """Return the trainable parameters of one component: a column of B, and a row of A if A is trained."""
+    return (in_features if train_a else 0) + out_features
+
+
 def check_plan_settings(*, rho: float, metric: str) -> None:
     """Raise an `EvaError` if these are not settings of a plan, which is worth knowing before minutes of measuring."""
     if metric not in METRICS:
@@ -203,12 +215,15 @@ def allocate(
     lora_alpha: float | Mapping[str, float] = 1.0,
     use_rslora: bool = False,
     budget: str = "components",
+    train_a: bool = True,
     weights: Mapping[str, float] | None = None,
 ) -> RankPlan:
     """Give the Σ r components that explain most to their targets, at most round(rho * r) to one.
 
     With a budget in parameters, a component of a target costs in_features + out_features, uniform LoRA's parameters are
-    what there is to spend, and the components that explain most per parameter get it, as long as they can be paid.
+    what there is to spend, and the components that explain most per parameter get it, as long as they can be paid. Only
+    parameters that are trained count: where A is frozen (`train_a=False`), a component costs out_features, the column
+    of B, and what there is to spend are the parameters of uniform LoRA's B.
 
     Ties are broken by component number, then by the order of targets, so that equal targets get equal ranks as far as
     the budget allows. Components of an input that never varies come last.
@@ -221,6 +236,8 @@ def allocate(
         lora_alpha: alpha of uniform LoRA, for all or by target name.
         use_rslora: whether scale is alpha / √r.
         budget: a name from `BUDGETS`.
+        train_a: whether A will be trained as well as B; what is frozen counts neither in the budget nor in the plan's
+            number of parameters.
         weights: factor on the scores of each target, by name; by default 1.
 
     Returns:
@@ -252,7 +269,7 @@ def allocate(
                 f"{name}; measure with n_components={caps[name]} or plan with a smaller rank or rho."
             )
     costs = {
-        name: target.in_features + target.out_features if budget == "parameters" else 1
+        name: _n_trainable(target.in_features, target.out_features, train_a=train_a) if budget == "parameters" else 1
         for name, target in targets.items()
     }
     factors = _per_target(1.0 if weights is None else weights, targets, "weights")
@@ -280,6 +297,7 @@ def allocate(
         metric=metric,
         use_rslora=use_rslora,
         budget_in=budget,
+        train_a=train_a,
     )
 
 

@@ -120,6 +120,7 @@ class Spectra(Mapping[str, Spectrum]):
         lora_alpha: float | Mapping[str, float] = 1.0,
         use_rslora: bool = False,
         budget: str = "components",
+        train_a: bool = True,
         weights: Mapping[str, float] | None = None,
     ) -> RankPlan:
         """Redistribute a rank budget over the targets by explained variance (Section 3.3 of the paper).
@@ -131,7 +132,9 @@ class Spectra(Mapping[str, Spectrum]):
             lora_alpha: alpha of uniform LoRA, for all targets or by target name (the paper always takes 1).
             use_rslora: whether adapters are scaled by alpha / √r instead of alpha / r.
             budget: what uniform LoRA's size limits, "components" or trainable "parameters"; of the latter a component
-                costs in_features + out_features.
+                costs in_features + out_features, or out_features where A is frozen.
+            train_a: whether A will be trained as well as B; what is frozen counts neither in a budget of parameters nor
+                in the plan's number of parameters.
             weights: factor on the scores of each target, by name; by default 1.
 
         Returns:
@@ -158,6 +161,7 @@ class Spectra(Mapping[str, Spectrum]):
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
             budget=budget,
+            train_a=train_a,
             weights=weights,
         )
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import evatune
-from evatune.adapters import initialized_plan
+from evatune.adapters import freeze_a, initialized_plan
 from evatune.errors import EvaError, EvaWarning
 
 
@@ -180,6 +180,25 @@ def test_a_budget_in_parameters(llama, lora, batches):
     assert plan.ranks != spectra.plan(4).ranks
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == plan.n_parameters <= plan.uniform_parameters
+
+
+def test_a_budget_in_parameters_beside_a_frozen_a(llama, lora, batches):
+    spectra = evatune.measure(llama(), batches, n_components=8, progress=False)
+    model = lora(llama())
+    freeze_a(model)
+    plan = evatune.initialize(model, spectra, budget="parameters")
+    assert plan == spectra.plan(4, lora_alpha=2.0, budget="parameters", train_a=False)
+    assert plan.ranks != spectra.plan(4, budget="parameters").ranks
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == plan.n_parameters <= plan.uniform_parameters
+
+
+def test_a_is_not_held_to_be_frozen_in_an_adapter_that_is_not_active(llama, lora, batches):
+    spectra = evatune.measure(llama(), batches, n_components=8, progress=False)
+    model = lora(llama())
+    model.add_adapter("second", model.peft_config["default"])
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".second." in name)
+    assert evatune.initialize(model, spectra, adapter_name="second").train_a
 
 
 def test_the_ranks_of_each_layer_say_when_measuring_may_stop(llama, lora, batches, monkeypatch):

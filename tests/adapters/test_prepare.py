@@ -140,6 +140,19 @@ def test_a_frozen_a_leaves_b_to_train(llama, batches, method):
     assert all(".lora_B." in name for name in trainable)
 
 
+@pytest.mark.parametrize("budget", ["components", "parameters"])
+def test_a_plan_beside_a_frozen_a_counts_what_is_trained(llama, batches, budget):
+    spectra = evatune.measure(llama(), batches, rank=4, **QUIET)
+    model = evatune.prepare(llama(), method="eva", rank=4, spectra=spectra, budget=budget, train_a=False)
+    plan = initialized_plan(model)
+    assert plan == spectra.plan(4, budget=budget, train_a=False)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == plan.n_parameters
+    assert plan.uniform_parameters == 4 * sum(plan.out_features.values())
+    with_a = spectra.plan(4, budget=budget)
+    assert (plan.ranks == with_a.ranks) == (budget == "components")
+
+
 def test_a_is_frozen_on_every_layer_type_and_on_one_adapter_only(lora, batches):
     class Net(torch.nn.Module):
         def __init__(self):
@@ -154,7 +167,9 @@ def test_a_is_frozen_on_every_layer_type_and_on_one_adapter_only(lora, batches):
 
     tokens = [batch["input_ids"] for batch in batches]
     options = {"target_modules": ["tokens", "conv", "attn"], "rank": 4, "train_a": False}
-    model = evatune.prepare(Net(), method="eva", batches=tokens, progress=False, **options)
+    model = evatune.prepare(Net(), method="eva", batches=tokens, budget="parameters", progress=False, **options)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == initialized_plan(model).n_parameters <= initialized_plan(model).uniform_parameters
     model.add_adapter("other", LoraConfig(r=2, target_modules=["conv"]))
     model.base_model.set_adapter(["default", "other"])
     freeze_a(model)

@@ -87,6 +87,10 @@ def test_plan_gives_away_parameters_instead_of_components(spectra, capsys):
     assert (plans[1]["budget_in"], plans[2]["budget_in"]) == ("components", "parameters")
     assert plans[2]["ranks"] != plans[1]["ranks"]
     assert plans[2]["n_parameters"] <= plans[2]["uniform_parameters"]
+    assert main([*options, "--budget", "parameters", "--no-train-a"]) == 0
+    of_b = json.loads(capsys.readouterr().out)
+    assert of_b["ranks"] != plans[2]["ranks"]
+    assert of_b["uniform_parameters"] == 4 * sum(of_b["out_features"].values())
     assert main([*options, "--budget", "parameter"]) == 1
     assert "budget must be one of components, parameters, got 'parameter'" in capsys.readouterr().err
 

@@ -86,8 +86,10 @@ def test_full_fine_tuning_saves_a_model(recipe):
 
 
 def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
-    wanted = recipe("eva", adapter={"train_a": False})
-    finetune(wanted, progress=False)
+    wanted = recipe("eva", adapter={"train_a": False, "budget": "parameters"})
+    record = finetune(wanted, progress=False)
+    plan = json.loads((Path(wanted.output) / "plan.json").read_text())
+    assert record.parameters["trainable"] == plan["n_parameters"] <= plan["uniform_parameters"]
     first, last = (
         load_file(Path(wanted.output) / folder / "adapter_model.safetensors")
         for folder in ("initial_adapter", "adapter")

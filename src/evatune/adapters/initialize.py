@@ -64,7 +64,7 @@ def initialize(
         rho: a layer gets at most round(rho * its rank) components; 1 keeps all ranks as they are.
         metric: how components of different layers compare, see `Spectra.plan`.
         budget: what is given away, "components" or trainable "parameters", of which a component of a wide layer takes
-            more.
+            more. If every `A` is frozen (call `evatune.adapters.freeze_a` before), only `B` counts.
         whiten: divide each row of `A` by the square root of its singular value.
         measure_options: passed to `evatune.measure` (`max_batches`, `tau`, `use_label_mask`, ...).
 
@@ -108,7 +108,13 @@ def initialize(
     )
 
     plan = spectra.plan(
-        rank=ranks, rho=rho, metric=metric, lora_alpha=alphas, use_rslora=config.use_rslora, budget=budget
+        rank=ranks,
+        rho=rho,
+        metric=metric,
+        lora_alpha=alphas,
+        use_rslora=config.use_rslora,
+        budget=budget,
+        train_a=_trains_a(layers, adapter_name),
     )
     down = {
         name: eva(spectra[name].components, rank, singular_values=spectra[name].singular_values, whiten=whiten)
@@ -247,6 +253,13 @@ def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
     """Tell whether the adapter changes anything; PEFT starts embeddings from A = 0, all else from B = 0."""
     pairs = [pair for pair in factors_of(layer, adapter_name) if not pair.up_weight.is_meta]
     return any(bool(pair.up_weight.any()) and bool(pair.down_weight.any()) for pair in pairs)
+
+
+def _trains_a(layers: Mapping[str, LoraLayer], adapter_name: str) -> bool:
+    """Tell whether A will be trained; it will not where B is trained beside a frozen A everywhere."""
+    pairs = [pair for layer in layers.values() for pair in factors_of(layer, adapter_name)]
+    # PEFT freezes both factors of an adapter that is not active, which says nothing of its training.
+    return any(pair.down_weight.requires_grad or not pair.up_weight.requires_grad for pair in pairs)
 
 
 def _has_orthogonal_rows(A_rd: Tensor) -> bool:

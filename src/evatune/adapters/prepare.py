@@ -72,7 +72,8 @@ def prepare(
         lora_alpha: scale of the adapter.
         rho: EVA gives a target at most round(rho * rank) components; 1 keeps ranks uniform.
         metric: how EVA compares components, see `Spectra.plan`.
-        budget: what EVA redistributes, "components" or trainable "parameters".
+        budget: what EVA redistributes, "components" or trainable "parameters", which are those of `B` alone with
+            `train_a=False`.
         lora_dropout: dropout before the adapter.
         train_a: train `A` as well as `B`; False freezes it where it starts.
         total_steps: optimizer steps of the training to come; AdaLoRA's schedule needs it.
@@ -148,6 +149,7 @@ def prepare(
                 rho=rho,
                 metric=metric,
                 budget=budget,
+                train_a=train_a,
                 batches=batches,
                 spectra=spectra,
                 gradient_batches=gradient_batches,

@@ -63,6 +63,8 @@ class Preparation:
     """How components of different targets compare."""
     budget: str = "components"
     """What is redistributed: components or trainable parameters."""
+    train_a: bool = True
+    """Whether A will be trained, and so counts as trainable."""
     batches: Iterable[Any] | None = None
     """Batches as the model takes them."""
     spectra: Spectra | None = None
@@ -162,6 +164,7 @@ def _redistribute(p: Preparation, spectra: Spectra, *, rows: str, weights: Mappi
         lora_alpha=p.lora_alpha,
         use_rslora=p.config.use_rslora,
         budget=p.budget,
+        train_a=p.train_a,
         weights=weights,
     )
     down = {

@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes more (default: components)",
     )
     group.add_argument(
+        "--train-a",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="A will be trained as well as B; otherwise only B counts as trainable parameters (default: true)",
+    )
+    group.add_argument(
         "--lora-alpha", type=float, default=1.0, metavar="X", help="alpha at the average rank (default: 1)"
     )
     group.add_argument("--use-rslora", action="store_true", help="the adapter is scaled by alpha / sqrt(rank)")
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         lora_alpha=args.lora_alpha,
         use_rslora=args.use_rslora,
         budget=args.budget,
+        train_a=args.train_a,
     )
     if args.save:
         say(f"saved     {write_text(args.save, json.dumps(plan.to_json(), indent=2) + chr(10))}")

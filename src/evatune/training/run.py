@@ -200,8 +200,7 @@ class _Run:
             ranks = plan.ranks.values()
             self.say(
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
-                f"{'trainable parameters' if self.recipe.adapter.train_a else 'parameters in a frozen A and in B'} "
-                f"({plan.uniform_parameters:,} with uniform ranks)"
+                f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
         if not self._is_full():
             save_adapter(adapted, self.folder / _INITIAL, convert=False)
