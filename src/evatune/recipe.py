@@ -125,7 +125,7 @@ class MeasureSettings(Section):
     """A component has converged when its cosine with itself one batch before is at least this; `none` for no rule."""
     delta: float = number(1.0, above=0, high=1)
     """Share of the components of an input that must have converged."""
-    min_gain: float | None = number(0.01, low=0)
+    min_gain: float | None = number(0.02, low=0)
     """An input is also done when doubling the data gains less than this share of captured variance; or `none`."""
     backend: Literal["auto", "exact", "sketch", "incremental"] = "auto"
     """Streaming PCA algorithm."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from evatune import EvaError, EvaWarning, measure
-from evatune.activations.stopping import StoppingRule, is_check
+from evatune import EvaError, EvaWarning, StreamingPCA, measure
+from evatune.activations.stopping import StoppingMonitor, StoppingRule, is_check
 
 D = 12
 
@@ -109,6 +109,36 @@ def test_the_rule_on_unseen_rows_ends_it(linear):
     data = Endless([rows(300, seed=i) for i in range(64)])
     spectra = measure(linear, data, tau=None, min_gain=0.01, **FIRST)
     assert spectra["0"].stopped == "accurate" and data.taken == spectra["0"].n_batches < 64
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+def test_the_gain_that_is_foretold_is_the_one_that_more_data_bring(backend, seed):
+    """Scored on many fresh rows: components of 24 batches against those of 12, and what the check at 12 had said."""
+    deviations = torch.arange(1, 201) ** -0.25
+    generator = torch.Generator().manual_seed(seed)
+    monitor = StoppingMonitor(StoppingRule())
+    pca = StreamingPCA(16, backend=backend)
+    components, foretold = {}, {}
+    for n_batches in range(1, 25):
+        pca.partial_fit(torch.randn(700, 200, generator=generator) * deviations)
+        if is_check(n_batches):
+            monitor.score_unseen("input", pca, n_needed=16)
+            monitor.conclude()
+            monitor.begin_check("input", pca.components_, pca)
+            components[n_batches], foretold[n_batches] = pca.components_, monitor.gains.get("input")
+    assert foretold[8] is None, "6 to 8 batches are fewer rows than a gain is measured on"
+    fresh = torch.randn(20000, 200, generator=generator) * deviations
+    captured = {n: float((fresh @ components[n].T).square().sum()) for n in (12, 24)}
+    gain = 1 - captured[12] / captured[24]
+    assert gain > 0.004
+    assert 0.7 * gain < foretold[12] < 1.4 * gain
+
+
+def test_no_new_rows_are_no_sign_of_having_settled(linear):
+    """An expert that gets no row in a batch has the very same components before and after it."""
+    spectra = measure(linear, [rows(20), *([rows(0)] * 30)], **FIRST, min_gain=None)
+    assert (spectra["0"].stopped, spectra["0"].n_rows) == ("data exhausted", 20)
 
 
 def test_all_inputs_go_on_until_the_last_is_done(linear):

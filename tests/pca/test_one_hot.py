@@ -54,13 +54,15 @@ def test_more_components_than_tokens_seen_are_orthonormal_and_without_variance()
     assert pca.singular_values_[0] > 1 and pca.singular_values_[1:].abs().max() < 1e-3
 
 
-def test_energy_of_unseen_rows_is_that_of_the_dense_formula():
+@pytest.mark.parametrize("center", [True, False])
+def test_scatter_along_directions_is_that_of_the_dense_formula(center):
     generator = torch.Generator().manual_seed(0)
-    seen, unseen = (torch.randint(0, 20, (n,), generator=generator) for n in (100, 30))
-    pca = OneHotPCA(4, n_features=20).partial_fit(seen)
-    centred = torch.nn.functional.one_hot(unseen, 20).float() - pca.mean_
-    expected = torch.stack([(centred @ pca.components_[:k].T).square().sum() for k in (4, 2)])
-    torch.testing.assert_close(pca.captured_energies(unseen, [pca.components_[:4], pca.components_[:2]]), expected)
+    tokens = torch.randint(0, 20, (100,), generator=generator)
+    directions = torch.randn(7, 20, generator=generator)
+    pca = OneHotPCA(4, n_features=20, center=center).partial_fit(tokens)
+    rows = torch.nn.functional.one_hot(tokens, 20).float()
+    expected = ((rows - center * rows.mean(dim=0)) @ directions.T).square().sum(dim=0)
+    torch.testing.assert_close(pca.scatter_along(directions), expected)
 
 
 @pytest.mark.parametrize(

@@ -159,3 +159,14 @@ def test_auto_takes_the_exact_backend_for_narrow_rows_and_the_sketch_for_wide_on
     assert StreamingPCA(4).partial_fit(torch.randn(10, 100)).backend_ == "exact"
     assert StreamingPCA(4).partial_fit(torch.randn(10, 3000)).backend_ == "sketch"
     assert StreamingPCA(4, backend="incremental").partial_fit(torch.randn(10, 3000)).backend_ == "incremental"
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+@pytest.mark.parametrize("center", [True, False])
+def test_scatter_along_any_direction_is_that_of_the_rows(known_rows, stream, backend, center):
+    """Sketches and the incremental backend know it within the span of what they keep, here all that varies."""
+    known = known_rows(300, 0.5 ** np.arange(12), mean=3.0, seed=4)
+    pca = stream(known.batches(50), 12, backend=backend, center=center)
+    directions = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).double()
+    expected = ((known.rows - center * known.rows.mean(dim=0)) @ directions.T).square().sum(dim=0)
+    torch.testing.assert_close(pca.scatter_along(directions), expected, rtol=1e-6, atol=0)

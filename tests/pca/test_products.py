@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.pca.products import accumulate_gram, accumulate_product, gram_norm, symmetric
+from evatune.pca.products import accumulate_gram, accumulate_product, energies_along, gram_norm, symmetric
 
 
 @pytest.mark.parametrize("n_features", [1, 2, 63, 64, 65, 200, 577])
@@ -30,6 +30,14 @@ def test_what_is_left_out_is_filled_in_and_counted():
     torch.testing.assert_close(whole, rows.T @ rows, rtol=1e-12, atol=1e-12)
     assert not total[0, 199], "and the argument stays as it is"
     torch.testing.assert_close(gram_norm(total), torch.linalg.matrix_norm(rows.T @ rows), rtol=1e-12, atol=0)
+
+
+def test_energies_along_directions_count_what_is_left_out():
+    generator = torch.Generator().manual_seed(0)
+    rows, directions = (torch.randn(n, 200, generator=generator).double() for n in (50, 7))
+    total = torch.zeros(200, 200).double()
+    accumulate_gram(total, rows)
+    torch.testing.assert_close(energies_along(total, directions), (rows @ directions.T).square().sum(dim=0))
 
 
 def test_a_half_precision_product_is_added_in_full_precision():

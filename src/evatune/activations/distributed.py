@@ -194,7 +194,7 @@ class _Assembly:
         monitor = self._measurement.monitor
         if not monitor.rule.is_on:
             return None  # nothing would be done with it
-        monitor.pool(self._ranks.add)
+        self._measurement.pool(self.own, self._ranks.add)
         undone = {key: pca for key, pca in self.own.items() if key not in monitor.done}
         table, merged = self._merge(undone, leading_state)
         self._merged |= merged
@@ -205,7 +205,7 @@ class _Assembly:
         """Exchange everything; with a last check, if there was none after this step."""
         table, self._merged = self._merge(self.own, whole_state)
         if not checked:
-            self._measurement.monitor.pool(self._ranks.add)
+            self._measurement.pool(self.own, self._ranks.add)
             self._adopt(table, n_batches)
         absent = [self._measurement.targets[key] for key in dict.fromkeys(table.values()) if key not in self._merged]
         for target in absent:  # all its rows are masked, everywhere
@@ -215,7 +215,7 @@ class _Assembly:
 
     def _adopt(self, table: Mapping[str, str], n_batches: int) -> None:
         reached = {name: key for name, key in table.items() if key in self._merged}
-        self._measurement.adopt(reached, dict(self._merged), n_batches=n_batches)
+        self._measurement.adopt(reached, dict(self._merged), self.own, n_batches=n_batches)
 
     def _merge(
         self, local: Mapping[str, AnyPCA], state_of: Callable[[AnyPCA], dict[str, Tensor]]

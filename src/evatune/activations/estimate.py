@@ -409,8 +409,8 @@ def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any
     backend = choose_backend(pca.backend, k, d)
     width = sketch_width(k, d)
     moments = _FLOAT * d + 2 * _DOUBLE * d + SCALARS_BYTES
-    # Components of the last three checks and the present ones.
-    cached = 4 * _FLOAT * k * d
+    # Components of the last three checks, those before the last batch and the present ones.
+    cached = 5 * _FLOAT * k * d
     doublings = math.ceil(math.log2(max(max_batches, 1))) + 1
     checks = 2 * 2 * doublings + 1
     # Most of the work of factorizations are products, which run about four times as fast as what the speed was measured

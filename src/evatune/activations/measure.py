@@ -47,7 +47,7 @@ def measure(
     max_batches: int = 64,
     tau: float | None = 0.99,
     delta: float = 1.0,
-    min_gain: float | None = 0.01,
+    min_gain: float | None = 0.02,
     use_label_mask: bool = False,
     label_mask_value: int = IGNORED_LABEL,
     backend: str = "auto",
@@ -85,8 +85,8 @@ def measure(
         tau: cosine of a component with itself one batch before that counts as converged (the paper's rule); None
             switches the rule off.
         delta: share of the components of an input that must have converged.
-        min_gain: an input is also done when doubling the data gained less than this share of captured variance on
-            rows not yet seen; None switches the rule off.
+        min_gain: an input is also done when doubling the data would gain less than this share of captured variance on
+            rows not yet seen, see `evatune.activations.stopping`; None switches the rule off.
         use_label_mask: leave out positions whose label the loss ignores. With short answers few rows remain
             (Appendix F.3 of the paper).
         label_mask_value: the label that the loss ignores.

@@ -19,6 +19,7 @@ from evatune.activations.targets import TargetModule
 from evatune.allocation import ComponentVariances, allocate
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import StreamingPCA
+from evatune.pca.threads import on_one_thread_each
 from evatune.spectra import Spectrum, Target
 
 SHOWN_ERROR = 0.01
@@ -39,6 +40,17 @@ def warn_of_errors(spectra: Mapping[str, Spectrum]) -> None:
             EvaWarning,
             stacklevel=3,
         )
+
+
+def _factorize(pca: AnyPCA) -> None:
+    """Find the components; they stay known until more rows come."""
+    _ = pca.components_
+
+
+def _finish(pca: AnyPCA) -> None:
+    """Find the final components."""
+    pca.refresh()
+    _factorize(pca)
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
@@ -81,8 +93,8 @@ class Measurement:
         self.is_encoder_output: Callable[[Tensor], bool] = lambda activation: False
         self.history: list[dict[str, Any]] = []
         self._n_batches = 0
-        self._checking = False
         self._masks = RowMasks()
+        self._components_before: dict[str, tuple[Tensor, int]] = {}
         self._needed: dict[str, int] = {}
         self._variances: dict[str, ComponentVariances] = {}
         self.input_of: dict[str, str] = {}
@@ -92,9 +104,10 @@ class Measurement:
     def begin_batch(self, n_batches: int, masks: RowMasks) -> None:
         """Prepare for the batch after `n_batches`."""
         self._n_batches, self._masks = n_batches, masks
-        self._checking = self.alone and is_check(n_batches)  # processes check together, see `adopt`
-        if self._checking and self.plan_options and self.monitor.rule.is_on:
-            self._needed = self._components_needed(**self.plan_options)
+        if self._checks(n_batches + 1):
+            compared = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and self.monitor.compares(key)}
+            on_one_thread_each(_factorize, compared.values())
+            self._components_before = {key: (pca.components_, pca.n_samples_seen_) for key, pca in compared.items()}
 
     def consume(self, key: str, entering: Any) -> None:
         """Take the input of a target, as its layer type hands it over."""
@@ -111,7 +124,6 @@ class Measurement:
                 stacklevel=2,
             )
         pieces = target.layer.rows(target.module, entering, self._masks, in_decoder=in_decoder)
-        compares = False
         while True:
             try:
                 rows = next(pieces, None)
@@ -124,54 +136,80 @@ class Measurement:
             pca = self.pcas.get(key)
             if pca is None:
                 pca = self.pcas[key] = target.layer.new_pca(target.module, self.n_components, self.new_pca)
-            if not compares and self._checks(key) and pca.is_fitted:
-                self.monitor.begin_check(key, pca.components_)
-                compares = self.monitor.compares(key)
-            if self.monitor.scores(key) and pca.is_fitted:
-                self.monitor.score_unseen(key, pca, rows, n_needed=self._needed.get(key, self.n_components))
             try:
                 pca.partial_fit(rows)
             except EvaError as error:
                 raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
-        if compares:
-            self.monitor.compare_update(
-                key, self.pcas[key].components_, n_needed=self._needed.get(key, self.n_components)
-            )
 
     def _hidden_among(self, entering: Any) -> bool:
         gathered = isinstance(entering, Tensor) and entering.ndim == 2 and len(entering) > 0
         return gathered and self._masks.hide_some and self._masks.fitting(entering.shape[:-1]) is None
 
-    def _checks(self, key: str) -> bool:
-        return self._checking and self.monitor.rule.is_on and key not in self.monitor.done
+    def _checks(self, n_batches: int) -> bool:
+        # Processes check together, see `adopt`.
+        return self.alone and self.monitor.rule.is_on and is_check(n_batches)
 
     def end_batch(self, input_of: Mapping[str, str]) -> None:
-        """Note how far things are."""
+        """Note how far things are, and see whether they are far enough."""
         self.input_of = dict(input_of)
-        if self.alone:
-            self.monitor.conclude()
-        if self._checking:
-            self._note(self._n_batches + 1)
+        n_batches = self._n_batches + 1
+        if self._checks(n_batches):
+            self._check()
+        if self.alone and is_check(n_batches):
+            self._note(n_batches)
 
-    def adopt(self, input_of: Mapping[str, str], pcas: dict[str, AnyPCA], *, n_batches: int) -> None:
+    def _check(self) -> None:
+        undone = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and key not in self.monitor.done}
+        on_one_thread_each(_factorize, undone.values())
+        self._plan()
+        on_one_thread_each(self._judge, undone)
+        self._components_before = {}
+        self.monitor.conclude()
+        on_one_thread_each(self._begin_check, [key for key in undone if key not in self.monitor.done])
+
+    def _judge(self, key: str) -> None:
+        pca, n_needed = self.pcas[key], self._n_needed(key)
+        before_kd, n_rows_before = self._components_before.get(key, (None, 0))
+        if before_kd is not None and pca.n_samples_seen_ > n_rows_before:
+            self.monitor.compare_update(key, pca.components_, before_kd, n_needed=n_needed)
+        self.monitor.score_unseen(key, pca, n_needed=n_needed)
+
+    def _begin_check(self, key: str) -> None:
+        self.monitor.begin_check(key, self.pcas[key].components_, self.pcas[key])
+
+    def pool(self, own: Mapping[str, AnyPCA], add: Callable[[Tensor], Tensor]) -> None:
+        """Score the rows that all processes have seen since the last check: `own` here, summed by `add`."""
+        self.monitor.pool(own, n_needed=self._n_needed, add=add)
+
+    def adopt(
+        self, input_of: Mapping[str, str], pcas: dict[str, AnyPCA], own: Mapping[str, AnyPCA], *, n_batches: int
+    ) -> None:
         """Go on with what several processes have measured together, and check it.
 
         Args:
             input_of: key of the input of every target that any process has reached.
             pcas: the merged state of every input.
+            own: the states of this process.
             n_batches: how many batches all have passed.
         """
         self.input_of, self.pcas = dict(input_of), pcas
+        self._plan()
+        for key, pca in pcas.items():
+            before_kd = self.monitor.last_components(key)
+            if before_kd is not None and self.monitor.compares(key):
+                self.monitor.compare_update(key, pca.components_, before_kd, n_needed=self._n_needed(key))
+        self.monitor.conclude()
+        for key, pca in pcas.items():
+            if key not in self.monitor.done:
+                self.monitor.begin_check(key, pca.components_, own.get(key))
+        self._note(n_batches)
+
+    def _plan(self) -> None:
         if self.plan_options:
             self._needed = self._components_needed(**self.plan_options)
-        for key, pca in pcas.items():
-            if key in self.monitor.done:
-                continue
-            if self.monitor.compares(key):
-                self.monitor.compare_update(key, pca.components_, n_needed=self._needed.get(key, self.n_components))
-            self.monitor.begin_check(key, pca.components_)
-        self.monitor.conclude()
-        self._note(n_batches)
+
+    def _n_needed(self, key: str) -> int:
+        return self._needed.get(key, self.n_components)
 
     def _note(self, n_batches: int) -> None:
         gains = list(self.monitor.gains.values())
@@ -245,13 +283,13 @@ class Measurement:
                 "give more or longer batches, or a smaller rank, rho or n_components."
             )
         spectra = self._stand_ins(n_batches)
+        on_one_thread_each(_finish, [pca for pca in self.pcas.values() if pca.is_fitted])
         for key in self.targets:
             if key not in self.pcas or key in spectra:
                 continue
             pca = self.pcas[key]
             if not pca.is_fitted:
                 raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
-            pca.refresh()
             error = pca.captured_error_
             spectra[key] = Spectrum(
                 components=pca.components_.float().cpu(),

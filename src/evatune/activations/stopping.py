@@ -2,12 +2,16 @@
 
 The paper's rule (Section 3.2, Algorithm 1) is that each component has cosine τ with itself one update before. Steps
 shrink as rows accumulate, so it is met in the end whatever the error is. The second rule asks for what matters: how
-much more variance of rows that were not seen yet did the last doubling of the data capture?
+much more variance of rows not seen yet would the next doubling of the data capture?
+
+That is foretold from the last one. At every check, the components of the check before and those of half the data by
+then are compared on the rows that came since, which neither has seen; second moments tell the energy of these rows
+along any direction, so no row is looked at twice. What components miss for want of data falls with one over the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +29,10 @@ EXHAUSTED = "data exhausted"
 INTERRUPTED = "interrupted"
 
 ENOUGH_ROWS = 2048
-"""How many unseen rows a gain is measured on; fewer say little about rows to come."""
+"""On how many unseen rows a gain is measured at least; fewer say little about rows to come."""
+
+FAR = 2
+"""While more than so many times the wanted gain is expected, no component can have settled: the paper's rule rests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +43,9 @@ class StoppingRule:
     """Cosine of a component with itself one update before that counts as converged; None switches the rule off."""
     delta: float = 1.0
     """Share of the components of an input that must have converged."""
-    min_gain: float | None = 0.01
-    """Gain in captured variance of unseen rows from doubling the data below which measuring more is not worth it, as
-    a share of what is captured; None switches the rule off."""
+    min_gain: float | None = 0.02
+    """Share of captured variance of unseen rows to be gained by doubling the data that is not worth measuring more;
+    None switches the rule off."""
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 < self.tau <= 1:
@@ -55,7 +62,7 @@ class StoppingRule:
 
 
 def is_check(n_batches: int) -> bool:
-    """Tell whether rules are checked around the batch after `n_batches`: 2, 3, 4, 6, 8, 12, 16, 24, 32, …
+    """Tell whether rules are checked after `n_batches`: 2, 3, 4, 6, 8, 12, 16, 24, 32, …
 
     Checks factorize, so their number should grow with the logarithm of the data only.
     """
@@ -63,17 +70,28 @@ def is_check(n_batches: int) -> bool:
     return n_batches >= 2 and n_batches in (power, power + power // 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unseen:
+    """What rows after a check have brought."""
+
+    energies_2: Tensor
+    """Their energy in the span of the check's components, and of those of half the data by then, (2,)."""
+    n_rows: int
+    n_rows_before: int
+    """How many rows there were at the check."""
+
+
 class StoppingMonitor:
     """Follows every input through the checks and remembers why each is done.
 
-    A check begins before a batch (`begin_check`). The rows that follow are scored before they are added
-    (`score_unseen`) until there are `ENOUGH_ROWS`, and the components after the batch are compared with those before
-    (`compare_update`). `conclude` decides once a batch for all inputs; until then everything stays on its device.
+    At a check, the rows since the last one are scored (`score_unseen`), the components are compared with those before
+    the last batch (`compare_update`), `conclude` decides for all inputs at once, until when everything stays on its
+    device, and those that are not done begin anew (`begin_check`).
 
     Attributes:
         done: reason by input key, once there is one.
-        gains: by input key, the gain of the last check: captured variance of unseen rows with the components of now,
-            against those of about half the data, as a share of the former.
+        gains: by input key, how much the next doubling of the data would gain, as far as the last check tells, as a
+            share of the variance captured now.
     """
 
     def __init__(self, rule: StoppingRule, *, checks_per_doubling: int = 2) -> None:
@@ -82,76 +100,106 @@ class StoppingMonitor:
         self.done: dict[str, str] = {}
         self.gains: dict[str, float] = {}
         self._history: dict[str, list[Tensor]] = {}
+        self._before: dict[str, tuple[Tensor, int]] = {}
+        self._unseen: dict[str, _Unseen] = {}
         self._shares: dict[str, Tensor] = {}
-        self._energies: dict[str, Tensor] = {}
-        self._n_scored: dict[str, int] = {}
 
-    def begin_check(self, key: str, components_kd: Tensor) -> None:
-        """Take the components of an input as they are now, (k, d)."""
-        # With checks at 2, 3, 4, 6, 8, 12, … batches, there were half the rows two checks ago.
-        history = self._history[key] = [*self._history.get(key, [])[-self.checks_per_doubling :], components_kd]
-        self._energies.pop(key, None)
-        self._n_scored.pop(key, None)
-        if self.rule.min_gain is not None and len(history) > self.checks_per_doubling:
-            self._n_scored[key] = 0
-
-    def scores(self, key: str) -> bool:
-        """Tell whether rows of this input are still wanted for scoring."""
-        return key in self._n_scored
-
-    def score_unseen(self, key: str, pca: AnyPCA, rows: Any, *, n_needed: int) -> None:
-        """Score rows that an input has not seen, with the components of the last check and of half its data.
+    def begin_check(self, key: str, components_kd: Tensor, pca: AnyPCA | None) -> None:
+        """Take the components of an input as they are now.
 
         Args:
             key: the input.
-            pca: what has been learned of it so far.
-            rows: the rows, as `pca` takes them.
+            components_kd: its components, (k, d); with several processes, of the rows of all.
+            pca: what this process has learned of it, if it has seen any row.
+        """
+        # With checks at 2, 3, 4, 6, 8, 12, … batches, there were half the rows two checks ago.
+        history = self._history[key] = [*self._history.get(key, [])[-self.checks_per_doubling :], components_kd]
+        if self.rule.min_gain is not None and len(history) > self.checks_per_doubling:
+            self._before[key] = self._energies(key, pca)
+
+    def score_unseen(self, key: str, pca: AnyPCA | None, *, n_needed: int) -> None:
+        """Score the rows since the last check with the components of then and of half the data by then.
+
+        Args:
+            key: the input.
+            pca: what has been learned of it by now.
             n_needed: how many components the present plan needs.
         """
-        bases = [self._history[key][age][:n_needed] for age in (-1, 0)]
-        self._energies[key] = pca.captured_energies(rows, bases) + self._energies.get(key, 0.0)
-        self._n_scored[key] += len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))
+        if key in self._before:
+            before_2k, n_rows_before = self._before[key]
+            now_2k, n_rows = self._energies(key, pca)
+            gained_2k = now_2k - before_2k.to(now_2k)
+            self._unseen[key] = _Unseen(
+                energies_2=gained_2k[:, :n_needed].sum(dim=1),
+                n_rows=n_rows - n_rows_before,
+                n_rows_before=n_rows_before,
+            )
+
+    def _energies(self, key: str, pca: AnyPCA | None) -> tuple[Tensor, int]:
+        """Return the energy of the rows so far along the last components and those of half the data then, (2, k).
+
+        And how many rows that are.
+        """
+        directions_kd = torch.cat([self._history[key][-1], self._history[key][0]])
+        if pca is None or not pca.is_fitted:
+            return directions_kd.new_zeros(2, len(directions_kd) // 2), 0
+        return pca.scatter_along(directions_kd).view(2, -1), pca.n_samples_seen_
 
     def compares(self, key: str) -> bool:
-        """Tell whether the components after this batch are to be compared, which costs a factorization."""
-        # They cannot have settled while twice the data still gain much.
-        gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) > 5 * self.rule.min_gain
-        return self.rule.tau is not None and key in self._history and not gains_much
+        """Tell whether the components before and after a batch are to be compared, which costs factorizations."""
+        gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) > FAR * self.rule.min_gain
+        return self.rule.tau is not None and key not in self.done and not gains_much
 
-    def compare_update(self, key: str, components_kd: Tensor, *, n_needed: int) -> None:
-        """Compare the components after a check's batch, (k, d), with those before it."""
-        cosines_k = component_cosines(components_kd[:n_needed], self._history[key][-1][:n_needed])
+    def compare_update(self, key: str, components_kd: Tensor, before_kd: Tensor, *, n_needed: int) -> None:
+        """Compare the components of an input, (k, d), with those one update before."""
+        cosines_k = component_cosines(components_kd[:n_needed], before_kd[:n_needed])
         converged_k = cosines_k >= (self.rule.tau or 0.0)
         self._shares[key] = converged_k.double().mean() if n_needed else cosines_k.new_ones(())
 
-    def pool(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Make what was scored that of all processes together.
+    def last_components(self, key: str) -> Tensor | None:
+        """Return the components of an input at the last check, (k, d)."""
+        return self._history[key][-1] if key in self._history else None
+
+    def pool(
+        self, own: Mapping[str, AnyPCA], *, n_needed: Callable[[str], int], add: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Score the rows that all processes have seen since the last check.
 
         Args:
+            own: what this process has learned.
+            n_needed: tells of an input how many components the present plan needs.
             add: sums a tensor over the processes; all have had the same checks of the same inputs.
         """
-        keys = list(self._history)
-        scored = [[*self._energies.get(key, torch.zeros(2)).tolist(), self._n_scored.get(key, 0)] for key in keys]
+        keys = [key for key in self._before if key not in self.done]
         if not keys:
             return
-        for key, (now, then, n_rows) in zip(keys, add(torch.tensor(scored, dtype=torch.float64)).tolist(), strict=True):
-            if key in self._n_scored:
-                self._energies[key], self._n_scored[key] = torch.tensor([now, then]), int(n_rows)
+        for key in keys:
+            self.score_unseen(key, own.get(key), n_needed=n_needed(key))
+        unseen = [self._unseen[key] for key in keys]
+        scores = [(*rows.energies_2.tolist(), rows.n_rows, rows.n_rows_before) for rows in unseen]
+        for key, (now, then, n_rows, n_rows_before) in zip(
+            keys, add(torch.tensor(scores, dtype=torch.float64)).tolist(), strict=True
+        ):
+            self._unseen[key] = _Unseen(
+                energies_2=torch.tensor([now, then]), n_rows=int(n_rows), n_rows_before=int(n_rows_before)
+            )
 
     def conclude(self) -> None:
         """Decide which inputs are done, from what was compared and scored."""
         for key, share in _on_host(self._shares).items():
             if share >= self.rule.delta:
                 self.done.setdefault(key, CONVERGED)
-        self._shares = {}
-        ready = [key for key, n_rows in self._n_scored.items() if n_rows >= ENOUGH_ROWS]
-        for key, (now, then) in _on_host({key: self._energies[key] for key in ready}).items():
-            gain = (now - then) / now if now > 0 else 0.0
-            # A sample is noisy: two checks in a row must agree.
-            if self.rule.min_gain is not None and max(gain, self.gains.get(key, 1.0)) < self.rule.min_gain:
+        ready = {key: unseen for key, unseen in self._unseen.items() if unseen.n_rows >= ENOUGH_ROWS}
+        energies = _on_host({key: unseen.energies_2 for key, unseen in ready.items()})
+        for key, unseen in ready.items():
+            now, then = energies[key]
+            last = (now - then) / now if now > 0 else 0.0
+            # The doubling up to the last check gained this much; the next one, from now on, so much less.
+            gain = last * unseen.n_rows_before / (2 * (unseen.n_rows_before + unseen.n_rows))
+            if self.rule.min_gain is not None and gain < self.rule.min_gain:
                 self.done.setdefault(key, ACCURATE)
             self.gains[key] = gain
-            del self._n_scored[key], self._energies[key]
+        self._shares, self._unseen = {}, {}
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:

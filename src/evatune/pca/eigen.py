@@ -16,6 +16,15 @@ from evatune.pca.subspace import eigenpairs_of_factor, one_thread
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
 
+FULL_FROM = 6
+"""So many times the width of the iterated columns, a matrix is not worth iterating on."""
+
+APART = 0.02
+"""Gap to both neighbours, as a share of its own eigenvalue, from which on an eigenvector has a direction of its own."""
+
+ANGLE = 16
+"""Angle to such an eigenvector that is allowed, in roots of the share of variance that may be missed."""
+
 OVERSAMPLING = 16
 """How many columns more than wanted pairs are iterated: the pairs converge by λ of the first left out over theirs."""
 
@@ -67,14 +76,14 @@ def leading_eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """Return the leading eigenpairs of a symmetric positive matrix, or all of them where that is quicker.
 
-    Subspace iteration with a Chebyshev filter, until every wanted pair has a residual ‖S v - λ v‖ of at most
-    `tolerance` λ. The angle to an eigenvector is at most the residual over the gap to the next eigenvalue, and the
-    variance that the pair misses is of the order of the residual's square.
+    Subspace iteration with a Chebyshev filter, until the residuals ‖S v - λ v‖ say that the wanted pairs miss, in the
+    mean, no more than `tolerance` of their eigenvalues, and that every eigenvector that stands apart from its
+    neighbours is met to an angle of `ANGLE` √tolerance.
 
     Args:
         matrix_dd: the matrix, (d, d).
         n_pairs: how many pairs are wanted.
-        tolerance: of the residuals, relative to the eigenvalues.
+        tolerance: share of its eigenvalue that a wanted pair may miss, in the mean over the pairs.
         near_dl: columns that nearly span them, from a similar matrix.
         n_rounds: take so many rounds, whatever the residual.
 
@@ -84,7 +93,7 @@ def leading_eigenpairs(
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
-    if n_features <= FULL_UP_TO or 4 * width > n_features:
+    if n_features <= FULL_UP_TO or FULL_FROM * width > n_features:
         return _all_eigenpairs(matrix_dd)
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
@@ -93,13 +102,43 @@ def leading_eigenpairs(
     zero = 10 * torch.finfo(matrix_dd.dtype).eps
     for n_done in range(MAX_ROUNDS):
         basis_dl, image_dl, values_l = _ritz_pairs(matrix_dd, basis_dl)
-        residual_l = torch.linalg.vector_norm(image_dl - basis_dl * values_l, dim=0)
-        settled_l = (residual_l <= tolerance * values_l) | (values_l <= zero * values_l[0])
-        if (n_done == n_rounds) if n_rounds is not None else bool(settled_l[:n_pairs].all()):
+        if n_rounds is None:
+            residual_l = torch.linalg.vector_norm(image_dl - basis_dl * values_l, dim=0)
+            residual_l[values_l <= zero * values_l[0]] = 0.0
+            enough = bool(_settled(residual_l, values_l, n_pairs=n_pairs, tolerance=tolerance))
+        else:
+            enough = n_done == n_rounds
+        if enough:
             seen_l = values_l > zero * values_l[0].clamp_min(0.0)
             return basis_dl[:, seen_l], values_l[seen_l]
         basis_dl = _orthonormal(_filtered(matrix_dd, basis_dl, image_dl, values_l))
     return _all_eigenpairs(matrix_dd)
+
+
+def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Tensor:
+    """Estimate what each of some eigenpairs misses, (k,), in the units of the eigenvalues.
+
+    By second-order perturbation, a pair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of eigenvalue μ, and
+    never more than ρ.
+
+    Args:
+        residual_k: norms of the residuals S v - λ v, (k,).
+        values_k: λ, (k,).
+        beyond: μ, about the largest eigenvalue of the directions that were left out.
+    """
+    tiny = torch.finfo(values_k.dtype).tiny
+    return residual_k.square() / torch.maximum(values_k - beyond, residual_k).clamp_min(tiny)
+
+
+def _settled(residual_l: Tensor, values_l: Tensor, *, n_pairs: int, tolerance: float) -> Tensor:
+    """Tell whether the first pairs of many are good enough, see `leading_eigenpairs`."""
+    residual_k, values_k = residual_l[:n_pairs], values_l[:n_pairs]
+    missed_k = missed_variance(residual_k, values_k, values_l[-1])
+    gap_l = values_l[:-1] - values_l[1:]
+    gap_k = torch.minimum(gap_l[:n_pairs], torch.cat([values_l[:1], gap_l])[:n_pairs])
+    turned_k = (residual_k > ANGLE * tolerance**0.5 * gap_k) & (gap_k >= APART * values_k)
+    smallest = torch.finfo(values_k.dtype).tiny
+    return ((missed_k / values_k.clamp_min(smallest)).mean() <= tolerance) & ~turned_k.any()
 
 
 def _orthonormal(columns_dl: Tensor) -> Tensor:

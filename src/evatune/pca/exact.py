@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evatune.pca.eigen import leading_eigenpairs
 from evatune.pca.moments import Moments
-from evatune.pca.products import accumulate_gram, gram_norm, symmetric
+from evatune.pca.products import accumulate_gram, energies_along, gram_norm, symmetric
 from evatune.pca.subspace import solver_copy
 
 HALF_PRECISION_NOISE = 0.03
@@ -103,7 +103,7 @@ class ExactState:
         if center:
             offset_d = moments.offset_d.to(scatter_dd)
             scatter_dd -= moments.n_rows * torch.outer(offset_d, offset_d)
-        tolerance = 1e-3 if scatter_dd.dtype == torch.float32 else 1e-8
+        tolerance = 1e-5 if scatter_dd.dtype == torch.float32 else 1e-16
         if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
             scatter_dd = solver_copy(scatter_dd)
         pairs = leading_eigenpairs(
@@ -111,6 +111,14 @@ class ExactState:
         )
         self._near_dl = pairs[0].to(self.second_moment_dd)
         return pairs
+
+    def scatter_along(self, directions_kd: Tensor, moments: Moments, *, center: bool) -> Tensor:
+        """Return vᵀ C v for every row v of `directions_kd`, (k,), with the scatter matrix C."""
+        directions_kd = directions_kd.to(self.second_moment_dd)
+        energies_k = energies_along(self.second_moment_dd, directions_kd)
+        if center:
+            energies_k -= moments.n_rows * (directions_kd @ moments.offset_d.to(directions_kd)).square()
+        return energies_k
 
     def merged(self, other: ExactState, mine: Moments, theirs: Moments, *, center: bool) -> ExactState:
         """Return the state of both sets of rows, about the shift of `mine`."""

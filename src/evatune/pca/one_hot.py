@@ -104,15 +104,11 @@ class OneHotPCA(LearnedPCA):
             result._counts_v = torch.stack([c.to(counts[0].device) for c in counts]).sum(dim=0)
         return result
 
-    def captured_energies(self, rows: Tensor, bases: list[Tensor]) -> Tensor:
-        """Return the energy of rows (n,) about the mean within each of several sets of components (k, V)."""
-        mean_v = self.mean_
-        energies = []
-        for basis_kv in bases:
-            columns_kn = basis_kv.to(rows.device)[:, rows.to(torch.int64)]
-            offset_k = basis_kv.to(mean_v) @ mean_v if self.center else torch.zeros_like(columns_kn[:, 0])
-            energies.append((columns_kn - offset_k[:, None]).square().sum())
-        return torch.stack(energies)
+    def scatter_along(self, directions_kv: Tensor) -> Tensor:
+        """Return Σ (vᵀ(x - m))² over the rows seen, for every row v of `directions_kv`, (k,)."""
+        counts_v = self._fitted().to(directions_kv)
+        energies_k = directions_kv.square() @ counts_v
+        return energies_k - (directions_kv @ counts_v).square() / self._n_rows if self.center else energies_k
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

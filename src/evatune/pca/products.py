@@ -57,6 +57,16 @@ def symmetric(total_dd: Tensor) -> Tensor:
     return whole_dd
 
 
+def energies_along(total_dd: Tensor, directions_kd: Tensor) -> Tensor:
+    """Return vᵀ S v for every row v of `directions_kd`, (k,), with S = `symmetric(total_dd)`. Cost O(d² k)."""
+    energies_k = directions_kd.new_zeros(len(directions_kd))
+    for start, stop in _strips(len(total_dd)):
+        weighted_ks = directions_kd[:, :stop].clone()
+        weighted_ks[:, :start] *= 2  # what stands left of the diagonal block stands above it, too
+        energies_k += ((weighted_ks @ total_dd[start:stop, :stop].T) * directions_kd[:, start:stop]).sum(dim=1)
+    return energies_k
+
+
 def gram_norm(total_dd: Tensor) -> Tensor:
     """Return the Frobenius norm of `symmetric(total_dd)`, a scalar tensor."""
     squares = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from evatune.errors import EvaError
 from evatune.pca.learned import LearnedPCA
 from evatune.pca.streaming import NotFittedError, StreamingPCA
-from evatune.pca.subspace import captured_energy, complete_basis
+from evatune.pca.subspace import complete_basis
 
 
 class StackedPCA(LearnedPCA):
@@ -79,18 +79,14 @@ class StackedPCA(LearnedPCA):
             raise EvaError(f"only equal stacks merge, but one has parts of {self.widths}, the other of {other.widths}.")
         return self._of([mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)])
 
-    def captured_energies(self, rows: Sequence[Tensor], bases: list[Tensor]) -> Tensor:
-        """Return the energy of rows about the means within each of several sets of stacked components (k, D)."""
-        energies = []
-        for basis_kd in bases:
-            pieces = (basis_kd * len(self.parts) ** 0.5).split(self.widths, dim=1)
-            parts = [
-                captured_energy(rows_nd.to(piece_kd) - part.mean_ if part.center else rows_nd.to(piece_kd), piece_kd)
-                for part, rows_nd, piece_kd in zip(self.parts, rows, pieces, strict=True)
-                if part.is_fitted and len(rows_nd)
-            ]
-            energies.append(torch.stack(parts).sum() if parts else basis_kd.new_zeros(()))
-        return torch.stack(energies)
+    def scatter_along(self, directions_kd: Tensor) -> Tensor:
+        """Return Σ (vᵀ(x - m))² over the rows of all parts, for every stacked direction v of (k, D), (k,)."""
+        energies_k = directions_kd.new_zeros(len(directions_kd))
+        pieces = (directions_kd * len(self.parts) ** 0.5).split(self.widths, dim=1)
+        for part, piece_kd in zip(self.parts, pieces, strict=True):
+            if part.is_fitted:
+                energies_k += part.scatter_along(piece_kd).to(energies_k)
+        return energies_k
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from evatune.pca.learned import LearnedPCA
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype
 from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
-from evatune.pca.subspace import captured_energy, complete_basis, fix_signs, one_thread
+from evatune.pca.subspace import complete_basis, fix_signs, one_thread
 
 BACKENDS = ("auto", "exact", "sketch", "incremental")
 
@@ -244,11 +244,18 @@ class StreamingPCA(LearnedPCA):
         return result
 
     @torch.no_grad()
-    def captured_energies(self, rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
-        """Return the energy of rows (n, d) about the mean in the span of each of several sets of components (k, d)."""
-        mean_d = self.mean_
-        centred_nd = rows.to(mean_d.dtype) - mean_d
-        return torch.stack([captured_energy(centred_nd, basis_kd) for basis_kd in bases])
+    def scatter_along(self, directions_kd: Tensor) -> Tensor:
+        """Return Σ (vᵀ(x - m))² over the rows seen, for every row v of `directions_kd`, (k,).
+
+        From the second moment with the backend "exact", O(d² k), and else from the eigenpairs that are kept.
+        """
+        moments = self._fitted()
+        if isinstance(self._state, ExactState):
+            return self._state.scatter_along(directions_kd, moments, center=self.center)
+        assert isinstance(self._state, SketchState | IncrementalState)
+        with one_thread():
+            vectors_dp, values_p = self._state.decompose(moments, center=self.center)
+        return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

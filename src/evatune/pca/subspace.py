@@ -89,11 +89,6 @@ def eigenpairs_of_factor(factor_dm: Tensor) -> tuple[Tensor, Tensor]:
     return (factor_dm @ vectors_mp) / values_p.sqrt(), values_p
 
 
-def captured_energy(centred_nd: Tensor, components_kd: Tensor) -> Tensor:
-    """Energy ‖X Vᵀ‖² of rows (n, d) in the span of orthonormal components (k, d), a scalar tensor."""
-    return (centred_nd @ components_kd.to(centred_nd).T).square().sum()
-
-
 def component_cosines(new_kd: Tensor, old_kd: Tensor) -> Tensor:
     """Absolute cosine of each component with itself one update before (Section 3.2 of the paper).
 
