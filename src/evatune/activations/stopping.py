@@ -31,13 +31,9 @@ INTERRUPTED = "interrupted"
 ENOUGH_ROWS = 2048
 """On how many unseen rows a gain is measured at least; fewer say little about rows to come."""
 
-FAR = 2
-"""While more than so many times the wanted gain is expected, no component can have settled: the paper's rule rests."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule:
-    """An input is done as soon as one of the two rules is met."""
+    """An input is done as soon as one of the two rules is met; the first rests while the second is known not to be."""
 
     tau: float | None = 0.99
     """Cosine of a component with itself one update before that counts as converged; None switches the rule off."""
@@ -147,7 +143,8 @@ class StoppingMonitor:
 
     def compares(self, key: str) -> bool:
         """Tell whether the components before and after a batch are to be compared, which costs factorizations."""
-        gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) > FAR * self.rule.min_gain
+        # Where more data are known to gain much, components that turn slowly say only that batches are small.
+        gains_much = self.rule.min_gain is not None and self.gains.get(key, 0.0) >= self.rule.min_gain
         return self.rule.tau is not None and key not in self.done and not gains_much
 
     def compare_update(self, key: str, components_kd: Tensor, before_kd: Tensor, *, n_needed: int) -> None:

@@ -102,7 +102,7 @@ class ExactState:
         scatter_dd = symmetric(self.second_moment_dd)
         if center:
             offset_d = moments.offset_d.to(scatter_dd)
-            scatter_dd -= moments.n_rows * torch.outer(offset_d, offset_d)
+            scatter_dd.addr_(offset_d, offset_d, alpha=-moments.n_rows)
         tolerance = 1e-5 if scatter_dd.dtype == torch.float32 else 1e-16
         if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
             scatter_dd = solver_copy(scatter_dd)
