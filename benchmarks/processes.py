@@ -3,6 +3,7 @@
 Command (SmolLM2-135M from PyPI, Python's own documentation and standard library as text, no hub):
 
     python benchmarks/processes.py --batches 32
+    python benchmarks/processes.py --batches 4 --layers 2       # the first two blocks alone, on a small machine
 
 For each number of gloo processes, every process measures as many batches of its own. Three questions are answered:
 
@@ -25,6 +26,7 @@ import pydoc_data.topics
 import statistics
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -48,8 +50,22 @@ RULES = {
 
 
 def model_of(args: argparse.Namespace) -> torch.nn.Module:
-    if not args.tiny:
-        return load(args.model, torch.float32)
+    model = tiny_model() if args.tiny else load(args.model, torch.float32)
+    return model if args.layers is None else first_blocks(model, args.layers)
+
+
+def first_blocks(model: torch.nn.Module, n_blocks: int) -> torch.nn.Module:
+    """Cut a model down to its first blocks, in place; what enters these is what enters them in the whole model."""
+    blocks = model.model.layers
+    if n_blocks > len(blocks):
+        raise ValueError(f"the model has {len(blocks)} blocks, --layers {n_blocks} asks for more.")
+    del blocks[n_blocks:]
+    model.config.num_hidden_layers = n_blocks
+    return model
+
+
+def tiny_model() -> torch.nn.Module:
+    """Return a random Llama of two blocks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -89,14 +105,23 @@ def text_tokens(model_path: str, n_tokens: int) -> list[int]:
     sys.exit(f"{n_tokens:,} tokens asked for, but the text has {len(tokens):,} in all")
 
 
+def tell(args: argparse.Namespace, text: str) -> None:
+    """Say on standard error what begins, and how many seconds after the start of the whole run."""
+    if not args.quiet:
+        print(f"{time.time() - args.started:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+
 def work(rank: int, size: int, parts: int, folder: str, args: argparse.Namespace) -> None:
     """Measure the batches of one of `size` processes; where there is one, those of `parts` processes."""
     torch.set_num_threads(max(args.threads // size, 1))
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     batches = batches_of(args, parts * args.batches)[rank::size]
+    model = model_of(args)
+    if rank == 0:
+        tell(args, "model and batches are there, measuring")
     spectra = evatune.measure(
-        model_of(args),
+        model,
         batches,
         rank=args.rank,
         rho=args.rho,
@@ -192,7 +217,8 @@ def picture(results: dict, path: Path) -> Figure:
     left.set_yscale("log")
     left.set_ylabel("MiB sent by a process for an input")
     left.set_xticks(several, [f"{sizes[place]} processes" for place in several])
-    left.set_ylim(min(sent) / 3, max(raw) * 6)
+    if several:
+        left.set_ylim(min(sent) / 3, max(raw) * 6)
     left.set_title("What is sent")
     left.legend(loc="upper left", ncols=2, fontsize=7.5)
     for label, name, colour in (
@@ -215,29 +241,38 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random Llama of two layers instead, in seconds")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batches", type=int, default=32, help="of each process")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first N blocks of the model only, by default all")
     parser.add_argument("--held-out", type=int, default=8, help="batches for scoring, seen by none")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rho", type=float, default=2.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rules", choices=list(RULES), default="never-met", help="stopping rules")
     parser.add_argument("--threads", type=int, default=2, help="in all")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the results")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "processes.json")
     parser.add_argument("--picture", type=Path, default=ROOT.parent / "docs" / "images" / "processes.png")
     args = parser.parse_args()
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers must be at least 1, got {args.layers}")
+    args.started = time.time()
     torch.set_num_threads(args.threads)
     runs: dict[int, dict[str, evatune.Spectra]] = {}
     found: dict[int, dict] = {}
-    for size in args.processes:
+    for number, size in enumerate(args.processes, 1):
+        of_all = f"{number} of {len(args.processes)}"
+        tell(args, f"{of_all}: {size} process{'es' if size > 1 else ''} with {args.batches} batches each")
         together = run(size, size, args)
+        if size > 1:
+            tell(args, f"{of_all}: 1 process with these {size * args.batches} batches")
         alone = together if size == 1 else run(1, size, args)
         runs[size] = {"together": together[0], "alone": alone[0]}
         found[size] = facts_of(together) | {"seconds_alone": alone[0].seconds}
         if not found[size]["same_bits"]:
             sys.exit(f"{size} processes ended with different spectra")
+    tell(args, f"scoring on {args.held_out} held-out batches")
     for size, scores in agreement(args, runs).items():
         found[size] |= scores
-    names = ["model", "tiny", "batches", "held_out", "rank", "rho", "backend", "rules"]
+    names = ["model", "tiny", "layers", "batches", "held_out", "rank", "rho", "backend", "rules"]
     results = {
         "processes": found,
         "settings": {name: getattr(args, name) for name in names} | {"rows_of_a_batch": BATCH * LENGTH},
