@@ -31,6 +31,7 @@ INTERRUPTED = "interrupted"
 ENOUGH_ROWS = 2048
 """On how many unseen rows a gain is measured at least; fewer say little about rows to come."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule:
     """An input is done as soon as one of the two rules is met; the first rests while the second is known not to be."""
