@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class Measurement:
         self._n_batches = 0
         self._masks = RowMasks()
         self._components_before: dict[str, tuple[Tensor, int]] = {}
+        self._side_by_side = True  # an accelerator is busy with one factorization
         self._needed: dict[str, int] = {}
         self._variances: dict[str, ComponentVariances] = {}
         self.input_of: dict[str, str] = {}
@@ -106,7 +107,7 @@ class Measurement:
         self._n_batches, self._masks = n_batches, masks
         if self._checks(n_batches + 1):
             compared = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and self.monitor.compares(key)}
-            on_one_thread_each(_factorize, compared.values())
+            self._each(_factorize, compared.values())
             self._components_before = {key: (pca.components_, pca.n_samples_seen_) for key, pca in compared.items()}
 
     def consume(self, key: str, entering: Any) -> None:
@@ -133,6 +134,7 @@ class Measurement:
                 break
             if self.state_device is not None:
                 rows = _moved(rows, self.state_device)
+            self._side_by_side &= (rows if isinstance(rows, Tensor) else rows[0]).device.type == "cpu"
             pca = self.pcas.get(key)
             if pca is None:
                 pca = self.pcas[key] = target.layer.new_pca(target.module, self.n_components, self.new_pca)
@@ -160,12 +162,19 @@ class Measurement:
 
     def _check(self) -> None:
         undone = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and key not in self.monitor.done}
-        on_one_thread_each(_factorize, undone.values())
+        self._each(_factorize, undone.values())
         self._plan()
-        on_one_thread_each(self._judge, undone)
+        self._each(self._judge, undone)
         self._components_before = {}
         self.monitor.conclude()
-        on_one_thread_each(self._begin_check, [key for key in undone if key not in self.monitor.done])
+        self._each(self._begin_check, [key for key in undone if key not in self.monitor.done])
+
+    def _each(self, action: Callable[[Any], None], items: Iterable[Any]) -> None:
+        if self._side_by_side:
+            on_one_thread_each(action, items)
+        else:
+            for item in items:
+                action(item)
 
     def _judge(self, key: str) -> None:
         pca, n_needed = self.pcas[key], self._n_needed(key)
@@ -283,7 +292,7 @@ class Measurement:
                 "give more or longer batches, or a smaller rank, rho or n_components."
             )
         spectra = self._stand_ins(n_batches)
-        on_one_thread_each(_finish, [pca for pca in self.pcas.values() if pca.is_fitted])
+        self._each(_finish, [pca for pca in self.pcas.values() if pca.is_fitted])
         for key in self.targets:
             if key not in self.pcas or key in spectra:
                 continue
