@@ -170,3 +170,21 @@ def test_scatter_along_any_direction_is_that_of_the_rows(known_rows, stream, bac
     directions = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).double()
     expected = ((known.rows - center * known.rows.mean(dim=0)) @ directions.T).square().sum(dim=0)
     torch.testing.assert_close(pca.scatter_along(directions), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+def test_autocast_around_it_rounds_nothing(known_rows, backend):
+    known = known_rows(600, np.arange(1, 301) ** -1.0, mean=3.0, seed=4)
+    rows, others = known.rows.float().chunk(2)
+
+    def learned():
+        pca = StreamingPCA(4, backend=backend, product_dtype=torch.float32).partial_fit(rows)
+        merged = pca.merge(StreamingPCA(4, backend=backend, product_dtype=torch.float32).partial_fit(others))
+        spectra = [part.refresh().components_ for part in (pca, merged)]
+        return [*spectra, merged.singular_values_, pca.scatter_along(rows[:3])]
+
+    outside = learned()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = learned()
+    for found, expected in zip(inside, outside, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -28,7 +28,7 @@ from evatune.activations.targets import TargetModule, TargetRules, find_targets,
 from evatune.activations.trace import Trace, follow
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
-from evatune.pca.eigen import OVERSAMPLING
+from evatune.pca.eigen import FULL_FROM, FULL_UP_TO, OVERSAMPLING
 from evatune.pca.one_hot import OneHotPCA
 from evatune.pca.sketch import EXACT_UP_TO, FIRST_BATCH_ITERATIONS, N_PROBES, sketch_width, widest_sketch
 from evatune.pca.stacked import StackedPCA
@@ -412,7 +412,7 @@ def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any
     # Components of the last three checks, those before the last batch and the present ones.
     cached = 5 * _FLOAT * k * d
     doublings = math.ceil(math.log2(max(max_batches, 1))) + 1
-    checks = 2 * 2 * doublings + 1
+    checks = 2 * doublings + 4  # two a doubling, the first three of which look twice, and the end
     # Most of the work of factorizations are products, which run about four times as fast as what the speed was measured
     # on: hence 2 d l² where it is 8 d l².
     if backend == "exact":
@@ -422,7 +422,8 @@ def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any
         columns = min(k + OVERSAMPLING, d)
         cached += _FLOAT * d * columns
         step = d * d * columns / 2 + 2.0 * d * columns**2 + 20.0 * columns**3
-        factorizations = min((checks + 10) * step, checks * 9.0 * d**3)
+        is_full = d <= FULL_UP_TO or FULL_FROM * columns > d
+        factorizations = checks * 9.0 * d**3 if is_full else (checks + 6) * step
     elif backend == "sketch":
         widest = widest_sketch(k, d)
         initial, state = (2 * _FLOAT * d * (columns + N_PROBES) for columns in (width, widest))

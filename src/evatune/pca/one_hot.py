@@ -22,6 +22,7 @@ from torch import Tensor
 
 from evatune.errors import EvaError
 from evatune.pca.learned import LearnedPCA
+from evatune.pca.products import unrounded
 from evatune.pca.streaming import NotFittedError
 from evatune.pca.subspace import fix_signs, one_thread
 
@@ -107,8 +108,10 @@ class OneHotPCA(LearnedPCA):
     def scatter_along(self, directions_kv: Tensor) -> Tensor:
         """Return Σ (vᵀ(x - m))² over the rows seen, for every row v of `directions_kv`, (k,)."""
         counts_v = self._fitted().to(directions_kv)
-        energies_k = directions_kv.square() @ counts_v
-        return energies_k - (directions_kv @ counts_v).square() / self._n_rows if self.center else energies_k
+        with unrounded(counts_v):
+            energies_k = directions_kv.square() @ counts_v
+            sums_k = directions_kv @ counts_v
+        return energies_k - sums_k.square() / self._n_rows if self.center else energies_k
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

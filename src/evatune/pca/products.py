@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import platform
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,11 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def unrounded(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return the context in which autocast, on the device of a tensor, does not round what products need whole."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 NARROW = 256

@@ -18,7 +18,7 @@ from evatune.pca.exact import ExactState
 from evatune.pca.incremental import IncrementalState
 from evatune.pca.learned import LearnedPCA
 from evatune.pca.moments import Moments
-from evatune.pca.products import choose_product_dtype
+from evatune.pca.products import choose_product_dtype, unrounded
 from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
 from evatune.pca.subspace import complete_basis, fix_signs, one_thread
 
@@ -168,7 +168,7 @@ class StreamingPCA(LearnedPCA):
         assert self._moments is not None and self._state is not None
         self._moments = self._moments.plus(batch)
         product_dtype = choose_product_dtype(rows, self.product_dtype, n_components=self.n_components)
-        with torch.autocast(rows.device.type, enabled=False):  # which would round products that the sums need whole
+        with unrounded(rows):
             self._state = self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
         self._decomposition, self._rough = None, self.rough_looks
         return self
@@ -181,7 +181,7 @@ class StreamingPCA(LearnedPCA):
         """
         moments = self._fitted()
         if isinstance(self._state, SketchState):
-            with one_thread():
+            with one_thread(), unrounded(moments.shift_d):
                 self._state.refresh(moments, center=self.center)
         self._decomposition, self._rough = None, False
         return self
@@ -240,7 +240,8 @@ class StreamingPCA(LearnedPCA):
             first, second = self._state, theirs_moved._state
         else:
             first, second = self._exactly(), theirs_moved._exactly()
-        result._state = first.merged(second, self._moments, theirs_moved._moments, center=self.center)
+        with unrounded(self._moments.shift_d):
+            result._state = first.merged(second, self._moments, theirs_moved._moments, center=self.center)
         return result
 
     @torch.no_grad()
@@ -250,12 +251,13 @@ class StreamingPCA(LearnedPCA):
         From the second moment with the backend "exact", O(d² k), and else from the eigenpairs that are kept.
         """
         moments = self._fitted()
-        if isinstance(self._state, ExactState):
-            return self._state.scatter_along(directions_kd, moments, center=self.center)
-        assert isinstance(self._state, SketchState | IncrementalState)
-        with one_thread():
-            vectors_dp, values_p = self._state.decompose(moments, center=self.center)
-        return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
+        with unrounded(moments.shift_d):
+            if isinstance(self._state, ExactState):
+                return self._state.scatter_along(directions_kd, moments, center=self.center)
+            assert isinstance(self._state, SketchState | IncrementalState)
+            with one_thread():
+                vectors_dp, values_p = self._state.decompose(moments, center=self.center)
+            return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 
@@ -283,7 +285,7 @@ class StreamingPCA(LearnedPCA):
         """
         moments = self._fitted()
         if isinstance(self._state, SketchState):
-            with torch.no_grad(), one_thread():
+            with torch.no_grad(), one_thread(), unrounded(moments.shift_d):
                 return self._state.missed_share(moments, center=self.center)
         if not isinstance(self._state, ExactState):
             return math.nan
@@ -440,7 +442,7 @@ class StreamingPCA(LearnedPCA):
         if self._decomposition is None:
             if not torch.isfinite(moments.squares_d).all():
                 raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
-            with torch.no_grad():
+            with torch.no_grad(), unrounded(moments.shift_d):
                 self._decomposition = self._factorize(moments)
         return self._decomposition
 
