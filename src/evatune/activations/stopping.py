@@ -198,6 +198,9 @@ class StoppingMonitor:
                 self.done.setdefault(key, ACCURATE)
             self.gains[key] = gain
         self._shares, self._unseen = {}, {}
+        for key in self.done:  # what is not looked at again need not be kept
+            self._history.pop(key, None)
+            self._before.pop(key, None)
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
