@@ -10,7 +10,7 @@ import torch
 
 from evatune import EvaError, StreamingPCA
 from evatune.pca import sketch
-from evatune.pca.sketch import WIDEST, sketch_width
+from evatune.pca.sketch import N_PROBES, sketch_width, widest_sketch
 
 K = 8
 
@@ -57,10 +57,44 @@ def test_a_sketch_that_misses_too_much_gets_wider_but_not_beyond_a_bound(oracle,
     batches = drifting(16, 1200, decay=0.25, seed=0)
     plain, wider = fitted(batches, tolerance=None), fitted(batches)
     assert wider.backend_ == "sketch"
-    assert sketch_width(K, 1200) < wider._state.width <= WIDEST * sketch_width(K, 1200)
+    assert sketch_width(K, 1200) < wider._state.width <= widest_sketch(K, 1200)
     assert wider.captured_error_ < 0.7 * plain.captured_error_
     truth = oracle(torch.cat(batches))
     assert 1 - truth.captured_by(wider.components_, K) < 0.7 * (1 - truth.captured_by(plain.components_, K))
+
+
+@pytest.mark.parametrize(
+    ("n_components", "n_features", "widest"),
+    [(32, 4096, 392), (256, 4096, 616), (256, 16384, 616), (8, 1200, 300), (32, 700, 120), (256, 2304, 576)],
+)
+def test_the_widest_sketch_has_four_times_the_spare_columns_or_a_quarter_of_the_features(
+    n_components, n_features, widest
+):
+    assert widest_sketch(n_components, n_features) == widest
+
+
+def test_a_sketch_gets_no_wider_than_it_seems_to_need(monkeypatch):
+    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    batches = drifting(2, 900, decay=0.35, seed=0)
+    widths = [fitted(batches, tolerance=tolerance)._state.width for tolerance in (0.1, 0.04, 1e-3)]
+    assert sketch_width(K, 900) == widths[0] < widths[1] < widths[2] == widest_sketch(K, 900)
+    assert widths[1] < 1.6 * widths[0] and (widths[1] + N_PROBES) % 16 == 0
+
+
+def test_many_components_may_miss_more_while_rows_are_few(monkeypatch):
+    """But not of the first batch: all its rows are at hand, and what is missed is for want of columns."""
+    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    batches = drifting(2, 900, decay=1.0, seed=0)
+
+    def widths(tolerance):
+        pca = StreamingPCA(3 * K, backend="sketch", tolerance=tolerance)
+        return [pca.partial_fit(batch)._state.width for batch in batches]
+
+    begin = sketch_width(3 * K, 900)
+    assert widths(1.5e-3) == [begin, begin]
+    assert widths(2e-11)[0] > begin
+    monkeypatch.setattr(sketch, "SETTLED", 0)
+    assert widths(1.5e-3)[0] == begin < widths(1.5e-3)[1]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -139,3 +173,62 @@ def test_rows_without_variance_miss_nothing():
 def test_a_tolerance_out_of_range_is_refused(tolerance):
     with pytest.raises(EvaError, match="tolerance must be between 0 and 1, or None"):
         StreamingPCA(2, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("decay", [0.25, 1.0])
+def test_refreshes_in_float32_lose_nothing(oracle, decay):
+    batches = drifting(8, 800, decay=decay, seed=0)
+    half, whole = (
+        StreamingPCA(64, backend="sketch", tolerance=None, product_dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for batch in batches:
+        half.partial_fit(batch.float())
+        whole.partial_fit(batch)
+    truth = oracle(torch.cat(batches))
+    missed = 1 - truth.captured_by(whole.components_, 64)
+    assert 1 - truth.captured_by(half.components_, 64) == pytest.approx(missed, rel=1e-2, abs=1e-6)
+    assert half.captured_error_ == pytest.approx(whole.captured_error_, rel=1e-2, abs=1e-6)
+    gram = half.components_ @ half.components_.T
+    torch.testing.assert_close(gram, torch.eye(64), rtol=0, atol=1e-6)
+
+
+def test_components_of_few_rows_are_orthonormal_to_float32():
+    """The sketch's own directions beyond the rank of the rows are made of rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.arange(1, 3001).float().rsqrt()
+    pca = StreamingPCA(32, backend="sketch")
+    for _ in range(3):
+        pca.partial_fit(torch.randn(3, 3000, generator=generator) * deviations)
+    torch.testing.assert_close(pca.components_ @ pca.components_.T, torch.eye(32), rtol=0, atol=1e-6)
+
+
+def test_a_refresh_without_new_rows_is_no_work(monkeypatch):
+    pca = fitted(drifting(4, 700, decay=1.0, seed=0), tolerance=None)
+    pca.refresh()
+    before = pca._state.columns_dm, pca._state.sums_dm
+    pca.refresh()
+    assert pca._state.columns_dm is before[0] and pca._state.sums_dm is before[1]
+
+
+def test_a_state_that_is_loaded_or_becomes_exact_under_autocast_is_not_rounded():
+    batches = [batch.float() for batch in drifting(16, 700, decay=0.25, seed=0)]
+    thin, exact = fitted(batches[:1], tolerance=None), fitted(batches[1:])
+    assert (thin.backend_, exact.backend_) == ("sketch", "exact")
+
+    def states():
+        return StreamingPCA(K).load_state_dict(thin.state_dict())._state.sums_dm, thin.merge(exact).components_
+
+    plain = states()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = states()
+    for found, expected in zip(inside, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_sketch_of_constant_rows_merges_with_an_exact_state():
+    batches = drifting(16, 700, decay=0.25, seed=0)
+    exact, constant = fitted(batches), fitted([torch.ones(64, 700).double()])
+    assert (exact.backend_, constant.backend_) == ("exact", "sketch")
+    merged = constant.merge(exact)
+    assert merged.n_samples_seen_ == 16 * 256 + 64 and merged.captured_error_ == 0.0

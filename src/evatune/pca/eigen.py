@@ -1,9 +1,8 @@
-"""Leading eigenpairs of a symmetric positive matrix: from a thin sketch of it, and by iteration on the matrix itself.
+"""Leading eigenpairs of a symmetric positive matrix by iteration on the matrix.
 
 Shapes: d features, l columns, p <= l eigenpairs.
 
-References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation;
-Zhou, Saad, Tiago and Chelikowsky (2006) for subspace iteration with a Chebyshev filter.
+Reference: Zhou, Saad, Tiago and Chelikowsky (2006) for subspace iteration with a Chebyshev filter.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import eigenpairs_of_factor, one_thread
+from evatune.pca.subspace import one_thread
 
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
@@ -33,37 +32,6 @@ DEGREE = 3
 
 MAX_ROUNDS = 16
 """Rounds after which a matrix whose spectrum hardly falls is factorized in full."""
-
-
-def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor, *, rounding: float) -> tuple[Tensor, Tensor]:
-    """Return eigenpairs of the Nyström approximation Y (QᵀY)⁺ Yᵀ of a matrix S that is known through Y = S Q.
-
-    Args:
-        test_dl: test matrix Q, (d, l) in float64.
-        sketch_dl: sketch Y, (d, l) in float64.
-        rounding: unit roundoff of the sums that made the sketch; what is smaller is not told from zero.
-
-    Returns:
-        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p <= l leaves out directions in
-        which S is zero. Cost O(d l² + l³).
-    """
-    n_features, width = test_dl.shape
-    core_ll = test_dl.T @ sketch_dl
-    core_ll = (core_ll + core_ll.T) / 2
-    # A column that sees no variance holds rounding errors, which the formula would divide by themselves.
-    energy_l = core_ll.diagonal()
-    noise_l = torch.linalg.vector_norm(sketch_dl, dim=0) * (1e-3 / n_features**0.5)
-    alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
-    if not alive_l.any():
-        return test_dl[:, :0], energy_l[:0]
-    # Massive activations make the core span many orders of magnitude. With a unit diagonal, the cut-off is relative
-    # to each direction and not to the largest one.
-    scale_m = energy_l[alive_l].rsqrt()
-    core_mm = core_ll[alive_l][:, alive_l] * scale_m * scale_m[:, None]
-    values_m, vectors_mm = torch.linalg.eigh(core_mm)
-    keep = values_m > values_m[-1] * width * rounding
-    factor_dm = sketch_dl[:, alive_l] @ (scale_m[:, None] * vectors_mm[:, keep] / values_m[keep].sqrt())
-    return eigenpairs_of_factor(factor_dm)
 
 
 def leading_eigenpairs(

@@ -6,7 +6,7 @@ S = Σ z zᵀ is the second moment of the shifted rows; it is never formed. A ba
 P = Z Q and Y += Zᵀ P, O(n d l). Whenever the rows since the last refresh are as many as the rows before it, S is
 approximated from the sketch by the Nyström formula Y (QᵀY)⁺ Yᵀ, its l leading eigenvectors become the new Q, and Y
 restarts from what that approximation knows of the past. So the test matrix goes through one step of subspace iteration
-at every doubling of the data, and refreshes cost O(d l²) at logarithmically many batches.
+at every doubling of the data, and refreshes cost five products of O(d l²) at logarithmically many batches.
 
 A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. What
 they still lose is the past outside of the sketch, and that is estimated: a few random probes Ω, which never change and
@@ -21,19 +21,22 @@ errors from random probes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from evatune.pca.eigen import nystrom_eigenpairs
+from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
-from evatune.pca.products import accumulate_product
+from evatune.pca.nystrom import nystrom_eigenpairs
+from evatune.pca.products import accumulate_product, unrounded
 from evatune.pca.subspace import complete_basis, eigenpairs_of_factor, one_thread, solver_copy
 
 FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
 
-HALF_PRECISION_NOISE = 3e-3
+HALF_PRECISION_NOISE = 1e-2
 """How large a residual, relative to the k-th eigenvalue, bfloat16 may seem to make; its square is what is missed."""
 
 MASSIVE_RATIO = 1e5
@@ -42,11 +45,22 @@ MASSIVE_RATIO = 1e5
 SAFETY = 4
 """A sketch is widened when it seems to miss the tolerance divided by this: what it has missed by then stays missed."""
 
+SETTLED = 2
+"""After this times k² rows a sketch is held to its tolerance; after fewer it may miss more in proportion.
+
+Neighbours among k eigenvalues are about a share 1/k apart, and n rows tell eigenvectors apart where the root of n is
+well above k. Before, most of what a sketch misses is that axes turn with every batch, which falls as rows come. But for
+the first batch, of which all rows are at hand: what a sketch misses of it is for want of columns.
+"""
+
+GROWTH = 1 / 2
+"""Columns beside those of the components grow with this power of what a sketch misses over what it may miss."""
+
 N_PROBES = 8
 """The estimate of the residuals of k components has a relative deviation of √(2 / (s k))."""
 
 WIDEST = 4
-"""A sketch gets at most so many times wider than it began."""
+"""A sketch gets at most so many times the columns, beside those of the components, with which it began."""
 
 PROBE_SEED = 0x9E3779B9
 """Of the probes, whatever the seed of the test matrix."""
@@ -57,13 +71,21 @@ EXACT_UP_TO = 2048
 
 def sketch_width(n_components: int, n_features: int) -> int:
     """Return with how many columns, beside the probes, a sketch of these components of these features begins."""
-    return min(n_features, -(-(n_components + 96) // 16) * 16 - N_PROBES)
+    return min(n_features, _whole_tiles(n_components + 96 - N_PROBES))
 
 
 def widest_sketch(n_components: int, n_features: int) -> int:
     """Return how many columns, beside the probes, such a sketch has at most."""
     width = sketch_width(n_components, n_features)
-    return width if 2 * width > n_features // 4 else min(WIDEST * width, n_features // 4)
+    most = n_features // 4
+    if n_features <= EXACT_UP_TO and 2 * width > most:
+        return width
+    return max(width, min(_whole_tiles(n_components + WIDEST * (width - n_components)), most))
+
+
+def _whole_tiles(width: int) -> int:
+    """Round a width up, so that with the probes it is a multiple of 16."""
+    return -(-(width + N_PROBES) // 16) * 16 - N_PROBES
 
 
 class SketchState:
@@ -74,7 +96,7 @@ class SketchState:
         sums_dm: their products with S, (d, m).
         n_components: k.
         tolerance: share of the variance that the best k components capture that ours may miss; of the first half of
-            them, a tenth of it. None lets the sketch be as it is.
+            them, a tenth of it. More while rows are few, see `SETTLED`. None lets the sketch be as it is.
         seed: of everything random.
     """
 
@@ -144,50 +166,55 @@ class SketchState:
 
     def refresh(self, moments: Moments, *, center: bool) -> None:
         """Make the leading eigenvectors of the rows so far the test matrix."""
-        with one_thread():
-            pairs = self.decompose(moments, center=center)
-            self._restart(*pairs, moments, center=center, width=self.width)
+        if self._known is None:
+            self._restart(*self._eigenpairs(moments, center=center), moments, center=center, width=self.width)
 
     def _reviewed(self, moments: Moments, *, center: bool) -> SketchState | ExactState:
         """Refresh, and return the state to go on with.
 
         That is this state, perhaps wider, or an exact one where the sketch is not good enough and the rows are narrow.
         """
-        with one_thread():
-            vectors_dp, values_p = self.decompose(moments, center=center)
-            width = self.width
-            if self._misses_too_much(vectors_dp, values_p, moments, center=center):
-                n_features = len(vectors_dp)
-                widest = widest_sketch(self.n_components, n_features)
-                if width < widest:
-                    width = min(2 * width, widest)
-                elif n_features <= EXACT_UP_TO:
-                    return self.exactly(moments, center=center)
-            self._restart(vectors_dp, values_p, moments, center=center, width=width)
+        vectors_dp, values_p = self._eigenpairs(moments, center=center)
+        width = self.width
+        excess = self._excess(vectors_dp, values_p, moments, center=center)
+        if excess > 1:
+            n_features = len(vectors_dp)
+            widest = widest_sketch(self.n_components, n_features)
+            if width < widest:
+                spare = math.ceil(excess**GROWTH * (width - self.n_components))
+                width = min(_whole_tiles(self.n_components + spare), widest)
+            elif n_features <= EXACT_UP_TO:
+                return self.exactly(moments, center=center)
+        self._restart(vectors_dp, values_p, moments, center=center, width=width)
         return self
 
     def exactly(self, moments: Moments, *, center: bool) -> ExactState:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
-        vectors_dp, values_p = self.decompose(moments, center=center)
-        missed = float(self._missed(vectors_dp, values_p, moments, center=center).sum())
-        return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
+        with unrounded(self.sums_dm):
+            vectors_dp, values_p = self._eigenpairs(moments, center=center)
+            missed = float(self._missed(vectors_dp, values_p, moments, center=center).sum())
+            return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
 
     def missed_share(self, moments: Moments, *, center: bool) -> float:
         """Estimate how much of the variance that the best k components capture ours miss, as a share of it."""
-        vectors_dp, values_p = self.decompose(moments, center=center)
+        vectors_dp, values_p = self._eigenpairs(moments, center=center)
         if not len(values_p):
             return 0.0
         missed_k = self._missed(vectors_dp, values_p, moments, center=center)
         return float(missed_k.sum() / values_p[: len(missed_k)].sum())
 
-    def _misses_too_much(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> bool:
+    def _excess(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> float:
+        """Return how many times as much as it may the sketch seems to miss."""
         if self.tolerance is None or not len(values_p):
-            return False
+            return 0.0
         missed_k = self._missed(vectors_dp, values_p, moments, center=center)
         n_half = (len(missed_k) + 1) // 2
         share = missed_k.sum() / values_p[: len(missed_k)].sum()
         share_of_half = missed_k[:n_half].sum() / values_p[:n_half].sum()
-        return bool(torch.maximum(share, 10 * share_of_half) > self.tolerance / SAFETY)
+        allowed = self.tolerance / SAFETY
+        if self.n_rows_refreshed:
+            allowed *= max(1.0, SETTLED * self.n_components**2 / moments.n_rows)
+        return float(torch.maximum(share, 10 * share_of_half)) / allowed
 
     def _missed(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> Tensor:
         """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
@@ -195,30 +222,36 @@ class SketchState:
         By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
         eigenvalues μ, and never more than ρ. Outside of the sketch, these are at most about its last eigenvalue.
         """
+        if not len(values_p):
+            return values_p
+        components_dk, values_k = (solver_copy(pairs[..., : self.n_components]) for pairs in (vectors_dp, values_p))
         probes_ds = solver_copy(self.columns_dm[:, self.width :])
-        images_ds = self._scatter_columns(moments, center)[:, self.width :]
-        components_kd, values_k = vectors_dp[:, : self.n_components].T, values_p[: self.n_components]
-        residuals_ks = components_kd @ images_ds - values_k[:, None] * (components_kd @ probes_ds)
+        images_ds = solver_copy(self._scatter_of(slice(self.width, None), moments, center=center))
+        residuals_ks = components_dk.T @ images_ds - values_k[:, None] * (components_dk.T @ probes_ds)
         residuals_k = residuals_ks.square().mean(dim=1).sqrt()
-        return residuals_k.square() / torch.maximum(values_k - values_p[-1], residuals_k).clamp_min(1e-300)
+        return missed_variance(residuals_k, values_k, solver_copy(values_p[-1]))
 
     def _restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, width: int) -> None:
         """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""
         # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
-        vectors_dp = solver_copy(vectors_dp[:, :width].to(self.columns_dm)).contiguous()
-        values_p = values_p[:width]
-        basis_dl = complete_basis(vectors_dp, width, seed=self.seed + moments.n_rows)
-        test_dl = _rounded(basis_dl)
+        vectors_dp = vectors_dp[:, :width].to(self.columns_dm).contiguous()
+        values_p = values_p[:width].to(self.sums_dm)
+        test_dl = vectors_dp
+        if len(values_p) < width:
+            with one_thread():
+                known_dp = vectors_dp.cpu() if vectors_dp.device.type == "mps" else vectors_dp
+                test_dl = complete_basis(known_dp, width, seed=self.seed + moments.n_rows).to(vectors_dp)
+        test_dl = _rounded(test_dl)
         # What the sketch would be, had S been V Λ Vᵀ (+ n o oᵀ about the shift) and this the test matrix all along.
         sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
         if center:
             offset_d = moments.offset_d.to(test_dl)
-            sketch_dl += moments.n_rows * torch.outer(offset_d, offset_d @ test_dl)
+            sketch_dl.addr_(offset_d, offset_d @ test_dl, alpha=moments.n_rows)
         old_width = self.width
-        self.columns_dm = torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1)
-        self.sums_dm = torch.cat([sketch_dl.to(self.sums_dm), self.sums_dm[:, old_width:]], dim=1)
+        self.columns_dm = torch.cat([test_dl, self.columns_dm[:, old_width:]], dim=1)
+        self.sums_dm = torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1)
         self.n_rows_refreshed = moments.n_rows
-        self._known = vectors_dp.to(self.columns_dm), values_p
+        self._known = vectors_dp, values_p
         self.needs_full_precision = self._is_massive(values_p)
 
     def _is_massive(self, values_p: Tensor) -> bool:
@@ -232,25 +265,31 @@ class SketchState:
         noise = 2.0**-9 * values_p[0] / len(self.columns_dm) ** 0.5
         return bool(noise > HALF_PRECISION_NOISE * smallest or values_p[0] > MASSIVE_RATIO * values_p[-1])
 
-    def _scatter_columns(self, moments: Moments, center: bool) -> Tensor:
-        """Return the products of the scatter matrix with all columns, (d, m) in float64."""
-        sums_dm = solver_copy(self.sums_dm)
-        if center:
-            offset_d = moments.offset_d.to(sums_dm)
-            sums_dm -= moments.n_rows * torch.outer(offset_d, offset_d @ solver_copy(self.columns_dm))
-        return sums_dm
+    def _scatter_of(self, part: slice, moments: Moments, *, center: bool) -> Tensor:
+        """Return the products of the scatter matrix with some of the columns, (d, at most m)."""
+        sums_dm = self.sums_dm[:, part]
+        if not center:
+            return sums_dm
+        offset_d = moments.offset_d.to(sums_dm)
+        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-moments.n_rows)
 
     def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
         """Return approximate eigenvectors of the scatter matrix in columns (d, p) and its eigenvalues (p,), descending.
 
-        The state is not changed. p <= l leaves out directions in which the rows so far do not vary.
+        In float64. The state is not changed. p <= l leaves out directions in which the rows so far do not vary.
         """
+        vectors_dp, values_p = (solver_copy(pairs) for pairs in self._eigenpairs(moments, center=center))
+        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, and now beyond it
+        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
+        return vectors_dp, values_p
+
+    def _eigenpairs(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
+        """Return what `decompose` does in the dtype of the sums."""
         if self._known is not None:  # no rows since the last refresh
-            return solver_copy(self._known[0]), solver_copy(self._known[1])
-        sketch_dl = self._scatter_columns(moments, center)[:, : self.width]
-        test_dl = solver_copy(self.columns_dm[:, : self.width])
-        rounding = torch.finfo(self.sums_dm.dtype).eps
-        return nystrom_eigenpairs(test_dl, sketch_dl, rounding=rounding)
+            return self._known
+        return nystrom_eigenpairs(
+            self.columns_dm[:, : self.width], self._scatter_of(slice(self.width), moments, center=center)
+        )
 
     def merged(self, other: SketchState, mine: Moments, theirs: Moments, *, center: bool) -> SketchState:
         """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""
@@ -258,10 +297,8 @@ class SketchState:
             self.decompose(mine, center=center), other.decompose(theirs, center=center), mine, theirs, center=center
         )
         both = mine.merged(theirs)
-        images_ds = (
-            self._scatter_columns(mine, center)[:, self.width :]
-            + other._scatter_columns(theirs, center)[:, other.width :]
-        )
+        images_ds = solver_copy(self._scatter_of(slice(self.width, None), mine, center=center))
+        images_ds += solver_copy(other._scatter_of(slice(other.width, None), theirs, center=center))
         probes_ds = solver_copy(self.columns_dm[:, self.width :])
         if center:
             weight, difference_d = _between(mine, theirs)
@@ -306,8 +343,8 @@ class SketchState:
         columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds)
         sums_dm = torch.cat([torch.zeros_like(columns_dm[:, :width]), probed_ds], dim=1)
         state = cls(columns_dm, sums_dm, n_components=n_components, tolerance=tolerance, seed=seed)
-        vectors_dp, values_p = solver_copy(tensors["vectors"]), solver_copy(tensors["values"])
-        state._restart(vectors_dp, values_p, moments, center=center, width=width)
+        with unrounded(probed_ds):
+            state._restart(tensors["vectors"], tensors["values"], moments, center=center, width=width)
         return state
 
 
