@@ -432,7 +432,7 @@ def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any
         products = 4.0 * n * d * (width + N_PROBES)
         # The eigenvectors of the last refresh are kept until rows come.
         cached += _FLOAT * d * widest + _DOUBLE * widest
-        factorizations = (FIRST_BATCH_ITERATIONS + doublings + checks) * (2.0 * d * width**2 + 20.0 * width**3)
+        factorizations = (FIRST_BATCH_ITERATIONS + doublings + checks) * (2.5 * d * width**2 + 20.0 * width**3)
     else:
         initial = state = _FLOAT * (k * d + k)
         products = 0.0

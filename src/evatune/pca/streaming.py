@@ -64,8 +64,9 @@ class StreamingPCA(LearnedPCA):
         product_dtype: dtype of the matrix products, or "auto" (see `evatune.pca.products.choose_product_dtype`).
             Sums are kept in float32, or in float64 for float64 rows.
         tolerance: share of the variance that the best k components capture that a sketch may miss (and a tenth of it
-            for the first half of them). One that seems to miss more gets wider at its next refresh, up to four times,
-            or turns into the exact second moment for rows of up to 2048 features. None leaves it as it is.
+            for the first half of them); in proportion more until there are 2k² rows. One that seems to miss more gets
+            wider at its next refresh, up to four times the columns it has beside the components', or turns into the
+            exact second moment for rows of up to 2048 features. None leaves it as it is.
         rough_looks: until `refresh` is called, take only one round of iteration from the components last asked for when
             they are asked for again, which is enough to watch them. Concerns wide rows with the backend "exact".
 
@@ -181,7 +182,7 @@ class StreamingPCA(LearnedPCA):
         """
         moments = self._fitted()
         if isinstance(self._state, SketchState):
-            with one_thread(), unrounded(moments.shift_d):
+            with unrounded(moments.shift_d):
                 self._state.refresh(moments, center=self.center)
         self._decomposition, self._rough = None, False
         return self
@@ -285,7 +286,7 @@ class StreamingPCA(LearnedPCA):
         """
         moments = self._fitted()
         if isinstance(self._state, SketchState):
-            with torch.no_grad(), one_thread(), unrounded(moments.shift_d):
+            with torch.no_grad(), unrounded(moments.shift_d):
                 return self._state.missed_share(moments, center=self.center)
         if not isinstance(self._state, ExactState):
             return math.nan
