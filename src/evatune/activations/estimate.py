@@ -33,7 +33,7 @@ from evatune.pca.one_hot import OneHotPCA
 from evatune.pca.sketch import EXACT_UP_TO, FIRST_BATCH_ITERATIONS, N_PROBES, sketch_width, widest_sketch
 from evatune.pca.stacked import StackedPCA
 from evatune.pca.streaming import choose_backend
-from evatune.pca.subspace import one_thread
+from evatune.pca.threads import one_thread
 from evatune.tables import text_table
 
 SCALARS_BYTES = 256

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import one_thread
+from evatune.pca.threads import one_thread
 
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""

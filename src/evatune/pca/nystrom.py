@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import one_thread, solver_copy
+from evatune.pca.subspace import solver_copy
+from evatune.pca.threads import one_thread
 
 SPREAD = 1e6
 """Where the columns of a sketch see variances that are further apart than this, products of it are made in float64."""

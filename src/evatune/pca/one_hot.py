@@ -24,7 +24,8 @@ from evatune.errors import EvaError
 from evatune.pca.learned import LearnedPCA
 from evatune.pca.products import unrounded
 from evatune.pca.streaming import NotFittedError
-from evatune.pca.subspace import fix_signs, one_thread
+from evatune.pca.subspace import fix_signs
+from evatune.pca.threads import one_thread
 
 
 class OneHotPCA(LearnedPCA):

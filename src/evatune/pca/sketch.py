@@ -31,7 +31,8 @@ from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
 from evatune.pca.products import accumulate_product, unrounded
-from evatune.pca.subspace import complete_basis, eigenpairs_of_factor, one_thread, solver_copy
+from evatune.pca.subspace import complete_basis, eigenpairs_of_factor, solver_copy
+from evatune.pca.threads import one_thread
 
 FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""

@@ -20,7 +20,8 @@ from evatune.pca.learned import LearnedPCA
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype, unrounded
 from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
-from evatune.pca.subspace import complete_basis, fix_signs, one_thread
+from evatune.pca.subspace import complete_basis, fix_signs
+from evatune.pca.threads import one_thread
 
 BACKENDS = ("auto", "exact", "sketch", "incremental")
 

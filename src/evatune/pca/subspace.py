@@ -1,29 +1,13 @@
-"""Small linear algebra on subspaces: signs, completion, low-rank sums, captured energy and cosines.
+"""Small linear algebra on subspaces: signs, completion, low-rank sums and cosines.
 
-Shapes: n rows, d features, k components, l sketch columns. Components are rows (k, d), bases are columns (d, l).
+Shapes: d features, k components, l sketch columns. Components are rows (k, d), bases are columns (d, l).
 Everything here works on matrices with few columns and is called at refreshes and checks, never once a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run small factorizations on one processor thread: with more, LAPACK waits for threads longer than it works."""
-    n_threads = torch.get_num_threads()
-    if n_threads > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if n_threads > 1:
-            torch.set_num_threads(n_threads)
 
 
 def solver_copy(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many small factorizations side by side, each on one processor thread.
+"""On how many processor threads factorizations run: each on one, and many side by side.
 
 A factorization that is spread over threads waits for them longer than it works, and stalls where other work has taken
 a processor. Those of different inputs do not need each other.
@@ -6,13 +6,27 @@ a processor. Those of different inputs do not need each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run what is inside on one processor thread."""
+    n_threads = torch.get_num_threads()
+    if n_threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if n_threads > 1:
+            torch.set_num_threads(n_threads)
 
 
 def on_one_thread_each(action: Callable[[T], None], items: Iterable[T]) -> None:
