@@ -12,7 +12,6 @@ from evatune.pca.subspace import (
     component_cosines,
     eigenpairs_of_factor,
     fix_signs,
-    one_thread,
     solver_copy,
 )
 
@@ -103,18 +102,3 @@ def test_a_solver_copy_is_never_the_matrix_itself(dtype):
     copy = solver_copy(given)
     copy += 1
     assert copy.dtype == torch.float64 and torch.equal(given, torch.ones(3, 3, dtype=dtype))
-
-
-def test_threads_are_restored_after_an_error():
-    def fail():
-        with one_thread():
-            assert torch.get_num_threads() == 1
-            raise RuntimeError("boom")
-
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(RuntimeError, match="boom"):
-            fail()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from evatune.pca.threads import on_one_thread_each
+from evatune.pca.threads import on_one_thread_each, one_thread
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -42,4 +42,15 @@ def test_what_fails_is_raised_and_threads_are_as_before(n_threads):
 
     with pytest.raises(ValueError, match="item 2"):
         on_one_thread_each(fail, range(4))
+    assert torch.get_num_threads() == n_threads
+
+
+def test_one_thread_is_left_as_it_was_entered_also_after_an_error(n_threads):
+    def fail():
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert torch.get_num_threads() == n_threads
