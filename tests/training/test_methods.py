@@ -22,14 +22,12 @@ from evatune.errors import EvaError
 from evatune.models import load_model
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
-from evatune.tasks.generation import evaluate
 from evatune.training import AdaLoraCallback, finetune
 from evatune.training import run as run_module
 from evatune.training.setup import (
-    load_held_out_data,
-    load_pretrained,
-    load_training_data,
+    load_base,
     measure_recipe,
+    open_recipe,
     quantize_as_asked,
 )
 
@@ -65,12 +63,12 @@ def test_one_word_changes_the_method_and_what_is_saved_loads_on_the_base(recipe,
     record = finetune(wanted, progress=False)
     assert record.losses[-1]["loss"] < record.losses[0]["loss"] + 0.05
     assert record.parameters["targets"] == 14
-    model, tokenizer = load_pretrained(wanted)
-    examples = load_held_out_data(wanted, tokenizer)
+    task = open_recipe(wanted)
+    model = load_base(wanted, task)
     if method != "lora-one":
-        assert evaluate(model, examples, tokenizer).loss == pytest.approx(record.before["loss"], rel=1e-4)
+        assert task.evaluate(model)["loss"] == pytest.approx(record.before["metrics"]["loss"], rel=1e-4)
     adapted = load_adapter(model, Path(wanted.output) / "adapter")
-    assert evaluate(adapted, examples, tokenizer).loss == pytest.approx(record.after["loss"], rel=1e-4)
+    assert task.evaluate(adapted)["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-4)
 
 
 def test_full_fine_tuning_saves_a_model(recipe):
@@ -80,9 +78,8 @@ def test_full_fine_tuning_saves_a_model(recipe):
     folder = Path(wanted.output)
     assert not (folder / "adapter").exists()
     assert not (folder / "initial_adapter").exists()
-    _, tokenizer = load_pretrained(wanted)
-    trained = evaluate(load_model(str(folder / "model")), load_held_out_data(wanted, tokenizer), tokenizer)
-    assert trained.loss == pytest.approx(record.after["loss"], rel=1e-5)
+    trained = open_recipe(wanted).evaluate(load_model(str(folder / "model")))
+    assert trained["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-5)
 
 
 def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
@@ -104,9 +101,10 @@ def test_eva_beside_4_bits_measures_the_model_that_will_run(recipe, tmp_path):
         finetune(recipe(method, name=method), progress=False)
         spectra[method] = Spectra.load(tmp_path / method / "spectra")
     wanted = recipe("eva+qlora")
-    model, tokenizer = load_pretrained(wanted)
-    quantize_as_asked(wanted, model)
-    expected = measure_recipe(wanted, model, load_training_data(wanted, tokenizer)[1], tokenizer, progress=False)
+    task = open_recipe(wanted)
+    model = load_base(wanted, task)
+    quantize_as_asked(wanted, model, task.needs(model))
+    expected = measure_recipe(wanted, model, task=task, progress=False)
     for name, spectrum in spectra["eva+qlora"].items():
         assert torch.equal(spectrum.components, expected[name].components)
     last = "model.layers.1.mlp.down_proj"

@@ -26,7 +26,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_recipe_options(parser, "model", "data", "adapter", "measure", "train", "output")
+    add_recipe_options(parser, "task", "model", "data", "adapter", "measure", "train", "output")
     group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     group.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")

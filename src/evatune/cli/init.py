@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from evatune.cli.options import add_recipe_options, answer, recipe_from, say
+from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
 from evatune.errors import EvaError
 
 if TYPE_CHECKING:
@@ -32,18 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(
         parser,
         "model",
-        "data.train",
-        "data.format",
-        "data.hub_config",
-        "data.train_split",
-        "data.max_train_examples",
-        "data.max_length",
+        "task",
+        "data",
         "adapter",
         "measure",
         "train.precision",
         "train.seed",
         "train.threads",
         "output",
+        without=HELD_OUT,
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
@@ -55,11 +52,11 @@ def run(args: argparse.Namespace) -> None:
     from evatune.spectra import Spectra
     from evatune.training.setup import (
         is_interrupted,
-        load_pretrained,
-        load_training_data,
+        load_base,
         measure_recipe,
         measures,
         new_adapter,
+        open_recipe,
         quantize_as_asked,
         use_threads,
     )
@@ -76,14 +73,16 @@ def run(args: argparse.Namespace) -> None:
     check_writable(recipe.output, overwrite=args.overwrite, holds="adapter_config.json")
     use_threads(recipe)
     spectra = Spectra.load(given) if given and measures(recipe) else None
-    model, tokenizer = load_pretrained(recipe)
-    encoded = load_training_data(recipe, tokenizer)[1] if needs_data else None
-    quantize_as_asked(recipe, model)
-    if spectra is None and encoded is not None and measures(recipe):
-        spectra = measure_recipe(recipe, model, encoded, tokenizer)
+    task = open_recipe(recipe)
+    if needs_data:
+        say(f"data      {task.summary()}")
+    model = load_base(recipe, task)
+    quantize_as_asked(recipe, model, task.needs(model))
+    if spectra is None and measures(recipe):
+        spectra = measure_recipe(recipe, model, task=task)
         if is_interrupted(spectra):
             raise KeyboardInterrupt
-    adapted, plan = new_adapter(recipe, model, spectra, encoded=encoded, tokenizer=tokenizer)
+    adapted, plan = new_adapter(recipe, model, spectra, task=task)
     folder = save_adapter(adapted, recipe.output, overwrite=args.overwrite)
     content = plan.to_json() if plan else {}
     if plan:

@@ -7,15 +7,14 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from evatune.cli.options import add_recipe_options, answer, recipe_from, say
+from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
+from evatune.errors import EvaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from evatune.activations.estimate import Estimate
     from evatune.recipe import Recipe
     from evatune.spectra import Spectra
-    from evatune.tasks.generation import EncodedExamples
+    from evatune.tasks.task import Task
 
 SUMMARY = "measure the activations that data cause in a model"
 USAGE = "[RECIPE]"
@@ -38,12 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(
         parser,
         "model",
-        "data.train",
-        "data.format",
-        "data.hub_config",
-        "data.train_split",
-        "data.max_train_examples",
-        "data.max_length",
+        "task",
+        "data",
         "adapter.target_modules",
         "adapter.exclude_modules",
         "adapter.rank",
@@ -54,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train.seed",
         "train.threads",
         "output",
+        without=HELD_OUT,
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument(
@@ -85,12 +81,11 @@ _MEASURE = (
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.files import check_writable
-    from evatune.models import load_tokenizer
     from evatune.training.setup import (
         is_interrupted,
-        load_pretrained,
-        load_training_data,
+        load_base,
         measure_recipe,
+        open_recipe,
         use_threads,
     )
 
@@ -104,16 +99,12 @@ def run(args: argparse.Namespace) -> None:
     recipe.require("model", "data", "output")
     check_writable(recipe.output, overwrite=args.overwrite, holds="spectra.json")
     use_threads(recipe)
+    task = open_recipe(recipe)
+    say(f"data      {task.summary()}")
     if args.from_disk:
-        tokenizer = load_tokenizer(_source(recipe), revision=recipe.model.revision)
+        spectra = _measure_from_disk(recipe, task)
     else:
-        model, tokenizer = load_pretrained(recipe)
-    examples, encoded = load_training_data(recipe, tokenizer)
-    say(f"data      {examples.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
-    if args.from_disk:
-        spectra = _measure_from_disk(recipe, encoded, tokenizer)
-    else:
-        spectra = measure_recipe(recipe, model, encoded, tokenizer)
+        spectra = measure_recipe(recipe, load_base(recipe, task), task=task)
     folder = spectra.save(recipe.output, overwrite=args.overwrite)
     answer(
         args,
@@ -148,26 +139,37 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         "backend": settings.backend,
         "dtype": torch.bfloat16 if uses_bf16(recipe.train) else None,
         "weights_dtype": getattr(torch, model.dtype),
-        "task": "causal-lm",
+        "task": _head(recipe),
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
     }
 
 
+def _head(recipe: Recipe) -> str:
+    """Return the head of the model, for tasks whose rows are token ids."""
+    from evatune.tasks import find_domain
+
+    head = find_domain(recipe.task).head
+    if head is None:
+        raise EvaError(f"--dry-run and --from-disk need rows of token ids, which task {recipe.task!r} does not have.")
+    return head
+
+
 def _estimate(recipe: Recipe) -> Estimate:
     from evatune.activations import estimate
 
-    size, length = recipe.measure.batch_size, recipe.data.max_length
+    data: Any = recipe.data  # of a task whose rows are token ids
+    size, length = recipe.measure.batch_size, data.max_length
     return estimate(_source(recipe), batch_size=size, length=length, **_options(recipe))
 
 
-def _measure_from_disk(recipe: Recipe, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Spectra:
+def _measure_from_disk(recipe: Recipe, task: Task) -> Spectra:
     from evatune.activations import measure_from_disk
-    from evatune.tasks.generation import batches
+    from evatune.tasks.task import batches
 
     return measure_from_disk(
         _source(recipe),
-        batches(encoded, tokenizer, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
         center=recipe.measure.center,
         use_label_mask=recipe.measure.use_label_mask,
         progress=sys.stderr.isatty(),

@@ -9,18 +9,15 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
+from evatune.tasks import DOMAINS
 
-_TITLES = {
-    "": "output",
-    "model": "model",
-    "data": "data",
-    "adapter": "adapter",
-    "measure": "measuring",
-    "train": "training",
-}
+_TITLES = {"task": "task", "output": "output", "measure": "measuring", "train": "training"}
+HELD_OUT = ("data.eval", "data.eval_split", "data.max_eval_examples")
+"""Settings of data that are held out, for commands that look at training data only."""
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -38,21 +35,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         )
 
 
-def add_recipe_options(parser: argparse.ArgumentParser, *wanted: str) -> None:
+def add_recipe_options(parser: argparse.ArgumentParser, *wanted: str, without: Sequence[str] = ()) -> None:
     """Add a recipe file and an option for each wanted setting.
 
     Args:
         parser: the command's parser.
         wanted: sections (`train`) or single settings (`adapter.rank`, `output`).
+        without: settings of these sections that the command has no use for.
     """
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; every option below overrides it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for setting in all_settings():
-        section = setting.path.rpartition(".")[0]
-        if setting.path in wanted or section in wanted:
-            if section not in groups:
-                groups[section] = parser.add_argument_group(_TITLES[section])
-            _add(groups[section], setting)
+        section = setting.path.rpartition(".")[0] or setting.path
+        if setting.path not in without and (setting.path in wanted or section in wanted):
+            title = _TITLES.get(section, section)
+            if setting.tasks:
+                title += f" of task {' and '.join(setting.tasks)}"
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            _add(groups[title], setting)
 
 
 def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -72,15 +73,17 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if setting.kind is bool:
         group.add_argument(setting.option, action=argparse.BooleanOptionalAction, help=text, **options)
         return
-    kinds = typing.get_args(setting.kind) if typing.get_origin(setting.kind) is types.UnionType else (setting.kind,)
+    kinds = _kinds(setting)
     if any(typing.get_origin(kind) is Literal for kind in kinds):
         options["metavar"] = "{" + ",".join(typing.get_args(kinds[0])) + "}"
     else:
         options["metavar"] = _METAVARS.get(kinds[0], "TEXT")
-    if setting.path in ("data.train", "data.eval"):
-        options |= {"nargs": "+", "metavar": "FILE"}
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        options |= {"nargs": "+", "metavar": "FILE" if setting.is_path else "NAME"}
     elif setting.path in ("output", "measure.spectra"):
         options["metavar"] = "FOLDER"
+    elif setting.path == "task":
+        options["metavar"] = "{" + ",".join(DOMAINS) + "}"
     group.add_argument(setting.option, help=text, **options)
 
 
@@ -94,7 +97,15 @@ def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:
     overrides = {
         name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")
     }
+    for setting in all_settings():
+        # One word may be a regular expression, `all-linear` or `none`, where a list is not the only kind.
+        if len(_kinds(setting)) > 1 and len(overrides.get(setting.path) or ()) == 1:
+            overrides[setting.path] = "".join(overrides[setting.path])
     return load_recipe(args.recipe or path, overrides)
+
+
+def _kinds(setting: Setting) -> tuple[Any, ...]:
+    return typing.get_args(setting.kind) if typing.get_origin(setting.kind) is types.UnionType else (setting.kind,)
 
 
 def say(text: str) -> None:

@@ -1,1 +1,82 @@
-"""The domains that evatune trains on: data, prompts and metrics, one folder each."""
+"""What a run learns: one folder a domain, and one row here.
+
+A domain is data, a model with the right head, a way to make batches, and a score. Training and the command line know
+only `evatune.tasks.task.Task`. To add a domain, write a folder with its `data:` settings and `open_task`, and a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evatune.errors import EvaError, near_misses
+from evatune.settings import Section
+from evatune.tasks.generation.settings import GenerationData
+from evatune.tasks.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from evatune.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One row: what is known of a domain before anything is loaded."""
+
+    idea: str
+    """What is learned, in a few words."""
+    settings: type[Section]
+    """Its `data:` section of a recipe."""
+    required: tuple[str, ...] = ("train",)
+    """Settings of that section without which nothing can be trained."""
+    metric: str
+    """The headline number."""
+    higher_is_better: bool
+    """Whether a larger headline number is a better one."""
+    home: str
+    """The module that has `open_task(data, *, model, seed)`."""
+    head: str | None = None
+    """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
+    `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
+
+
+DOMAINS: dict[str, Domain] = {
+    "generation": Domain(
+        idea="a causal language model continues prompts",
+        settings=GenerationData,
+        metric="loss",
+        higher_is_better=False,
+        home="evatune.tasks.generation.task",
+        head="causal-lm",
+    ),
+}
+"""All domains by the word that stands after `task:` in a recipe."""
+
+DEFAULT = next(iter(DOMAINS))
+"""The domain of a recipe that names none."""
+
+
+def find_domain(name: str) -> Domain:
+    """Return the row of a domain.
+
+    Raises:
+        EvaError: there is no domain of this name.
+    """
+    if not isinstance(name, str) or name not in DOMAINS:
+        raise EvaError(f"task is {name!r}, but must be one of {', '.join(DOMAINS)}{near_misses(str(name), DOMAINS)}.")
+    return DOMAINS[name]
+
+
+def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> Task:
+    """Return a task; neither weights nor rows are read yet.
+
+    Args:
+        name: a key of `DOMAINS`.
+        data: the settings of its `data:` section.
+        model: which pretrained model.
+        seed: of the order of the examples, and of which are kept.
+
+    Raises:
+        EvaError: there is no such domain, or no such model.
+    """
+    return importlib.import_module(find_domain(name).home).open_task(data, model=model, seed=seed)

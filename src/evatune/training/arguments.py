@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -20,40 +22,44 @@ def total_steps(settings: TrainSettings, *, n_examples: int) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(batches_in_epoch / settings.gradient_accumulation)))
 
 
-def training_arguments(settings: TrainSettings, *, checkpoints: Path, n_examples: int) -> TrainingArguments:
+def training_arguments(
+    settings: TrainSettings, *, checkpoints: Path, n_examples: int, further: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     """Return the Trainer's arguments.
 
     Args:
         settings: the recipe's training section.
         checkpoints: folder for checkpoints.
         n_examples: training examples.
+        further: arguments that the task needs otherwise.
     """
     steps = total_steps(settings, n_examples=n_examples)
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
-        bf16=uses_bf16(settings),
-        use_cpu=best_device().type == "cpu",
-        logging_strategy="steps",
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,  # the first gradient norm is part of the record
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=settings.keep_checkpoints,
-        eval_strategy="no",  # evatune's own evaluation counts completion tokens, see evatune.tasks.generation
-        report_to="none",  # the callbacks are added one by one, see evatune.training.run
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=best_device().type == "cuda",
-        seed=settings.seed,
-        data_seed=settings.seed,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": uses_bf16(settings),
+        "use_cpu": best_device().type == "cpu",
+        "logging_strategy": "steps",
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,  # the first gradient norm is part of the record
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": settings.keep_checkpoints,
+        "eval_strategy": "no",  # the task evaluates, see evatune.tasks
+        "report_to": "none",  # the callbacks are added one by one, see evatune.training.run
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": best_device().type == "cuda",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+    }
+    return TrainingArguments(**arguments | dict(further or {}))

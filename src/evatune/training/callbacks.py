@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evatune.files import write_text
+from evatune.tasks.scores import Scores
 
 
 class RequireEva(TrainerCallback):
@@ -101,11 +102,11 @@ class ConsoleCallback(TrainerCallback):
             left = _duration(pace * (state.max_steps - state.global_step))
             text += f"  loss {entry['loss']:.4f}  grad norm {entry.get('grad_norm', float('nan')):.3f}"
             text += f"  lr {entry['learning_rate']:.1e}  {pace:.1f} s/step  {left} left"
-        elif "eval_loss" in entry:
-            text += f"  held-out loss {entry['eval_loss']:.4f}"
-            text += f", accuracy {entry['eval_accuracy']:.1%}" if "eval_accuracy" in entry else ""
         else:
-            return
+            numbers = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            if not numbers:
+                return
+            text += "  held-out " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         tqdm.write(text, file=sys.stderr)
 
     def on_train_end(
@@ -120,20 +121,19 @@ class EvaluateCallback(TrainerCallback):
     """Evaluate held-out data every so many steps.
 
     Args:
-        evaluate: returns the numbers to log, by name.
+        evaluate: returns the scores; each metric is logged with `eval_` before its name.
         log: the Trainer's own `log`.
         every: steps between two evaluations.
     """
 
-    def __init__(
-        self, evaluate: Callable[[], dict[str, float]], *, log: Callable[[dict[str, float]], None], every: int
-    ) -> None:
+    def __init__(self, evaluate: Callable[[], Scores], *, log: Callable[[dict[str, float]], None], every: int) -> None:
         self.evaluate, self.log, self.every = evaluate, log, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate if it is time; the end of training is evaluated anyway."""
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.log(self.evaluate())
+            scores = self.evaluate()
+            self.log({f"eval_{name}": value for name, value in scores.numbers().items()})
 
 
 class LastStepCallback(TrainerCallback):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
 from evatune.files import write_text
+from evatune.tasks.scores import shown_values
 
 FILE_NAME = "run.json"
 
@@ -30,11 +31,11 @@ class RunRecord:
     log: list[dict[str, float]]
     """Of each logged step: step, loss (mean since the last entry), grad_norm, learning_rate; also evaluations."""
     before: dict[str, Any] | None
-    """Evaluation before training, None without held-out data."""
+    """Scores before training (`evatune.tasks.scores.Scores.to_json`), None without held-out data."""
     after: dict[str, Any] | None
-    """Evaluation after training."""
+    """Scores after training."""
     data: dict[str, Any]
-    """Examples, dropped rows and shortened examples."""
+    """What the task tells of its data: examples, dropped rows, ..."""
     seconds: dict[str, float]
     """Wall time of `load`, `measure`, `train` and `evaluate`; of the last session if the run was resumed."""
     resumed_from: int | None
@@ -45,8 +46,6 @@ class RunRecord:
     """Processor, cores, threads, memory, accelerators."""
     started: str
     """Date and time, UTC."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Room for what a caller adds."""
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -66,9 +65,12 @@ class RunRecord:
             rows += [("gradient norm, first step", f"{norm:.3f}")] if norm is not None else []
             rows.append(("training loss", f"{self.losses[0]['loss']:.4f} to {self.losses[-1]['loss']:.4f}"))
         if self.before and self.after:
-            rows.append(("held-out loss", f"{self.before['loss']:.4f} to {self.after['loss']:.4f}"))
-            if self.after["accuracy"] is not None:
-                rows.append(("held-out accuracy", f"{self.before['accuracy']:.1%} to {self.after['accuracy']:.1%}"))
+            before, after = shown_values(self.before), shown_values(self.after)
+            rows += [
+                (f"held-out {name}, {when}", text)
+                for name in after
+                for when, text in (("before", before[name]), ("after", after[name]))
+            ]
         rows += [(f"seconds to {name}", f"{value:.1f}") for name, value in self.seconds.items()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

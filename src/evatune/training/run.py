@@ -6,7 +6,7 @@ A run is a folder:
     spectra/           what was measured (EVA)
     plan.json          the ranks (EVA)
     initial_adapter/   the adapter before training (not converted, where the method changed the base weights)
-    before.json        the evaluation before training
+    before.json        the evaluation before training, with the outcome of every example; after.json the one after it
     checkpoints/       what resuming needs
     adapter/           the trained adapter, an ordinary PEFT folder; after full fine-tuning `model/` instead
     log.jsonl          one line a logged step
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -42,7 +42,8 @@ from evatune.hardware import describe_machine
 from evatune.models import save_model
 from evatune.recipe import Recipe, load_recipe
 from evatune.spectra import Spectra
-from evatune.tasks.generation import Collator, EncodedExamples, Evaluation, Examples, evaluate
+from evatune.tasks.scores import Scores
+from evatune.tasks.task import Task
 from evatune.training.adalora import FILE_NAME as ADALORA_SCORES
 from evatune.training.adalora import AdaLoraCallback
 from evatune.training.arguments import total_steps, training_arguments
@@ -57,24 +58,23 @@ from evatune.training.callbacks import (
 from evatune.training.record import FILE_NAME, RunRecord, library_versions
 from evatune.training.setup import (
     is_interrupted,
-    load_held_out_data,
-    load_pretrained,
-    load_training_data,
+    load_base,
     measure_recipe,
     measures,
     new_adapter,
+    open_recipe,
     quantize_as_asked,
     resumed_adapter,
     use_threads,
     uses_bf16,
 )
 
-_RECIPE, _SPECTRA, _PLAN, _BEFORE = "recipe.yaml", "spectra", "plan.json", "before.json"
+_RECIPE, _SPECTRA, _PLAN = "recipe.yaml", "spectra", "plan.json"
 _INITIAL, _CHECKPOINTS = "initial_adapter", "checkpoints"
 
 # Settings that may change when a run is resumed: they do not touch the weights.
 _FREE = {"output", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
-_FREE |= {"train.keep_checkpoints", "data.eval", "data.eval_split", "data.max_eval_examples", "measure.spectra"}
+_FREE |= {"train.keep_checkpoints", "measure.spectra"}
 
 
 def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
@@ -99,7 +99,14 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
     """
     recipe.require("model", "data", "output")
     recipe = recipe.with_absolute_paths()
-    run = _Run(recipe=recipe, folder=Path(recipe.output), say=_printer(progress), progress=progress, seconds={})
+    run = _Run(
+        recipe=recipe,
+        task=open_recipe(recipe),
+        folder=Path(recipe.output),
+        say=_printer(progress),
+        progress=progress,
+        seconds={},
+    )
     if resume and (run.folder / FILE_NAME).is_file():
         run.check_same_recipe()
         run.say(f"done      {run.folder} is finished; nothing to resume")
@@ -118,6 +125,7 @@ class _Run:
     """One run on its way."""
 
     recipe: Recipe
+    task: Task
     folder: Path
     say: Callable[[str], None]
     progress: bool
@@ -126,25 +134,26 @@ class _Run:
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
         with self._timed("load"):
-            model, tokenizer = load_pretrained(recipe)
-            train, encoded = load_training_data(recipe, tokenizer)
-            held_out = load_held_out_data(recipe, tokenizer)
+            # Data before weights: what is wrong with them is told within seconds.
+            facts = self.task.facts()
+            model = load_base(recipe, self.task)
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
-        self.say(f"data      {train.summary()}, {encoded.truncated} longer than {recipe.data.max_length} tokens")
+        self.say(f"data      {self.task.summary()}")
         if resume and ((self.folder / _INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
-            adapted = resumed_adapter(recipe, model, self.folder / _INITIAL)
+            adapted = resumed_adapter(recipe, model, self.folder / _INITIAL, task=self.task)
             checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS, holding=self._in_checkpoints())
         else:
-            adapted, checkpoint = self._new_adapter(model, encoded, tokenizer), None
-        before = self._before(adapted, held_out, tokenizer)
-        trainer, resumed_from = self._train(adapted, encoded, held_out, tokenizer, checkpoint=checkpoint)
+            adapted, checkpoint = self._new_adapter(model), None
+        before = self._before(adapted)
+        trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
         if self._is_full():
-            save_model(adapted, self.folder / "model", tokenizer=tokenizer, overwrite=True)
+            save_model(adapted, self.folder / "model", overwrite=True)
+            self.task.save_processor(self.folder / "model")
         else:
             save_adapter(adapted, self.folder / "adapter", overwrite=True)
-        after = self._evaluated("after", adapted, held_out, tokenizer)
+        after = self._evaluated("after", adapted)
         record = RunRecord(
             recipe=recipe.to_dict(),
             steps=trainer.state.global_step,
@@ -152,13 +161,8 @@ class _Run:
             parameters=_count(adapted, self._plan()) | {"base": n_base},
             log=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
             before=before,
-            after=after.to_json() if after else None,
-            data={
-                "train": len(train),
-                "train_dropped": train.dropped,
-                "train_shortened": encoded.truncated,
-                "held_out": len(held_out) if held_out else 0,
-            },
+            after=after,
+            data=facts,
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             resumed_from=resumed_from,
             versions=library_versions(),
@@ -181,18 +185,17 @@ class _Run:
         if changed:
             raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
 
-    def _new_adapter(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def _new_adapter(self, model: Any) -> Any:
         """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
-        quantize_as_asked(self.recipe, model)
-        spectra = self._spectra(model, encoded, tokenizer) if measures(self.recipe) else None
+        quantize_as_asked(self.recipe, model, self.task.needs(model))
+        spectra = self._spectra(model) if measures(self.recipe) else None
         with self._timed("prepare"):
             adapted, plan = new_adapter(
                 self.recipe,
                 model,
                 spectra,
-                encoded=encoded,
-                tokenizer=tokenizer,
-                total_steps=total_steps(self.recipe.train, n_examples=len(encoded)),
+                task=self.task,
+                total_steps=total_steps(self.recipe.train, n_examples=len(self.task.train)),
             )
         self._start_folder(spectra)
         if plan is not None:
@@ -206,14 +209,14 @@ class _Run:
             save_adapter(adapted, self.folder / _INITIAL, convert=False)
         return adapted
 
-    def _spectra(self, model: PreTrainedModel, encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase) -> Spectra:
+    def _spectra(self, model: Any) -> Spectra:
         if self.recipe.measure.spectra:
             self.say(f"spectra   {self.recipe.measure.spectra}")
             return Spectra.load(self.recipe.measure.spectra)
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):
-            spectra = measure_recipe(self.recipe, model, encoded, tokenizer, progress=self.progress)
+            spectra = measure_recipe(self.recipe, model, task=self.task, progress=self.progress)
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):
@@ -229,16 +232,9 @@ class _Run:
         if spectra is not None:
             spectra.save(self.folder / _SPECTRA)
 
-    def _train(
-        self,
-        model: Any,
-        encoded: EncodedExamples,
-        held_out: Examples | None,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        checkpoint: str | None,
-    ) -> tuple[Trainer, int | None]:
-        settings = self.recipe.train
+    def _train(self, model: Any, *, checkpoint: str | None) -> tuple[Trainer, int | None]:
+        settings, task = self.recipe.train, self.task
+        n_examples = len(task.train)
         if settings.gradient_checkpointing:
             with quiet_peft():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -260,24 +256,25 @@ class _Run:
             callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
         trainer = Trainer(
             model=model,
-            args=training_arguments(settings, checkpoints=self.folder / _CHECKPOINTS, n_examples=len(encoded)),
-            train_dataset=encoded,
-            data_collator=Collator(tokenizer),
+            args=training_arguments(
+                settings,
+                checkpoints=self.folder / _CHECKPOINTS,
+                n_examples=n_examples,
+                further=task.needs(model).arguments,
+            ),
+            train_dataset=task.train,
+            data_collator=task.collate,
             callbacks=callbacks,
             optimizers=(self._optimizer(model), None),
         )
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
-        if settings.eval_steps and held_out:
+        if settings.eval_steps and len(task.held_out):
             trainer.add_callback(
-                EvaluateCallback(
-                    lambda: _numbers(self._evaluate(model, held_out, tokenizer)),
-                    log=trainer.log,
-                    every=settings.eval_steps,
-                )
+                EvaluateCallback(lambda: self._evaluate(model), log=trainer.log, every=settings.eval_steps)
             )
         step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
-        steps = total_steps(settings, n_examples=len(encoded))
+        steps = total_steps(settings, n_examples=n_examples)
         self.say(
             f"train     {steps} steps of {settings.batch_size * settings.gradient_accumulation} examples"
             + (f", from step {step}" if step else "")
@@ -302,36 +299,27 @@ class _Run:
             weight_decay=settings.weight_decay,
         )
 
-    def _evaluated(
-        self, when: str, model: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
-    ) -> Evaluation | None:
-        if held_out is None:
+    def _evaluated(self, when: str, model: Any) -> dict[str, Any] | None:
+        """Evaluate and keep the outcomes of all examples in a file; return what the record holds."""
+        if not len(self.task.held_out):
             return None
         with self._timed("evaluate"):
-            result = self._evaluate(model, held_out, tokenizer)
-        accuracy = f", accuracy {result.accuracy:.1%} of {result.questions}" if result.accuracy is not None else ""
-        self.say(f"{when:<10}held-out loss {result.loss:.4f}{accuracy}")
-        return result
+            scores = self._evaluate(model)
+        content = scores.to_json()
+        write_text(self.folder / f"{when}.json", json.dumps(content | {"outcomes": scores.outcomes}) + "\n")
+        self.say(f"{when:<10}{scores.text()}")
+        return content
 
-    def _evaluate(self, model: Any, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        return evaluate(
-            model,
-            held_out,
-            tokenizer,
-            max_length=self.recipe.data.max_length,
-            bf16=uses_bf16(self.recipe.train),
-            progress=self.progress,
-        )
+    def _evaluate(self, model: Any) -> Scores:
+        return self.task.evaluate(model, bf16=uses_bf16(self.recipe.train), progress=self.progress)
 
-    def _before(
-        self, adapted: Any, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Any] | None:
+    def _before(self, adapted: Any) -> dict[str, Any] | None:
         """Evaluate before training; all methods but LoRA-One start as the base model. A resumed run remembers it."""
-        path = self.folder / _BEFORE
+        path = self.folder / "before.json"
         if not path.is_file():
-            result = self._evaluated("before", adapted, held_out, tokenizer)
-            write_text(path, json.dumps(result.to_json() if result else None) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+            return self._evaluated("before", adapted)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in content.items() if name != "outcomes"}
 
     def _is_full(self) -> bool:
         return not self.recipe.adapter.choice.method.peft_config
@@ -386,8 +374,3 @@ def _count(model: Any, plan: RankPlan | None) -> dict[str, int]:
         "without_adapter": list(plan.ranks.values()).count(0) if plan else 0,
         "components": sum(parameter.shape[0] for parameter in downs),
     }
-
-
-def _numbers(result: Evaluation) -> dict[str, float]:
-    numbers = {"eval_loss": result.loss}
-    return numbers if result.accuracy is None else numbers | {"eval_accuracy": result.accuracy}

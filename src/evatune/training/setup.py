@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from evatune.activations import measure
 from evatune.activations.gradients import batch_loss
@@ -17,11 +19,11 @@ from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
 from evatune.hardware import best_device
-from evatune.models import load_model, load_tokenizer
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
 from evatune.spectra import Spectra
-from evatune.tasks.generation import EncodedExamples, Examples, batches, encode_examples, load_examples
+from evatune.tasks import open_task
+from evatune.tasks.task import Needs, Task, batches
 
 
 def uses_bf16(settings: TrainSettings) -> bool:
@@ -35,45 +37,22 @@ def use_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.train.threads)
 
 
-def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model, on this machine's best device, and its tokenizer."""
-    settings = recipe.model
-    where: dict[str, Any] = {
-        "gguf_file": settings.gguf_file,
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    tokenizer = load_tokenizer(settings.name, **where)
-    model: Any = load_model(settings.name, dtype=settings.dtype, **where)
-    return model.to(best_device()), tokenizer
+def open_recipe(recipe: Recipe) -> Task:
+    """Return the recipe's task."""
+    return open_task(recipe.task, recipe.data, model=recipe.model, seed=recipe.train.seed)
 
 
-def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, EncodedExamples]:
-    """Return the training examples in their seeded order, and the same as tokens."""
-    data = recipe.data
-    examples = load_examples(
-        data.train, limit=data.max_train_examples, split=data.train_split, **_data_options(recipe, tokenizer)
-    )
-    encoded = encode_examples(examples, tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt)
-    return examples, encoded
-
-
-def load_held_out_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
-    """Return the held-out examples, or None if the recipe names none."""
-    data = recipe.data
-    if not data.eval:
-        return None
-    return load_examples(
-        data.eval, limit=data.max_eval_examples, split=data.eval_split, **_data_options(recipe, tokenizer)
-    )
+def load_base(recipe: Recipe, task: Task) -> Any:
+    """Return the task's model on this machine's best device; the seed is set first, since heads may be new."""
+    set_seed(recipe.train.seed)
+    return task.load_model().to(best_device())
 
 
 def measure_recipe(
     recipe: Recipe,
     model: torch.nn.Module,
-    encoded: EncodedExamples,
-    tokenizer: PreTrainedTokenizerBase,
     *,
+    task: Task,
     progress: bool = True,
 ) -> Spectra:
     """Measure a model on training data as a recipe says.
@@ -81,16 +60,15 @@ def measure_recipe(
     Args:
         recipe: its sections `measure` and `adapter` are used, and the seed and precision of `train`.
         model: the base model.
-        encoded: the training data.
-        tokenizer: pads the batches.
+        task: has the training data.
         progress: show a bar, if standard error is a terminal.
     """
     settings, adapter = recipe.measure, recipe.adapter
     return measure(
         model,
-        batches(encoded, tokenizer, batch_size=settings.batch_size, seed=recipe.train.seed),
+        batches(task, batch_size=settings.batch_size, seed=recipe.train.seed),
         target_modules=adapter.target_modules,
-        exclude_modules=adapter.exclude_modules,
+        exclude_modules=without_adapter(recipe, task.needs(model)),
         rank=adapter.rank,
         rho=adapter.rho,
         metric=adapter.choice.method.options.get("metric", adapter.metric),
@@ -108,11 +86,24 @@ def measure_recipe(
     )
 
 
-def quantize_as_asked(recipe: Recipe, model: torch.nn.Module) -> None:
+def without_adapter(recipe: Recipe, needs: Needs) -> str | Sequence[str] | None:
+    """Return which modules stay without adapter: those that the recipe excludes, and the task's new heads."""
+    excluded, names = recipe.adapter.exclude_modules, (*needs.heads, *needs.without_adapter)
+    if not names:
+        return excluded
+    parts = [rf"(.*\.)?{re.escape(name)}(\..*)?" for name in names]
+    if isinstance(excluded, str):
+        parts.append(f"({excluded})")
+    else:
+        parts += [rf"(.*\.)?{re.escape(name)}" for name in excluded or ()]
+    return "|".join(parts)
+
+
+def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> None:
     """Hold the targets in 4 bits if the recipe says `qlora`: what is measured then is the model that will run."""
     if "qlora" in recipe.adapter.choice.options:
         quantize_targets(
-            model, target_modules=recipe.adapter.target_modules, exclude_modules=recipe.adapter.exclude_modules
+            model, target_modules=recipe.adapter.target_modules, exclude_modules=without_adapter(recipe, needs)
         )
 
 
@@ -135,8 +126,7 @@ def new_adapter(
     model: Any,
     spectra: Spectra | None,
     *,
-    encoded: EncodedExamples | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: Task,
     total_steps: int | None = None,
 ) -> tuple[Any, RankPlan | None]:
     """Make a model ready for training by the recipe's method.
@@ -145,8 +135,7 @@ def new_adapter(
         recipe: its section `adapter` is used, and the seed.
         model: the base model; it is changed in place, as PEFT does.
         spectra: measured on the same targets, for the methods that start from them.
-        encoded: the training data, for the methods that look at data otherwise.
-        tokenizer: pads the batches.
+        task: has the training data, for the methods that look at data otherwise, and says what needs no adapter.
         total_steps: optimizer steps to come.
 
     Returns:
@@ -154,8 +143,9 @@ def new_adapter(
     """
     settings, method = recipe.adapter, recipe.adapter.choice.method
     options: dict[str, Any] = {}
-    if method.needs_batches and encoded is not None and tokenizer is not None:
-        options["batches"] = batches(encoded, tokenizer, batch_size=recipe.measure.batch_size, seed=recipe.train.seed)
+    needs = task.needs(model)
+    if method.needs_batches and (spectra is None or method.needs_gradients):
+        options["batches"] = batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed)
         if not method.needs_spectra:
             options["max_batches"] = recipe.measure.max_batches
         elif spectra is None:
@@ -167,7 +157,7 @@ def new_adapter(
         rank=settings.rank,
         spectra=spectra,
         target_modules=settings.target_modules,
-        exclude_modules=settings.exclude_modules,
+        exclude_modules=without_adapter(recipe, needs),
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         rho=settings.rho,
@@ -177,7 +167,8 @@ def new_adapter(
         total_steps=total_steps,
         gradient_batches=recipe.measure.gradient_batches,
         loss=_autocast_loss if uses_bf16(recipe.train) else None,
-        task_type="CAUSAL_LM",
+        modules_to_save=needs.heads or None,
+        task_type=needs.task_type,
         keep_base=False,
         seed=recipe.train.seed,
         **options,
@@ -185,11 +176,11 @@ def new_adapter(
     return adapted, initialized_plan(adapted) if method.needs_spectra else None
 
 
-def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path) -> Any:
+def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: Task) -> Any:
     """Return the model as `new_adapter` made it, from the adapter that was saved then, for a checkpoint to fill."""
     if not recipe.adapter.choice.method.peft_config:
         return model.requires_grad_(True)
-    quantize_as_asked(recipe, model)
+    quantize_as_asked(recipe, model, task.needs(model))
     adapted = load_adapter(model, directory, is_trainable=True)
     if not recipe.adapter.train_a:
         freeze_a(adapted)
@@ -199,12 +190,3 @@ def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path) -> Any:
 def _autocast_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     with torch.autocast(best_device().type, torch.bfloat16):
         return batch_loss(model, batch)
-
-
-def _data_options(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {
-        "format": recipe.data.format,
-        "seed": recipe.train.seed,
-        "tokenizer": tokenizer,
-        "hub_config": recipe.data.hub_config,
-    }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
-from evatune.tasks.generation import Collator, Example, batches, encode_examples
+from evatune.tasks.generation.encoding import Collator, encode_examples
+from evatune.tasks.generation.formats import Example
+from evatune.tasks.task import batches
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +93,17 @@ def test_padding(tokenizer):
 
 def test_batches_are_the_same_in_every_pass_and_differ_with_the_seed(tokenizer):
     encoded = encode_examples([example("a", str(number)) for number in range(10)], tokenizer)
+    task = SimpleNamespace(train=encoded, collate=Collator(tokenizer))
 
     def passed(seed: int | None) -> list[list[int]]:
-        return [
-            row for batch in batches(encoded, tokenizer, batch_size=4, seed=seed) for row in batch["labels"].tolist()
-        ]
+        return [row for batch in batches(task, batch_size=4, seed=seed) for row in batch["labels"].tolist()]
 
     first = passed(0)
     assert len(first) == 10
     assert first == passed(0)
     assert first != passed(1)
     assert passed(None) == passed(None)
-    assert len(list(batches(encoded, tokenizer, batch_size=4))) == 3
+    assert len(list(batches(task, batch_size=4))) == 3
 
 
 def test_a_slow_tokenizer_is_refused(tokenizer):

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from evatune.models import load_model, load_tokenizer
-from evatune.tasks.generation import Example, encode_examples, evaluate, load_examples
 from evatune.tasks.generation import evaluation as evaluation_module
+from evatune.tasks.generation.encoding import encode_examples
+from evatune.tasks.generation.evaluation import evaluate
+from evatune.tasks.generation.examples import load_examples
+from evatune.tasks.generation.formats import Example
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,9 @@ def test_loss_and_accuracy(model, tokenizer, questions, batch_tokens):
     result = evaluate(model, questions, tokenizer, batch_tokens=batch_tokens, progress=False)
     assert model.training  # the mode is restored
     model.eval()
-    assert result.loss == pytest.approx(plain_loss(model, questions, tokenizer), rel=1e-5)
-    assert result.accuracy == plain_accuracy(model, questions, tokenizer)
-    assert (result.examples, result.questions) == (16, 16)
+    assert result["loss"] == pytest.approx(plain_loss(model, questions, tokenizer), rel=1e-5)
+    assert result["accuracy"] == plain_accuracy(model, questions, tokenizer)
+    assert (result.counts["examples"], result.counts["questions"]) == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +80,11 @@ def test_choices_of_several_tokens(model, tokenizer, choices):
         for answer in range(len(choices))
     ]
     result = evaluate(model, examples, tokenizer, progress=False)
-    assert result.accuracy == plain_accuracy(model, examples, tokenizer)
-    assert result.loss == pytest.approx(plain_loss(model, examples, tokenizer), rel=1e-5)
+    assert result["accuracy"] == plain_accuracy(model, examples, tokenizer)
+    assert result["loss"] == pytest.approx(plain_loss(model, examples, tokenizer), rel=1e-5)
     # Which choice wins, question by question, not only how many were right.
     for example in examples[:: len(choices)]:
-        assert evaluate(model, [example], tokenizer, progress=False).accuracy == plain_accuracy(
+        assert evaluate(model, [example], tokenizer, progress=False)["accuracy"] == plain_accuracy(
             model, [example], tokenizer
         )
 
@@ -90,22 +93,22 @@ def test_models_that_always_compute_all_logits(model, tokenizer, questions, monk
     expected = evaluate(model, questions, tokenizer, progress=False)
     monkeypatch.setattr(evaluation_module, "takes_logits_to_keep", lambda model: False)
     result = evaluate(model, questions, tokenizer, progress=False)
-    assert (result.loss, result.accuracy) == (pytest.approx(expected.loss), expected.accuracy)
+    assert (result["loss"], result["accuracy"]) == (pytest.approx(expected["loss"]), expected["accuracy"])
 
 
 def test_text_has_a_loss_and_no_accuracy(model, tokenizer):
     texts = [Example(pieces=(("red green blue", True),)), Example(pieces=(("one", True),))]
     result = evaluate(model, texts, tokenizer, progress=False)
-    assert result.accuracy is None
-    assert result.loss == pytest.approx(plain_loss(model, texts, tokenizer), rel=1e-5)
-    assert torch.isfinite(torch.tensor(result.loss))
+    assert set(result.metrics) == {"loss", "exact"}
+    assert result["loss"] == pytest.approx(plain_loss(model, texts, tokenizer), rel=1e-5)
+    assert torch.isfinite(torch.tensor(result["loss"]))
 
 
 def test_bf16_is_close(model, tokenizer, questions):
     exact = evaluate(model, questions, tokenizer, progress=False)
     rough = evaluate(model, questions, tokenizer, bf16=True, progress=False)
-    assert rough.loss == pytest.approx(exact.loss, rel=0.05)
-    assert rough.loss != exact.loss
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert rough["loss"] != exact["loss"]
 
 
 class Foresight(torch.nn.Module):
@@ -126,7 +129,7 @@ def test_a_completion_is_exact_if_each_of_its_tokens_is_the_most_probable(tokeni
     examples = [Example(pieces=((f"{word}: ", False), (word, True))) for word in ("red", "two green", "blue")]
     rows = encode_examples(examples, tokenizer).rows
     never = next(token for token in rows[2]["labels"] if token not in (-100, *rows[0]["labels"], *rows[1]["labels"]))
-    assert evaluate(Foresight(never), examples, tokenizer, progress=False).exact == pytest.approx(2 / 3)
-    assert evaluate(Foresight(tokenizer.eos_token_id), examples, tokenizer, progress=False).exact == 0
+    assert evaluate(Foresight(never), examples, tokenizer, progress=False)["exact"] == pytest.approx(2 / 3)
+    assert evaluate(Foresight(tokenizer.eos_token_id), examples, tokenizer, progress=False)["exact"] == 0
     prompt_token = next(token for token in rows[0]["input_ids"] if token not in rows[0]["labels"])
-    assert evaluate(Foresight(prompt_token), examples[:1], tokenizer, progress=False).exact == 1
+    assert evaluate(Foresight(prompt_token), examples[:1], tokenizer, progress=False)["exact"] == 1

@@ -11,7 +11,8 @@ import pytest
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
-from evatune.tasks.generation import Example, load_examples
+from evatune.tasks.generation.examples import load_examples
+from evatune.tasks.generation.formats import Example
 
 QUESTION = {
     "instruction": "Which one is a colour?\n\nAnswer1: red Answer2: two\n\nAnswer format: answer1/answer2",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from evatune.tasks.generation import FORMATS
+from evatune.tasks.generation.formats import FORMATS
 
 
 def test_a_completion_among_choices_is_a_question():

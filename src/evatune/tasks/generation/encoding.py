@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from evatune.errors import EvaError
 from evatune.tasks.generation.formats import Example
@@ -125,20 +125,3 @@ class Collator:
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
             "labels": padded([row["labels"] for row in rows], IGNORED),
         }
-
-
-def batches(
-    encoded: EncodedExamples, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int | None = None
-) -> DataLoader[Any]:
-    """Return a loader of padded batches.
-
-    Args:
-        encoded: the examples.
-        tokenizer: names the padding token.
-        batch_size: examples in a batch; the last may be smaller.
-        seed: shuffles the examples, the same way in every pass; None keeps their order.
-    """
-    order = list(range(len(encoded)))
-    if seed is not None:
-        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed)).tolist()
-    return DataLoader(encoded, batch_size=batch_size, sampler=order, collate_fn=Collator(tokenizer))

@@ -10,7 +10,6 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -20,33 +19,20 @@ from tqdm import tqdm
 
 from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
 from evatune.tasks.generation.formats import Example
+from evatune.tasks.scores import Metric, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What a model does on held-out examples."""
-
-    loss: float
-    """Mean negative log-likelihood of a completion token, in nats."""
-    tokens: int
-    """Completion tokens."""
-    examples: int
-    """Examples."""
-    exact: float
-    """Share of the completions that greedy decoding gives token for token, end token included."""
-    accuracy: float | None
-    """Share of the multiple-choice questions answered right; None without such questions."""
-    questions: int
-    """Multiple-choice questions."""
-    seconds: float
-    """Time that it took."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
+_METRICS = {
+    "loss": Metric(columns=("nll", "tokens"), statistic="ratio"),
+    "exact": Metric(columns=("exact",), form=".1%"),
+    "accuracy": Metric(columns=("right",), form=".1%"),
+}
+"""`loss`: mean negative log-likelihood of a completion token, in nats. `exact`: share of the completions that greedy
+decoding gives token for token, end token included. `accuracy`: share of the multiple-choice questions answered right;
+only where there are such questions."""
 
 
 def evaluate(
@@ -58,7 +44,8 @@ def evaluate(
     batch_tokens: int = 2048,
     bf16: bool = False,
     progress: bool = True,
-) -> Evaluation:
+    dropped: int = 0,
+) -> Scores:
     """Measure the loss of completions and the accuracy of choices.
 
     The choices of a question mostly begin alike (`the correct answer is answer`...); where they part in one token, one
@@ -72,39 +59,40 @@ def evaluate(
         batch_tokens: padded tokens in a batch.
         bf16: compute in bfloat16 autocast.
         progress: show a progress bar on a terminal.
+        dropped: rows that were left out before, for the counts.
+
+    Returns:
+        `loss`, `exact`, and `accuracy` if there are multiple-choice questions.
     """
     started = time.perf_counter()
     rows = _rows(examples, tokenizer, max_length=max_length)
-    total, tokens, exact, right, questions = 0.0, 0, 0, 0, 0
-    scores: dict[int, dict[int, float]] = {}
+    nll, tokens, exact = ([0.0] * len(examples) for _ in range(3))
+    picks: dict[int, int] = {}
+    likelihoods: dict[int, dict[int, float]] = {}
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(rows), desc="evaluate", unit="row", leave=False, disable=None if progress else True) as bar:
             for batch in _bucketed(rows, batch_tokens):
                 for row, log_likelihood, is_exact, picked in _score(model, batch, Collator(tokenizer), bf16=bf16):
+                    index = row["example"]
                     if row["choice"] is not None:
-                        scores.setdefault(row["example"], {})[row["choice"]] = log_likelihood
+                        likelihoods.setdefault(index, {})[row["choice"]] = log_likelihood
                         continue
-                    total -= log_likelihood
-                    tokens += _learned(row["labels"])
-                    exact += is_exact
+                    nll[index], tokens[index], exact[index] = -log_likelihood, _learned(row["labels"]), is_exact
                     if picked is not None:
-                        questions += 1
-                        right += picked == examples[row["example"]].answer
+                        picks[index] = picked
                 bar.update(len(batch))
     finally:
         model.train(was_training)
-    for example, by_choice in scores.items():
-        questions += 1
-        right += max(by_choice, key=lambda choice: by_choice[choice]) == examples[example].answer
-    return Evaluation(
-        loss=total / max(tokens, 1),
-        tokens=tokens,
-        examples=len(examples),
-        exact=exact / max(len(examples), 1),
-        accuracy=right / questions if questions else None,
-        questions=questions,
+    for index, by_choice in likelihoods.items():
+        picks[index] = max(by_choice, key=lambda choice: by_choice[choice])
+    right = [float(picks[index] == examples[index].answer) for index in sorted(picks)]
+    return Scores(
+        headline="loss",
+        metrics={name: metric for name, metric in _METRICS.items() if right or name != "accuracy"},
+        outcomes={"nll": nll, "tokens": tokens, "exact": [float(is_exact) for is_exact in exact], "right": right},
+        counts={"examples": len(examples), "tokens": int(sum(tokens)), "questions": len(right), "dropped": dropped},
         seconds=time.perf_counter() - started,
     )
 

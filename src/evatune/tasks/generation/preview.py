@@ -1,0 +1,51 @@
+"""Examples as text again, from the very tokens that the model will see, with what is learned marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from evatune.tasks.generation.encoding import IGNORED
+from evatune.tasks.task import Preview
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEARNED = ("⟦", "⟧")
+"""What stands around the learned parts."""
+
+
+def preview(rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase) -> Preview:
+    """Return encoded examples as text.
+
+    Args:
+        rows: `input_ids` and `labels` of each example.
+        tokenizer: the one that made them.
+    """
+    content = [_example(row, tokenizer) for row in rows]
+    return Preview(
+        text="\n\n".join(_shown(number, example) for number, example in enumerate(content, 1)), content=content
+    )
+
+
+def _example(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    learned = [label != IGNORED for label in row["labels"]]
+    pieces, done, end = [], "", 0
+    for is_learned, group in groupby(learned):
+        end += len(list(group))
+        # Decoded from the beginning: some tokenizers drop the blank before the first token of what they decode.
+        text = str(tokenizer.decode(list(row["input_ids"][:end]), clean_up_tokenization_spaces=False))
+        pieces.append({"text": text[len(done) :], "learned": is_learned})
+        done = text
+    return {"pieces": pieces, "tokens": len(learned), "learned_tokens": sum(learned)}
+
+
+def _shown(number: int, example: Mapping[str, Any]) -> str:
+    left, right = LEARNED
+    text = "".join(
+        f"{left}{piece['text']}{right}" if piece["learned"] else piece["text"] for piece in example["pieces"]
+    )
+    return (
+        f"── example {number}: {example['tokens']} tokens, {example['learned_tokens']} learned {left} {right}\n{text}"
+    )

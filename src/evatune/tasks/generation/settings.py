@@ -1,0 +1,21 @@
+"""The `data:` section of recipes whose task is generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from evatune.settings import number
+from evatune.tasks.settings import DataSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationData(DataSettings):
+    """The training data and the held-out data: prompts and completions, conversations, or plain text."""
+
+    format: Literal["auto", "commonsense", "gsm8k", "metamath", "completion", "messages", "text"] = "auto"
+    """How a row becomes a prompt and a completion; `auto` goes by the names of its fields."""
+    max_length: int = number(512, low=8)
+    """Longest sequence in tokens; longer prompts lose their beginning, longer completions their end."""
+    train_on_prompt: bool = False
+    """Also learn the tokens of the prompt."""

@@ -1,0 +1,141 @@
+"""The task of generation: a causal language model learns completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from evatune.models import load_model, load_tokenizer
+from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
+from evatune.tasks.generation.evaluation import evaluate
+from evatune.tasks.generation.examples import Examples, load_examples
+from evatune.tasks.generation.formats import Example
+from evatune.tasks.generation.preview import preview
+from evatune.tasks.generation.settings import GenerationData
+from evatune.tasks.scores import Scores
+from evatune.tasks.settings import ModelSettings
+from evatune.tasks.task import Needs, Preview
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_task(data: GenerationData, *, model: ModelSettings, seed: int) -> Generation:
+    """Return the task; see `evatune.tasks.open_task`."""
+    return Generation(data=data, source=model, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Prompts and completions for a causal language model; see `evatune.tasks.task.Task`."""
+
+    data: GenerationData
+    source: ModelSettings
+    seed: int
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model."""
+        source = self.source
+        return load_tokenizer(
+            source.name,
+            gguf_file=source.gguf_file,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The training examples as text."""
+        return self._load(self.data.train, limit=self.data.max_train_examples, split=self.data.train_split)
+
+    @cached_property
+    def train(self) -> EncodedExamples:
+        """The training examples as tokens."""
+        return self._encoded(self.examples)
+
+    @cached_property
+    def held_out(self) -> Examples:
+        """The held-out examples as text."""
+        if not self.data.eval:
+            return Examples(items=(), sources=(), dropped=0)
+        return self._load(self.data.eval, limit=self.data.max_eval_examples, split=self.data.eval_split)
+
+    def load_model(self) -> Any:
+        """Return the causal language model."""
+        source = self.source
+        return load_model(
+            source.name,
+            gguf_file=source.gguf_file,
+            dtype=source.dtype,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+
+    def needs(self, model: Any) -> Needs:
+        """Return what the model needs: no new head, it keeps the one that it was trained with."""
+        return Needs(task_type="CAUSAL_LM")
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return rows of tokens as a padded batch."""
+        return self._collator(rows)
+
+    def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
+        """Score a model on held-out completions."""
+        return evaluate(
+            model,
+            self.held_out[:limit],
+            self.tokenizer,
+            max_length=self.data.max_length,
+            bf16=bf16,
+            progress=progress,
+            dropped=self.held_out.dropped,
+        )
+
+    def preview(self, n: int) -> Preview:
+        """Return the first examples, decoded from their tokens; what is learned stands between ⟦ and ⟧."""
+        examples = (self.examples if self.data.train else self.held_out)[:n]
+        return preview(self._encoded(examples).rows, self.tokenizer)
+
+    def summary(self) -> str:
+        """Return how many examples, from where, how many rows were dropped or cut."""
+        return f"{self.examples.summary()}, {self.train.truncated} longer than {self.data.max_length} tokens"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts for the record."""
+        return {
+            "train": len(self.train),
+            "train_dropped": self.examples.dropped,
+            "train_shortened": self.train.truncated,
+            "held_out": len(self.held_out),
+        }
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
+
+    @cached_property
+    def _collator(self) -> Collator:
+        return Collator(self.tokenizer)
+
+    def _encoded(self, examples: Sequence[Example]) -> EncodedExamples:
+        data = self.data
+        return encode_examples(
+            examples, self.tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt
+        )
+
+    def _load(self, sources: Sequence[str], *, limit: int | None, split: str) -> Examples:
+        return load_examples(
+            sources,
+            limit=limit,
+            split=split,
+            format=self.data.format,
+            seed=self.seed,
+            tokenizer=self.tokenizer,
+            hub_config=self.data.hub_config,
+        )

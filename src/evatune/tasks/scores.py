@@ -1,0 +1,159 @@
+"""What a model scored: named metrics, each computed from outcomes of single examples, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evatune.errors import EvaError, near_misses
+
+N_RESAMPLES = 2000
+"""Resamples of a bootstrap; the ends of a 95% interval then move by some 3% of its width from seed to seed."""
+
+
+def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean(values, axis=axis)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.sum(above, axis=axis) / np.maximum(np.sum(below, axis=axis), 1e-300)
+
+
+STATISTICS: dict[str, Callable[..., np.ndarray]] = {"mean": _mean, "ratio": _ratio}
+"""Functions of columns of outcomes, along their last axis: the mean of one, the ratio of the sums of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How one number is computed from the outcomes of single examples."""
+
+    columns: tuple[str, ...]
+    """Names of the outcomes."""
+    statistic: str = "mean"
+    """A key of `STATISTICS`."""
+    form: str = ".4f"
+    """How the number is shown, for example `.1%`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model scored on held-out examples.
+
+    Example:
+        >>> right = Metric(columns=("right",), form=".1%")
+        >>> scores = Scores(
+        ...     headline="accuracy",
+        ...     metrics={"accuracy": right},
+        ...     outcomes={"right": [1, 1, 0, 1]},
+        ...     counts={"examples": 4},
+        ...     seconds=0.1,
+        ... )
+        >>> scores["accuracy"]
+        0.75
+    """
+
+    headline: str
+    """The metric that is reported first."""
+    metrics: Mapping[str, Metric]
+    """All metrics by name; one that these examples do not have (accuracy without questions) is left out."""
+    outcomes: Mapping[str, Sequence[float]]
+    """One number an example, by name; intervals and paired tests are computed from them."""
+    counts: Mapping[str, int]
+    """Examples, tokens, what was dropped, what could not be parsed, ..."""
+    seconds: float
+    """Time that it took."""
+
+    def __post_init__(self) -> None:
+        for name, metric in self.metrics.items():
+            lengths = {len(self.outcomes[column]) for column in metric.columns}
+            assert len(lengths) == 1 and 0 not in lengths, f"metric {name!r} needs outcomes of equal length"
+
+    def __getitem__(self, name: str) -> float:
+        """Return a metric's value.
+
+        Raises:
+            EvaError: there is no metric of this name.
+        """
+        return float(STATISTICS[self._metric(name).statistic](*self._columns(name)))
+
+    def interval(self, name: str, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+        """Return a bootstrap interval of a metric over examples (percentile method).
+
+        Args:
+            name: the metric.
+            confidence: share of the resamples inside the interval.
+            seed: of the resampling.
+
+        Returns:
+            Its lower and upper end; None for less than two examples.
+
+        Raises:
+            EvaError: there is no metric of this name.
+
+        Cost: `N_RESAMPLES` times the number of examples.
+        """
+        from scipy.stats import bootstrap
+
+        columns = self._columns(name)
+        if len(columns[0]) < 2:
+            return None
+        result = bootstrap(
+            columns,
+            STATISTICS[self._metric(name).statistic],
+            n_resamples=N_RESAMPLES,
+            batch=max(1, 1_000_000 // len(columns[0])),  # some 8 MB at a time
+            vectorized=True,
+            paired=True,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+    def numbers(self) -> dict[str, float]:
+        """Return every metric's value by name, the headline first."""
+        names = [self.headline, *(name for name in self.metrics if name != self.headline)]
+        return {name: self[name] for name in names if name in self.metrics}
+
+    def text(self) -> str:
+        """Return the metrics on one line, with their intervals."""
+        return shown(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return values, intervals, counts and seconds as plain values, without the outcomes."""
+        intervals = {name: self.interval(name) for name in self.metrics}
+        return {
+            "headline": self.headline,
+            "metrics": self.numbers(),
+            "forms": {name: metric.form for name, metric in self.metrics.items()},
+            "intervals": {name: list(ends) for name, ends in intervals.items() if ends},
+            "counts": dict(self.counts),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _columns(self, name: str) -> list[np.ndarray]:
+        return [np.asarray(self.outcomes[column], dtype=np.float64) for column in self._metric(name).columns]
+
+    def _metric(self, name: str) -> Metric:
+        if name not in self.metrics:
+            known = ", ".join(self.metrics)
+            raise EvaError(f"there is no metric {name!r} here{near_misses(name, self.metrics)}; there are {known}.")
+        return self.metrics[name]
+
+
+def shown(scores: Mapping[str, Any]) -> str:
+    """Return what `Scores.to_json` returned as one line."""
+    return ", ".join(f"{name} {value}" for name, value in shown_values(scores).items())
+
+
+def shown_values(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics in what `Scores.to_json` returned as text, with their intervals."""
+    texts = {}
+    for name, value in scores["metrics"].items():
+        form, ends = scores["forms"][name], scores["intervals"].get(name)
+        between = f" ({format(ends[0], form)} to {format(ends[1], form)})" if ends else ""
+        texts[name] = format(value, form) + between
+    return texts

@@ -1,0 +1,54 @@
+"""The settings that every task is opened with: which model, and where its rows are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from evatune.settings import Section, number
+
+
+def path_setting(default: Any) -> Any:
+    """Return a dataclass field for files or folders: in a recipe they are relative to the recipe's own folder."""
+    return dataclasses.field(default=default, metadata={"path": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """The pretrained model."""
+
+    section: ClassVar[str] = "model"
+
+    name: str = path_setting("")
+    """Hub id, local folder, `.gguf` file, or `package:NAME` for the model inside an installed Python package."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside the folder or hub repository that `name` points to."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the frozen base weights are held in."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """Training data and held-out data that are rows of files; a domain adds what else it needs."""
+
+    section: ClassVar[str] = "data"
+
+    train: tuple[str, ...] = path_setting(())
+    """Training files (.jsonl, .json, .csv, .tsv, .parquet; several are mixed) or one hub data set id."""
+    eval: tuple[str, ...] = path_setting(())
+    """Held-out files or hub data set id, evaluated before and after training."""
+    hub_config: str | None = None
+    """Name of the configuration of a hub data set, for example `main`."""
+    train_split: str = "train"
+    """Split of a hub data set that `train` means."""
+    eval_split: str = "test"
+    """Split of a hub data set that `eval` means."""
+    max_train_examples: int | None = number(None, low=1)
+    """Keep this many training examples, drawn with the seed."""
+    max_eval_examples: int | None = number(200, low=1)
+    """Keep this many held-out examples, drawn with the seed."""

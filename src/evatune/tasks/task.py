@@ -1,0 +1,96 @@
+"""What training, evaluation and the command line know of a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from evatune.tasks.scores import Scores
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a task needs of the adapter and of the training."""
+
+    task_type: str | None = None
+    """PEFT's task type, which a saved adapter names; None where PEFT has none for it."""
+    heads: tuple[str, ...] = ()
+    """Modules that are new: trained and saved whole, never measured, and without an adapter."""
+    without_adapter: tuple[str, ...] = ()
+    """Further modules that stay frozen and without an adapter."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of transformers' `TrainingArguments` that differ from what `training/` gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Examples exactly as the model sees them."""
+
+    text: str
+    """For a terminal; what is learned is marked."""
+    content: list[dict[str, Any]]
+    """The same as plain values, one mapping an example."""
+    picture: bytes | None = None
+    """A PNG file, where the examples are pictures."""
+
+
+class Task(Protocol):
+    """One domain with its data and its model; what takes time happens when it is first asked for.
+
+    The caller reads `train` and `held_out` before it loads the model, so that a mistake in the data is told at once,
+    and sets the seed before `load_model`, which may make new heads.
+    """
+
+    @property
+    def train(self) -> Any:
+        """The training examples: a data set with `len` and numbers as keys, in an order that the seed alone decides."""
+
+    @property
+    def held_out(self) -> Sized:
+        """What `evaluate` scores the model on: examples, episodes, ...; empty if the recipe names none."""
+
+    def load_model(self) -> Any:
+        """Return the base model: a `torch.nn.Module` whose `forward(**batch)` returns an output with `.loss`."""
+
+    def needs(self, model: Any) -> Needs:
+        """Return what this model needs; it is the base model, without adapter."""
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return a batch of training examples."""
+
+    def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
+        """Score a model, with or without adapter, on the first `limit` of `held_out`; its mode is restored."""
+
+    def preview(self, n: int) -> Preview:
+        """Return the first `n` training examples, or held-out ones if there are no others."""
+
+    def summary(self) -> str:
+        """Return one line on the training data for the console: how many, from where, what was dropped or cut."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same as plain values for the record, with the number of held-out examples."""
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what turns raw examples into batches (tokenizer, image processor, ...) beside a saved model."""
+
+
+def batches(task: Task, *, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+    """Return a loader of batches of the training examples.
+
+    Args:
+        task: the task.
+        batch_size: examples in a batch; the last may be smaller.
+        seed: shuffles the examples, the same way in every pass; None keeps their order.
+    """
+    order = list(range(len(task.train)))
+    if seed is not None:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
+    return DataLoader(task.train, batch_size=batch_size, sampler=order, collate_fn=task.collate)
