@@ -1,0 +1,59 @@
+"""The task of generation: its preview, its facts, and what it needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.tasks import open_task
+from evatune.tasks.generation.settings import GenerationData
+from evatune.tasks.settings import ModelSettings
+
+
+def opened(tiny_model, *, seed: int = 0, **data):
+    return open_task("generation", GenerationData(**data), model=ModelSettings(name=str(tiny_model)), seed=seed)
+
+
+def test_preview_is_what_the_model_sees_with_the_learned_part_marked(tiny_model, tiny_data):
+    task = opened(tiny_model, train=(str(tiny_data / "train.jsonl"),))
+    preview = task.preview(3)
+    assert len(preview.content) == 3
+    for row, content in zip(task.train.rows, preview.content, strict=False):
+        assert "".join(piece["text"] for piece in content["pieces"]) == task.tokenizer.decode(row["input_ids"])
+        (learned,) = [piece["text"] for piece in content["pieces"] if piece["learned"]]
+        assert learned.endswith("</s>")
+        assert learned.removesuffix("</s>").strip() in ("the correct answer is true", "the correct answer is false")
+        assert content["tokens"] == len(row["input_ids"])
+        assert f"⟦{learned}⟧" in preview.text
+    assert preview.text.count("⟦the correct answer is") == 3
+
+
+def test_preview_takes_held_out_examples_where_there_are_no_others(tiny_model, tiny_data):
+    held_out = opened(tiny_model, eval=(str(tiny_data / "test.jsonl"),))
+    assert "the correct answer is" in held_out.preview(1).text
+    assert len(held_out.preview(5).content) == 5
+
+
+def test_the_order_of_the_examples_is_the_seeds(tiny_model, tiny_data):
+    data = {"train": (str(tiny_data / "train.jsonl"),), "max_train_examples": 7}
+    first, again, other = (opened(tiny_model, seed=seed, **data).train.rows for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 7
+
+
+def test_a_limit_scores_the_first_examples(tiny_model, tiny_data):
+    task = opened(tiny_model, eval=(str(tiny_data / "test.jsonl"),))
+    model = task.load_model()
+    scores = task.evaluate(model, limit=5, progress=False)
+    assert scores.counts["examples"] == 5
+    assert scores.outcomes["nll"] == pytest.approx(task.evaluate(model, progress=False).outcomes["nll"][:5])
+    assert task.needs(model).heads == ()
+
+
+def test_mistakes_in_the_data_are_told_before_the_model_is_loaded(tiny_model, tmp_path, monkeypatch):
+    from evatune.tasks.generation import task as module
+
+    monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(EvaError, match="line 1 is not JSON"):
+        opened(tiny_model, train=(str(tmp_path / "bad.jsonl"),)).summary()

@@ -1,0 +1,54 @@
+"""Every row of the table of domains keeps what `evatune.tasks.task` promises in its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.recipe import Recipe, all_settings, load_recipe
+from evatune.settings import field_docs
+from evatune.tasks import DOMAINS, find_domain, open_task
+from evatune.tasks.settings import DataSettings, ModelSettings
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_row_is_complete(name):
+    domain = DOMAINS[name]
+    assert callable(importlib.import_module(domain.home).open_task)
+    names = {field.name for field in dataclasses.fields(domain.settings)}
+    assert set(domain.required) <= names
+    assert names == set(field_docs(domain.settings))
+    assert type(Recipe(task=name).data) is domain.settings
+    assert domain.head is None or "max_length" in names  # of rows of tokens
+
+
+def test_settings_of_one_name_are_of_one_kind_in_every_domain():
+    """They share an option of the command line."""
+    kinds: dict[str, set[str]] = {}
+    for domain in DOMAINS.values():
+        for field in dataclasses.fields(domain.settings):
+            kinds.setdefault(field.name, set()).add(str(field.type))
+    assert {name for name, found in kinds.items() if len(found) > 1} <= {"format"}
+    assert len({setting.option for setting in all_settings()}) == len(all_settings())
+
+
+def test_the_table_of_domains_needs_no_torch():
+    code = "import sys, evatune.tasks; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_unknown_tasks_and_wrong_sections():
+    with pytest.raises(EvaError, match=r"task is 'generatoin', but must be one of generation.* \(did you mean 'gen"):
+        load_recipe(None, {"task": "generatoin"})
+    with pytest.raises(EvaError, match="task is None, but must be one of"):
+        find_domain(None)  # type: ignore[arg-type]
+    with pytest.raises(EvaError, match="data is a DataSettings, but task 'generation' needs a GenerationData"):
+        Recipe(data=DataSettings())
+    with pytest.raises(EvaError, match="no model folder"):
+        _ = open_task("generation", Recipe().data, model=ModelSettings(name="./nowhere"), seed=0).train
