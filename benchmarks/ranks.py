@@ -30,9 +30,9 @@ from publish import PAGE, RESULTS, fill_block
 from torch import nn
 
 from evatune import StreamingPCA
-from evatune.allocation import max_components
 from evatune.files import write_text
 from evatune.pca.threads import on_one_thread_each
+from evatune.settings import max_components
 from evatune.tables import markdown_table, text_table
 from initialization import load, processor, text_batches
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatune import EvaError, RankPlan
-from evatune.allocation import METRICS, ComponentVariances, allocate, max_components
+from evatune.allocation import METRICS, ComponentVariances, allocate
+from evatune.settings import max_components
 
 PLENTY = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -243,21 +244,26 @@ def test_the_cap_is_rounded_with_halves_up(rank, rho, most):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0 for a"),
-        ({"rank": -2}, "got -2"),
-        ({"rank": 1.5}, "got 1.5"),
-        ({"rank": True}, "got True"),
-        ({"rank": "8"}, "got '8'"),
-        ({"rank": None}, "rank must be a whole number of at least 1, got None"),
-        ({"rank": float("nan")}, "rank must be a whole number of at least 1, got nan"),
-        ({"rank": float("inf")}, "rank must be a whole number of at least 1, got inf"),
-        ({"rank": {"a": 2, "b": 0, "c": 2}}, "got 0 for b"),
+        ({"rank": 0}, "rank is 0, but must be at least 1"),
+        ({"rank": -2}, "rank is -2, but"),
+        ({"rank": 1.5}, "rank is 1.5, but must be a whole number"),
+        ({"rank": True}, "rank is True, but must be a whole number"),
+        ({"rank": "eight"}, "rank is 'eight', but must be a whole number"),
+        ({"rank": None}, "rank is None, but must be a whole number"),
+        ({"rank": float("nan")}, "rank is nan, but must be a whole number"),
+        ({"rank": float("inf")}, "rank is inf, but must be a whole number"),
+        ({"rank": {"a": 2, "b": 0, "c": 2}}, "rank of 'b' is 0, but must be at least 1"),
         ({"rank": {"a": 2}}, "rank names no value for 2 targets, the first 'b'"),
         ({"lora_alpha": {"a": 2.0, "b": 1.0}}, "lora_alpha names no value for 1 targets, the first 'c'"),
-        ({"rho": 0.99}, "rho must be a number of at least 1, got 0.99; 1 keeps ranks uniform"),
-        ({"rho": float("nan")}, "rho must be a number of at least 1, got nan"),
-        ({"rho": float("inf")}, "rho must be a number of at least 1, got inf"),
-        ({"metric": "ratios"}, "metric must be one of ratio, paper, raw, max, sum, got 'ratios' .did you mean 'ratio'"),
+        ({"rho": 0.99}, "rho is 0.99, but must be at least 1"),
+        ({"rho": float("nan")}, "rho is nan, but must be a number"),
+        ({"rho": float("inf")}, "rho is inf, but must be a number"),
+        (
+            {"metric": "ratios"},
+            "metric is 'ratios', but must be one of ratio, paper, raw, max, sum .did you mean 'ratio'",
+        ),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, but must be a number"),
+        ({"rnak": 4}, r"allocate has no option 'rnak' .did you mean 'rank'"),
         ({"rank": 4, "rho": 2.0}, "rank 4 with rho 2 needs 8 components, but 4 were kept of a; measure with n_comp"),
     ],
 )

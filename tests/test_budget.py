@@ -101,7 +101,7 @@ def test_the_table_says_what_the_budget_is_in():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "parameter"}, r"budget must be one of components, parameters, got 'parameter' \(did you mean"),
+        ({"budget": "parameter"}, r"budget is 'parameter', but must be one of components, parameters \(did you mean"),
         ({"weights": {"b": 1.0}}, "weights names no value for 1 targets, the first 'a'"),
     ],
 )

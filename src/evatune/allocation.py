@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evatune.errors import EvaError, near_misses
+from evatune.errors import EvaError
+from evatune.settings import Planning, max_components, takes
 from evatune.tables import text_table
 
 if TYPE_CHECKING:
@@ -65,10 +65,6 @@ def _sum(target: ComponentVariances) -> Array:
     return target.explained_variance / target.explained_variance.sum()
 
 
-BUDGETS = ("components", "parameters")
-"""What is given away: components, or trainable parameters, of which a component of a target costs in + out, or out
-where A is frozen."""
-
 METRICS: dict[str, Callable[[ComponentVariances], Array]] = {
     "ratio": _ratio,
     "paper": _paper,
@@ -102,7 +98,7 @@ class RankPlan:
     use_rslora: bool = False
     """Whether scale is alpha / √r instead of alpha / r."""
     budget_in: str = "components"
-    """What was given away, one of `BUDGETS`."""
+    """What was given away: `components`, or trainable `parameters`."""
     train_a: bool = True
     """Whether A is trained as well as B; where it is frozen, B alone is counted as trainable."""
 
@@ -188,35 +184,18 @@ class RankPlan:
         return rank_heatmap(self, path=path)
 
 
-def max_components(rank: int, rho: float) -> int:
-    """Return how many components a target of rank r may get at most: round(rho * r), halves up."""
-    return int(rho * rank + 0.5)
-
-
 def _n_trainable(in_features: int, out_features: int, *, train_a: bool) -> int:
     """Return the trainable parameters of one component: a column of B, and a row of A if A is trained."""
     return (in_features if train_a else 0) + out_features
 
 
-def check_plan_settings(*, rho: float, metric: str) -> None:
-    """Raise an `EvaError` if these are not settings of a plan, which is worth knowing before minutes of measuring."""
-    if metric not in METRICS:
-        raise EvaError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}{near_misses(metric, METRICS)}.")
-    if not rho >= 1 or rho == float("inf"):
-        raise EvaError(f"rho must be a number of at least 1, got {rho!r}; 1 keeps ranks uniform, the paper takes 2.")
-
-
+@takes(Planning)
 def allocate(
     targets: Mapping[str, ComponentVariances],
     *,
-    rank: int | Mapping[str, int] = 16,
-    rho: float = 2.0,
-    metric: str = "ratio",
-    lora_alpha: float | Mapping[str, float] = 1.0,
-    use_rslora: bool = False,
-    budget: str = "components",
-    train_a: bool = True,
     weights: Mapping[str, float] | None = None,
+    settings: Planning | None = None,
+    **options: Any,
 ) -> RankPlan:
     """Give the Σ r components that explain most to their targets, at most round(rho * r) to one.
 
@@ -230,15 +209,9 @@ def allocate(
 
     Args:
         targets: variances by target name, in the order of the model.
-        rank: rank r of uniform LoRA, for all or by target name.
-        rho: how uneven ranks may become; 1 keeps them uniform.
-        metric: a name from `METRICS`.
-        lora_alpha: alpha of uniform LoRA, for all or by target name.
-        use_rslora: whether scale is alpha / √r.
-        budget: a name from `BUDGETS`.
-        train_a: whether A will be trained as well as B; what is frozen counts neither in the budget nor in the plan's
-            number of parameters.
         weights: factor on the scores of each target, by name; by default 1.
+        settings: all options in one object; the options below change it.
+        options: see the list below. `rank` and `lora_alpha` are one number for all targets, or by target name.
 
     Returns:
         The plan.
@@ -250,16 +223,11 @@ def allocate(
     """
     if not targets:
         raise EvaError("there are no targets to allocate ranks to.")
-    check_plan_settings(rho=rho, metric=metric)
-    if budget not in BUDGETS:
-        raise EvaError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}{near_misses(budget, BUDGETS)}.")
-    base_ranks = _per_target(rank, targets, "rank")
-    base_alphas = _per_target(lora_alpha, targets, "lora_alpha")
-    for name, value in base_ranks.items():
-        whole = isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
-        if not whole or value < 1:
-            raise EvaError(f"rank must be a whole number of at least 1, got {value!r} for {name}.")
-
+    settings = Planning.of(options, settings=settings, call="evatune.allocation.allocate")
+    rho, metric, train_a = settings.rho, settings.metric, settings.train_a
+    counts_parameters = settings.budget == "parameters"
+    base_ranks = _per_target(settings.rank, targets, "rank")
+    base_alphas = _per_target(settings.lora_alpha, targets, "lora_alpha")
     caps = {name: min(max_components(base_ranks[name], rho), target.in_features) for name, target in targets.items()}
     for name, target in targets.items():
         n_kept = len(target.explained_variance)
@@ -269,7 +237,7 @@ def allocate(
                 f"{name}; measure with n_components={caps[name]} or plan with a smaller rank or rho."
             )
     costs = {
-        name: _n_trainable(target.in_features, target.out_features, train_a=train_a) if budget == "parameters" else 1
+        name: _n_trainable(target.in_features, target.out_features, train_a=train_a) if counts_parameters else 1
         for name, target in targets.items()
     }
     factors = _per_target(1.0 if weights is None else weights, targets, "weights")
@@ -285,18 +253,18 @@ def allocate(
     for name, target in targets.items():
         share = _ratio(target)[: ranks[name]].sum() if target.total_variance > 0 else 0.0
         explained[name] = float(min(share, 1.0))
-    power = 0.5 if use_rslora else 1.0
+    power = 0.5 if settings.use_rslora else 1.0
     return RankPlan(
         ranks=ranks,
         alphas={name: float(base_alphas[name] * (ranks[name] / base_ranks[name]) ** power) for name in targets},
-        base_ranks={name: int(value) for name, value in base_ranks.items()},
+        base_ranks=base_ranks,
         explained=explained,
         in_features={name: target.in_features for name, target in targets.items()},
         out_features={name: target.out_features for name, target in targets.items()},
-        rho=float(rho),
+        rho=rho,
         metric=metric,
-        use_rslora=use_rslora,
-        budget_in=budget,
+        use_rslora=settings.use_rslora,
+        budget_in=settings.budget,
         train_a=train_a,
     )
 

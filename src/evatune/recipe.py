@@ -18,37 +18,29 @@ from typing import Any, ClassVar, Literal
 
 from evatune.errors import EvaError, near_misses
 from evatune.methods import Choice, check_train_a, parse_method
-from evatune.settings import Section, field_docs, number
+from evatune.settings import (
+    Adapter,
+    Decomposition,
+    Gradients,
+    Measuring,
+    Rows,
+    Section,
+    Stopping,
+    check_kept,
+    field_docs,
+    number,
+)
 from evatune.tasks import DEFAULT, DOMAINS, find_domain
 from evatune.tasks.settings import ModelSettings, path_setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(Section):
+class AdapterSettings(Adapter):
     """The adapter and how it starts."""
 
     section: ClassVar[str] = "adapter"
-
-    method: str = "eva"
-    """`eva`, `lora`, `pissa`, ... with options behind a plus: `eva+dora`; `evatune methods` lists them all."""
-    rank: int = number(16, low=1)
-    """Average rank; the budget is this times the number of targets."""
-    rho: float = number(2.0, low=1)
-    """No target gets more than rho times the average rank; 1 keeps the ranks uniform."""
-    metric: Literal["ratio", "paper", "raw", "max", "sum"] = "ratio"
-    """Explained-variance metric by which components compete for the budget."""
-    budget: Literal["components", "parameters"] = "components"
-    """What is redistributed: components, or trainable parameters, of which a component of a wide layer costs more."""
-    lora_alpha: float = number(1.0, above=0)
-    """Scale of the adapter; the paper uses 1 throughout."""
-    lora_dropout: float = number(0.0, low=0, high=1)
-    """Share of the adapter's inputs that is zeroed in training."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the adapted modules, a regular expression for them, or `all-linear`."""
-    exclude_modules: str | tuple[str, ...] | None = None
-    """Names of modules, or a regular expression for them, that stay without adapter."""
-    train_a: bool = True
-    """Train A as well as B; without it, A stays where it started."""
+    main: ClassVar[str] = "method"
+    splits_names: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,33 +56,16 @@ class AdapterSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings(Section):
+class MeasureSettings(Gradients, Rows, Decomposition, Stopping):
     """How the activations are measured (EVA)."""
 
     section: ClassVar[str] = "measure"
+    main: ClassVar[str] = "spectra"
 
     spectra: str | None = path_setting(None)
     """Folder of spectra measured before; then nothing is measured."""
     batch_size: int = number(4, low=1)
     """Examples in one measured batch."""
-    max_batches: int = number(64, low=1)
-    """Stop after this many batches, converged or not."""
-    n_components: int | None = number(None, low=1)
-    """Components kept of each input; by default rank times rho."""
-    tau: float | None = number(0.99, above=0, high=1)
-    """A component has converged when its cosine with itself one batch before is at least this; `none` for no rule."""
-    delta: float = number(1.0, above=0, high=1)
-    """Share of the components of an input that must have converged."""
-    min_gain: float | None = number(0.02, low=0)
-    """An input is also done when doubling the data gains less than this share of captured variance; or `none`."""
-    backend: Literal["auto", "exact", "sketch", "incremental"] = "auto"
-    """Streaming PCA algorithm."""
-    center: bool = True
-    """Subtract the mean of the activations."""
-    use_label_mask: bool = False
-    """Leave out the positions that the loss ignores (for example prompts)."""
-    gradient_batches: int = number(8, low=1)
-    """Batches that the methods which look at gradients take them of (lora-ga, lora-one, eva-grad)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +73,7 @@ class TrainSettings(Section):
     """How the adapter is trained."""
 
     section: ClassVar[str] = "train"
+    main: ClassVar[str] = "steps"
 
     steps: int | None = number(None, low=1)
     """Optimizer steps; overrides `epochs`."""
@@ -168,43 +144,50 @@ class Recipe(Section):
         super().__post_init__()
         if type(self.data) is not wanted:
             raise EvaError(f"data is a {type(self.data).__name__}, but task {self.task!r} needs a {wanted.__name__}.")
-        kept, needed = self.measure.n_components, round(self.adapter.rank * self.adapter.rho)
-        if kept is not None and kept < needed:
-            raise EvaError(
-                f"measure.n_components is {kept}, but adapter.rank {self.adapter.rank} with adapter.rho "
-                f"{self.adapter.rho:g} needs at least {needed}."
-            )
+        check_kept(self.measure.n_components, self.adapter.rank, self.adapter.rho)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
         """Build a recipe from nested mappings; missing keys take their defaults.
 
-        A section may also be given as a plain value, which then is its first setting: `model: some/name`.
+        A section may also be given as a plain value, which then is its main setting: `model: some/name`.
 
         Raises:
             EvaError: an unknown key, a wrong type or a value out of range.
         """
         task = content.get("task", DEFAULT)
-        kinds = typing.get_type_hints(cls) | {"data": find_domain(task).settings}
+        kinds = _kinds(task)
         values: dict[str, Any] = {}
         for key, value in content.items():
-            if key not in kinds:
-                raise EvaError(f"a recipe has no section {key!r}{near_misses(str(key), _field_names(cls))}.")
-            kind = kinds[key]
-            if not dataclasses.is_dataclass(kind):
+            if key not in cls.field_names():
+                raise EvaError(f"a recipe has no section {key!r}{near_misses(str(key), cls.field_names())}.")
+            kind = kinds.get(key)
+            if kind is None:
                 values[key] = value
                 continue
             if not isinstance(value, Mapping):
-                value = {} if value is None else {_field_names(kind)[0]: value}
+                value = {} if value is None else {kind.main: value}
             for name in value:
-                if name not in _field_names(kind):
+                if name not in kind.field_names():
                     raise EvaError(_no_such_setting(key, str(name), kind, task=task))
-            values[key] = typing.cast(Any, kind)(**value)
+            values[key] = kind(**value)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for JSON and YAML; `from_dict` restores the recipe."""
-        return _plain(dataclasses.asdict(self))
+        return self.to_json()
+
+    @property
+    def measuring(self) -> Measuring:
+        """The options of `evatune.measure` that this recipe means."""
+        adapter, train = self.adapter, self.train
+        return Measuring(
+            **adapter.shared(Measuring)
+            | self.measure.shared(Measuring)
+            | {"metric": adapter.choice.method.options.get("metric", adapter.metric)},
+            seed=train.seed,
+            dtype={"auto": "auto", "fp32": None, "bf16": "bfloat16"}[train.precision],
+        )
 
     def with_absolute_paths(self) -> Recipe:
         """Return the same recipe with the full paths of the files that exist, so that it can be read from anywhere."""
@@ -279,7 +262,7 @@ def all_settings() -> tuple[Setting, ...]:
         short = leaf.name if names.count(leaf.name) == 1 else path
         # The first setting of model and data is what people mean by `--model` and `--data`.
         short = {"model.name": "model", "data.train": "data"}.get(path, short)
-        having = tuple(name for name, domain in DOMAINS.items() if leaf.name in _field_names(domain.settings))
+        having = tuple(name for name, domain in DOMAINS.items() if leaf.name in domain.settings.field_names())
         settings.append(
             Setting(
                 path=path,
@@ -309,15 +292,14 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         EvaError: the file is missing or no YAML, or a key, type or value in it is wrong.
     """
     content = _read_yaml(Path(path)) if path is not None else {}
-    paths = {setting.path: setting for setting in all_settings()}
     for name, value in (overrides or {}).items():
         section, _, leaf = _resolve(name).rpartition(".")
         if not section:
             content[leaf] = value
             continue
         if not isinstance(content.get(section), dict):
-            first = next(known for known in paths if known.startswith(section + ".")).rpartition(".")[2]
-            content[section] = {} if content.get(section) is None else {first: content[section]}
+            given = content.get(section)
+            content[section] = {} if given is None else {_kinds(DEFAULT)[section].main: given}
         content[section][leaf] = value
     try:
         return Recipe.from_dict(_expand(content))
@@ -346,34 +328,34 @@ def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
                     yield typing.cast(type[Section], kind), leaf, inner[leaf.name]
 
 
+def _kinds(task: str) -> dict[str, type[Section]]:
+    """Return the sections of a task's recipe by name."""
+    hints = typing.get_type_hints(Recipe) | {"data": find_domain(task).settings}
+    return {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
 def _path_names(task: str) -> dict[str, list[str]]:
     """Return the settings that name files or folders, by section."""
-    kinds = typing.get_type_hints(Recipe) | {"data": find_domain(task).settings}
     found = {
-        section: [field.name for field in dataclasses.fields(kind) if field.metadata.get("path")]
-        for section, kind in kinds.items()
-        if dataclasses.is_dataclass(kind)
+        section: [field.name for field in dataclasses.fields(kind) if field.metadata.get("path")]  # type: ignore[arg-type]
+        for section, kind in _kinds(task).items()
     }
     return {section: names for section, names in found.items() if names}
 
 
 def _no_such_setting(section: str, name: str, kind: Any, *, task: str) -> str:
     """Return the sentence for an unknown setting of a section, which may be another task's."""
-    others = [other for other, domain in DOMAINS.items() if section == "data" and name in _field_names(domain.settings)]
+    others = [other for other, domain in DOMAINS.items() if section == "data" and name in domain.settings.field_names()]
     if others:
         return (
             f"the section 'data' of task {task!r} has no setting {name!r}; it belongs to task {' and '.join(others)}."
         )
-    return f"the recipe's section {section!r} has no setting {name!r}{near_misses(name, _field_names(kind))}."
+    return f"the recipe's section {section!r} has no setting {name!r}{near_misses(name, kind.field_names())}."
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a value, or every item of a list, changed."""
     return type(value)(map(change, value)) if isinstance(value, list | tuple) else change(value)
-
-
-def _field_names(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _resolve(name: str) -> str:
@@ -445,9 +427,3 @@ def _expand(value: Any) -> Any:
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", fill, value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -20,6 +20,7 @@ from torch import Tensor
 from evatune.allocation import ComponentVariances, RankPlan, allocate
 from evatune.errors import EvaError, near_misses
 from evatune.files import replace_folder
+from evatune.settings import Planning, takes
 from evatune.tables import text_table
 
 FORMAT_VERSION = 1
@@ -111,31 +112,24 @@ class Spectra(Mapping[str, Spectrum]):
         """How many components the widest inputs keep."""
         return max(spectrum.components.shape[0] for spectrum in self.inputs.values())
 
+    @takes(Planning)
     def plan(
         self,
-        rank: int | Mapping[str, int] = 16,
-        rho: float = 2.0,
+        rank: int | Mapping[str, int] | None = None,
+        rho: float | None = None,
         *,
-        metric: str = "ratio",
-        lora_alpha: float | Mapping[str, float] = 1.0,
-        use_rslora: bool = False,
-        budget: str = "components",
-        train_a: bool = True,
         weights: Mapping[str, float] | None = None,
+        settings: Planning | None = None,
+        **options: Any,
     ) -> RankPlan:
         """Redistribute a rank budget over the targets by explained variance (Section 3.3 of the paper).
 
         Args:
-            rank: rank r of uniform LoRA, for all targets or by target name; the budget is its sum.
-            rho: a target gets at most round(rho * r) components; 1 keeps the ranks uniform.
-            metric: how components are compared, one of `evatune.allocation.METRICS`.
-            lora_alpha: alpha of uniform LoRA, for all targets or by target name (the paper always takes 1).
-            use_rslora: whether adapters are scaled by alpha / √r instead of alpha / r.
-            budget: what uniform LoRA's size limits, "components" or trainable "parameters"; of the latter a component
-                costs in_features + out_features, or out_features where A is frozen.
-            train_a: whether A will be trained as well as B; what is frozen counts neither in a budget of parameters nor
-                in the plan's number of parameters.
+            rank: rank r of uniform LoRA, for all targets or by target name; the budget is its sum. By default 16.
+            rho: a target gets at most round(rho * r) components; 1 keeps the ranks uniform. By default 2.
             weights: factor on the scores of each target, by name; by default 1.
+            settings: all options in one object; what else is given changes it.
+            options: see the list below.
 
         Returns:
             The plan; neither model nor data are needed, and it takes milliseconds.
@@ -153,17 +147,8 @@ class Spectra(Mapping[str, Spectrum]):
             )
             for name, target in self.targets.items()
         }
-        return allocate(
-            variances,
-            rank=rank,
-            rho=rho,
-            metric=metric,
-            lora_alpha=lora_alpha,
-            use_rslora=use_rslora,
-            budget=budget,
-            train_a=train_a,
-            weights=weights,
-        )
+        given = {name: value for name, value in (("rank", rank), ("rho", rho)) if value is not None}
+        return allocate(variances, weights=weights, settings=settings, **options | given)
 
     def summary(self) -> str:
         """Return a table of the inputs: rows, explained variance, why measuring stopped."""

@@ -9,8 +9,9 @@ from evatune import StreamingPCA
 from evatune.activations.distributed import _Assembly
 from evatune.activations.exchange import Ranks
 from evatune.activations.measurement import Measurement
-from evatune.activations.stopping import StoppingMonitor, StoppingRule
+from evatune.activations.stopping import StoppingMonitor
 from evatune.activations.targets import TargetRules, find_targets
+from evatune.settings import Stopping
 
 WIDTH, K = 128, 8
 
@@ -27,7 +28,7 @@ class Alone(Ranks):
 
 
 def test_inputs_that_are_done_are_not_sent_to_be_checked_again():
-    monitor = StoppingMonitor(StoppingRule(tau=1.0, min_gain=None), checks_per_doubling=1)
+    monitor = StoppingMonitor(Stopping(tau=1.0, min_gain=None), checks_per_doubling=1)
     targets = find_targets(
         nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("query", "key", "out")}), TargetRules()
     )

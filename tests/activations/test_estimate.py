@@ -175,7 +175,7 @@ def test_bad_settings_and_models_are_refused(build):
     config = LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=1)
     with pytest.raises(EvaError, match="length must be a whole number of at least 1, got 0"):
         estimate(config, length=0)
-    with pytest.raises(EvaError, match="backend must be one of"):
+    with pytest.raises(EvaError, match="backend is 'exakt', but must be one of"):
         estimate(config, backend="exakt")
     with pytest.raises(EvaError, match=r"no module of the model matches target_modules='q_prj'.*'q_proj'"):
         estimate(config, target_modules=["q_prj"])

@@ -46,8 +46,6 @@ def test_labels_mask_on_request_only():
     batch = {"attention_mask": MASK, "labels": LABELS}
     assert torch.equal(masks(batch).select(X), X[MASK.bool()])
     assert torch.equal(masks(batch, use_label_mask=True).select(X), X[LABELS != -100])
-    shifted = {"attention_mask": MASK, "labels": LABELS.masked_fill(LABELS == -100, 0)}
-    assert torch.equal(masks(shifted, use_label_mask=True, label_mask_value=0).select(X), X[LABELS != -100])
 
 
 def test_padding_whose_label_counts_is_dropped_all_the_same():

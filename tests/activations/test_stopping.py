@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from evatune import EvaError, EvaWarning, StreamingPCA, measure
-from evatune.activations.stopping import StoppingMonitor, StoppingRule, is_check
+from evatune.activations.stopping import StoppingMonitor, is_check
+from evatune.settings import Stopping
 
 D = 12
 
@@ -117,7 +118,7 @@ def test_the_gain_that_is_foretold_is_the_one_that_more_data_bring(backend, seed
     """Scored on many fresh rows: components of 24 batches against those of 12, and what the check at 12 had said."""
     deviations = torch.arange(1, 201) ** -0.25
     generator = torch.Generator().manual_seed(seed)
-    monitor = StoppingMonitor(StoppingRule())
+    monitor = StoppingMonitor(Stopping())
     pca = StreamingPCA(16, backend=backend)
     components, foretold = {}, {}
     for n_batches in range(1, 25):
@@ -199,24 +200,25 @@ def test_fewer_rows_than_components_in_all_batches_together_is_an_error(linear):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tau": 0}, r"tau must be in \(0, 1\], got 0"),
-        ({"tau": 1.01}, r"tau must be in \(0, 1\], got 1.01"),
-        ({"tau": float("nan")}, r"tau must be in \(0, 1\], got nan"),
-        ({"delta": 0.0}, r"delta must be in \(0, 1\], got 0.0"),
-        ({"delta": 2}, r"delta must be in \(0, 1\], got 2"),
-        ({"min_gain": 0.0}, r"min_gain must be in \(0, 1\), got 0.0; None switches the rule off"),
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"rank": 2.5}, "rank must be a whole number of at least 1, got 2.5"),
-        ({"rho": 0.5}, "rho must be a number of at least 1, got 0.5"),
-        ({"rho": float("nan")}, "rho must be a number of at least 1, got nan"),
-        ({"rho": float("inf"), "rank": 4}, "rho must be a number of at least 1, got inf"),
-        ({"max_batches": 0}, "max_batches must be a whole number of at least 1, got 0"),
-        ({"n_components": 0}, "n_components must be a whole number of at least 1, got 0"),
-        ({"n_components": 4, "rank": 4, "rho": 2.0}, "n_components=4 is less than rank 4 with rho 2 needs, 8"),
-        ({"backend": "exakt"}, "backend must be one of .* got 'exakt' .did you mean 'exact'"),
-        ({"dtype": "float16"}, "dtype must be a float torch.dtype, 'auto' or None, got 'float16'"),
-        ({"dtype": torch.int8}, "dtype must be a float torch.dtype"),
-        ({"metric": "ration", "rank": 2}, "metric must be one of .* got 'ration' .did you mean 'ratio'"),
+        ({"tau": 0}, "tau is 0.0, but must be greater than 0 and at most 1"),
+        ({"tau": 1.01}, "tau is 1.01, but must be greater than 0 and at most 1"),
+        ({"tau": float("nan")}, "tau is nan, but must be a number or none"),
+        ({"delta": 0.0}, "delta is 0.0, but must be greater than 0"),
+        ({"delta": 2}, "delta is 2.0, but must be greater than 0 and at most 1"),
+        ({"min_gain": 0.0}, "min_gain is 0.0, but must be greater than 0 and less than 1"),
+        ({"rank": 0}, "rank is 0, but must be at least 1"),
+        ({"rank": 2.5}, "rank is 2.5, but must be a whole number or a mapping from names to whole numbers or none"),
+        ({"rho": 0.5}, "rho is 0.5, but must be at least 1"),
+        ({"rho": float("nan")}, "rho is nan, but must be a number"),
+        ({"rho": float("inf"), "rank": 4}, "rho is inf, but must be a number"),
+        ({"max_batches": 0}, "max_batches is 0, but must be at least 1"),
+        ({"n_components": 0}, "n_components is 0, but must be at least 1"),
+        ({"n_components": 4, "rank": 4, "rho": 2.0}, "n_components is 4, but rank 4 with rho 2 needs at least 8"),
+        ({"backend": "exakt"}, "backend is 'exakt', but must be one of .* .did you mean 'exact'"),
+        ({"dtype": "float61"}, "dtype is 'float61', but must be one of auto, .* or none .did you mean 'float16'"),
+        ({"dtype": torch.int8}, "dtype is 'int8', but must be one of auto, float32"),
+        ({"max_batch": 2}, r"evatune\.measure has no option 'max_batch' .did you mean 'max_batches'"),
+        ({"metric": "ration", "rank": 2}, "metric is 'ration', but must be one of .* .did you mean 'ratio'"),
     ],
 )
 def test_settings_out_of_range_are_refused_before_any_batch_is_taken(linear, settings, message):
@@ -243,8 +245,8 @@ def test_batches_that_no_model_takes_are_refused(linear, batch, message):
 
 @pytest.mark.parametrize("name", ["tau", "delta", "min_gain"])
 def test_the_rules_check_themselves(name):
-    with pytest.raises(EvaError, match=f"{name} must be in"):
-        StoppingRule(**{name: -1.0})
+    with pytest.raises(EvaError, match=f"{name} is -1.0, but must be greater than 0"):
+        Stopping(**{name: -1.0})
 
 
 def test_defect_8_an_input_that_never_varies_is_measured_and_gets_least():

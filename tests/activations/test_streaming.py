@@ -170,7 +170,7 @@ def test_ranks_by_target_name_mean_what_they_mean_in_measure(stored, batches_for
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.layers.0.self_attn.q_proj": 0}, r"rank must be a whole number of at least 1, got 0 for model\.layers"),
+        ({"model.layers.0.self_attn.q_proj": 0}, r"rank of 'model\.layers\.0\S+' is 0, but must be at least 1"),
         ({"model.layers.9.self_attn.q_proj": 2}, r"rank names 'model\.layers\.9\.\S+', which is no target"),
         (
             {"model.layers.1.self_attn.q_proj": None},

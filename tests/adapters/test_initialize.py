@@ -407,7 +407,7 @@ class TestErrors:
             raise AssertionError("measured before the budget was checked")
             yield
 
-        with pytest.raises(EvaError, match="budget must be one of components, parameters, got 'bytes'"):
+        with pytest.raises(EvaError, match="budget is 'bytes', but must be one of components, parameters"):
             evatune.initialize(unchanged, never(), budget="bytes")
 
     def test_rho_below_one_is_found_before_measuring(self, unchanged):

@@ -105,7 +105,7 @@ def test_spectra_of_another_model(tell, run, measured, tiny_model):
 
 def test_spectra_that_do_not_suffice(tell, measured):
     assert "rank" in tell("plan", measured, "--rank", 30)
-    assert "rank must be" in tell("plan", measured, "--rank", 0)
+    assert "rank is" in tell("plan", measured, "--rank", 0)
     assert "metric" in tell("plan", measured, "--rank", 2, "--metric", "ration")
 
 

@@ -192,7 +192,7 @@ class _Assembly:
     def check(self, n_batches: int) -> str | None:
         """Exchange what the stopping rules need, after so many batches of all; returns why to end here, if so."""
         monitor = self._measurement.monitor
-        if not monitor.rule.is_on:
+        if not monitor.rule.has_rule:
             return None  # nothing would be done with it
         self._measurement.pool(self.own, self._ranks.add)
         undone = {key: pca for key, pca in self.own.items() if key not in monitor.done}

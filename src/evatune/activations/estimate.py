@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 
 from evatune.activations.empty import empty_model, model_folder, read_config
 from evatune.activations.layers import AnyPCA
-from evatune.activations.measure import _check_settings, _ranks_of
+from evatune.activations.measure import pca_maker, with_ranks_of
 from evatune.activations.streaming import find_blocks
 from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
 from evatune.activations.trace import Trace, follow
@@ -34,6 +34,7 @@ from evatune.pca.sketch import EXACT_UP_TO, FIRST_BATCH_ITERATIONS, N_PROBES, sk
 from evatune.pca.stacked import StackedPCA
 from evatune.pca.streaming import choose_backend
 from evatune.pca.threads import one_thread
+from evatune.settings import Measuring, takes
 from evatune.tables import text_table
 
 SCALARS_BYTES = 256
@@ -199,26 +200,19 @@ class Estimate:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
+@takes(Measuring)
 def estimate(
     model: Any,
     *,
     batch_size: int = 4,
     length: int = 256,
-    target_modules: str | Sequence[str] = "all-linear",
-    exclude_modules: str | Sequence[str] | None = None,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    n_components: int | None = None,
-    rank: int | Mapping[str, int] | None = None,
-    rho: float = 2.0,
-    max_batches: int = 64,
-    backend: str = "auto",
-    dtype: torch.dtype | None = None,
     weights_dtype: torch.dtype | None = None,
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     timing: bool = True,
+    settings: Measuring | None = None,
+    **options: Any,
 ) -> Estimate:
     """Tell what `measure` or `measure_from_disk` will take, without weights and without data.
 
@@ -227,21 +221,13 @@ def estimate(
             id of one (only its configuration is read).
         batch_size: samples in a batch.
         length: tokens of a sample; models of images take the size in their configuration.
-        target_modules: as for `measure`, like all settings that are not explained here.
-        exclude_modules: what is left out of these.
-        layers_to_transform: only layers with these numbers.
-        layers_pattern: name of the list of layers.
-        n_components: how many components to keep of each input.
-        rank: rank r of the later plan, for all targets or by target name.
-        rho: of the later plan.
-        max_batches: the most batches.
-        backend: of `StreamingPCA`.
-        dtype: of autocast.
         weights_dtype: of the weights; by default that of the configuration.
         task: which class of model, as for `evatune.models.load_model`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
         timing: measure how fast this machine is, for half a second.
+        settings: all options of `measure` in one object; the options below change it.
+        options: see the list below.
 
     Returns:
         The bounds of memory are those of states of float32 sums, which float32 and half-precision models have.
@@ -249,8 +235,8 @@ def estimate(
     Raises:
         EvaError: a setting is out of range, nothing matches, or there is no such configuration.
     """
-    n_components = _check_settings(n_components, rank, rho, "ratio", max_batches)
-    make = StreamingPCA(n_components, backend=backend)
+    settings = Measuring.of(options, settings=settings, call="evatune.estimate")
+    max_batches = settings.max_batches
     for name, value in (("batch_size", batch_size), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise EvaError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -258,16 +244,10 @@ def estimate(
     if isinstance(model, nn.Module):
         weights_dtype = weights_dtype or next(unwrap(model).parameters()).dtype
     build = partial(empty_model, config, task=task, trust_remote_code=trust_remote_code)
-    rules = TargetRules(
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-    )
+    rules = settings.part(TargetRules)
     empty: Any = build(dtype=weights_dtype)
     targets = find_targets(empty, rules)
-    if isinstance(rank, Mapping):
-        _ranks_of([target.name for target in targets], rank)  # names must fit here as well as in `measure`
+    with_ranks_of(settings, [target.name for target in targets])  # names must fit here as well as in `measure`
     trace = follow(build, rules, weights_dtype, batch_size=batch_size, length=length)
     traced = trace is not None
     trace = trace or Trace()
@@ -282,7 +262,8 @@ def estimate(
     default_rows = batch_size * (length_or_none or 1)
     block_bytes, hidden_bytes = _blocks(empty, targets, trace, max_batches)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
-    compute_dtype = dtype or next(empty.parameters()).dtype
+    named = settings.dtype if settings.dtype != "auto" else None
+    compute_dtype = getattr(torch, named) if named else next(empty.parameters()).dtype
     return Estimate(
         model=type(empty).__name__,
         batch_size=batch_size,
@@ -294,9 +275,7 @@ def estimate(
                 members,
                 n_targets=sharing,
                 n_rows=max(trace.n_rows.get(target.name, default_rows if not traced else 0) for target in members),
-                pca=members[0].layer.new_pca(
-                    members[0].module, n_components, lambda k: StreamingPCA(k, backend=make.backend)
-                ),
+                pca=members[0].layer.new_pca(members[0].module, settings.n_kept, pca_maker(settings)),
                 max_batches=max_batches,
             )
             for (name, _, sharing), members in kinds.items()

@@ -20,6 +20,7 @@ from evatune.allocation import ComponentVariances, allocate
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import StreamingPCA
 from evatune.pca.threads import on_one_thread_each
+from evatune.settings import Planning
 from evatune.spectra import Spectrum, Target
 
 SHOWN_ERROR = 0.01
@@ -66,7 +67,7 @@ class Measurement:
         new_pca: makes the streaming PCA of an input that keeps so many components.
         n_components: how many that are at most.
         monitor: follows the inputs through the checks.
-        plan_options: rank, rho and metric of the later plan, if known: checks then look at the components it needs.
+        planned: what the later plan depends on, if known: checks then look only at the components that it needs.
         alone: whether this process checks by itself, or only together with others (`adopt`).
         state_device: where states are kept and rows are multiplied, if not where the rows are.
     """
@@ -78,7 +79,7 @@ class Measurement:
         new_pca: Callable[[int], StreamingPCA],
         n_components: int,
         monitor: StoppingMonitor,
-        plan_options: Mapping[str, Any] | None = None,
+        planned: Planning | None = None,
         alone: bool = True,
         state_device: torch.device | None = None,
     ) -> None:
@@ -86,7 +87,7 @@ class Measurement:
         self.new_pca = new_pca
         self.n_components = n_components
         self.monitor = monitor
-        self.plan_options = plan_options
+        self.planned = planned
         self.alone = alone
         self.state_device = state_device
         self.pcas: dict[str, AnyPCA] = {}
@@ -149,7 +150,7 @@ class Measurement:
 
     def _checks(self, n_batches: int) -> bool:
         # Processes check together, see `adopt`.
-        return self.alone and self.monitor.rule.is_on and is_check(n_batches)
+        return self.alone and self.monitor.rule.has_rule and is_check(n_batches)
 
     def end_batch(self, input_of: Mapping[str, str]) -> None:
         """Note how far things are, and see whether they are far enough."""
@@ -214,8 +215,8 @@ class Measurement:
         self._note(n_batches)
 
     def _plan(self) -> None:
-        if self.plan_options:
-            self._needed = self._components_needed(**self.plan_options)
+        if self.planned is not None:
+            self._needed = self._components_needed(self.planned)
 
     def _n_needed(self, key: str) -> int:
         return self._needed.get(key, self.n_components)
@@ -316,7 +317,7 @@ class Measurement:
     def _stand_ins(self, n_batches: int) -> dict[str, Spectrum]:
         return stand_ins(self.targets, self.pcas, self.input_of, n_components=self.n_components, n_batches=n_batches)
 
-    def _components_needed(self, *, rank: int | Mapping[str, int], rho: float, metric: str) -> dict[str, int]:
+    def _components_needed(self, planned: Planning) -> dict[str, int]:
         """Return how many components of each input a plan from the present spectra would use."""
         variances = self._variances
         for name, key in self.input_of.items():
@@ -332,7 +333,7 @@ class Measurement:
                 )
         needed: dict[str, int] = {}
         if variances:
-            for name, n_used in allocate(variances, rank=rank, rho=rho, metric=metric).ranks.items():
+            for name, n_used in allocate(variances, settings=planned).ranks.items():
                 key = self.input_of[name]
                 needed[key] = max(needed.get(key, 0), n_used)
         return needed

@@ -15,6 +15,8 @@ from torch import Tensor
 from evatune.errors import EvaError
 
 IGNORED_LABEL = -100
+"""The label that the losses of PyTorch and transformers ignore."""
+
 _INPUTS = ("input_ids", "inputs_embeds")
 
 
@@ -28,18 +30,15 @@ class RowMasks:
     """Positions of the target sequence of an encoder-decoder model that count, (B, T')."""
 
     @classmethod
-    def of(
-        cls, batch: Any, *, encoder_decoder: bool, use_label_mask: bool = False, label_mask_value: int = IGNORED_LABEL
-    ) -> RowMasks:
+    def of(cls, batch: Any, *, encoder_decoder: bool, use_label_mask: bool = False) -> RowMasks:
         """Read the masks from a batch.
 
         Args:
             batch: a mapping with `attention_mask` (B, T), `decoder_attention_mask` (B, T') and `labels`, any of which
                 may be missing, or a tuple that starts with one; anything else has no masks.
             encoder_decoder: whether labels belong to a second, decoder sequence.
-            use_label_mask: drop positions whose label is `label_mask_value`. Labels that are not per position, as in
+            use_label_mask: drop positions whose label is `IGNORED_LABEL`. Labels that are not per position, as in
                 classification, mask nothing.
-            label_mask_value: the label that the loss ignores.
 
         Raises:
             EvaError: `use_label_mask` is set, but the batch has no labels.
@@ -57,7 +56,7 @@ class RowMasks:
             per_position = encoder_decoder or (reference is not None and labels.shape == reference.shape[:2])
             # In an encoder-decoder model, padding of the decoder sequence shows in the labels only.
             if per_position and (use_label_mask or (encoder_decoder and masks[True] is None)):
-                counted = labels != label_mask_value
+                counted = labels != IGNORED_LABEL
                 present = masks[encoder_decoder]
                 masks[encoder_decoder] = counted if present is None else counted & present.to(counted.device)
         return cls(encoder_bt=masks[False], decoder_bt=masks[True])

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from evatune.activations.layers import AnyPCA
-from evatune.errors import EvaError
 from evatune.pca.subspace import component_cosines
+from evatune.settings import Stopping
 
 CONVERGED = "converged"
 ACCURATE = "accurate"
@@ -30,32 +30,6 @@ INTERRUPTED = "interrupted"
 
 ENOUGH_ROWS = 2048
 """On how many unseen rows a gain is measured at least; fewer say little about rows to come."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoppingRule:
-    """An input is done as soon as one of the two rules is met; the first rests while the second is known not to be."""
-
-    tau: float | None = 0.99
-    """Cosine of a component with itself one update before that counts as converged; None switches the rule off."""
-    delta: float = 1.0
-    """Share of the components of an input that must have converged."""
-    min_gain: float | None = 0.02
-    """Share of captured variance of unseen rows to be gained by doubling the data that is not worth measuring more;
-    None switches the rule off."""
-
-    def __post_init__(self) -> None:
-        if self.tau is not None and not 0 < self.tau <= 1:
-            raise EvaError(f"tau must be in (0, 1], got {self.tau!r}; the paper takes 0.99.")
-        if not 0 < self.delta <= 1:
-            raise EvaError(f"delta must be in (0, 1], got {self.delta!r}; 1 asks all components to converge.")
-        if self.min_gain is not None and not 0 < self.min_gain < 1:
-            raise EvaError(f"min_gain must be in (0, 1), got {self.min_gain!r}; None switches the rule off.")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether either rule can end the measurement; without one, checks would factorize for nothing."""
-        return self.tau is not None or self.min_gain is not None
 
 
 def is_check(n_batches: int) -> bool:
@@ -91,7 +65,7 @@ class StoppingMonitor:
             share of the variance captured now.
     """
 
-    def __init__(self, rule: StoppingRule, *, checks_per_doubling: int = 2) -> None:
+    def __init__(self, rule: Stopping, *, checks_per_doubling: int = 2) -> None:
         self.rule = rule
         self.checks_per_doubling = checks_per_doubling
         self.done: dict[str, str] = {}

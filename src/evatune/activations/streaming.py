@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -23,35 +23,26 @@ from tqdm.auto import tqdm
 from evatune.activations.blockwise import BlockwiseRun
 from evatune.activations.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.empty import empty_model, model_folder, read_config
-from evatune.activations.measure import Forward, _autocast, _check_settings, _ranks_of
+from evatune.activations.measure import Forward, autocast_of, pca_maker, with_ranks_of
 from evatune.activations.measurement import Measurement, warn_of_errors
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.rows import IGNORED_LABEL, RowMasks
-from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, StoppingMonitor, StoppingRule
+from evatune.activations.rows import RowMasks
+from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, StoppingMonitor
 from evatune.activations.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.waiting import WaitingTensors
 from evatune.errors import EvaError
-from evatune.pca import StreamingPCA
+from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra
 
+_RULES = ("tau", "delta", "min_gain", "metric", "budget", "train_a")
+"""Options of `measure` that concern the stopping rules alone, of which there are none here."""
 
+
+@takes(Measuring, without=_RULES)
 def measure_from_disk(
     model: str | os.PathLike[str],
     batches: Iterable[Any],
     *,
-    target_modules: str | Sequence[str] = "all-linear",
-    exclude_modules: str | Sequence[str] | None = None,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    n_components: int | None = None,
-    rank: int | Mapping[str, int] | None = None,
-    rho: float = 2.0,
-    max_batches: int = 64,
-    use_label_mask: bool = False,
-    label_mask_value: int = IGNORED_LABEL,
-    backend: str = "auto",
-    center: bool = True,
-    dtype: str | torch.dtype | None = None,
     weights_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     waiting_gib: float = 1.0,
@@ -61,7 +52,8 @@ def measure_from_disk(
     trust_remote_code: bool = False,
     forward: Forward | None = None,
     progress: bool = True,
-    seed: int = 0,
+    settings: Measuring | None = None,
+    **options: Any,
 ) -> Spectra:
     """Measure a stored model without ever holding more than one of its blocks in memory.
 
@@ -76,20 +68,6 @@ def measure_from_disk(
     Args:
         model: folder of a model in safetensors, or a hub id.
         batches: as for `measure`; those that are measured are kept until the end.
-        target_modules: as for `measure`, like all settings that are not explained here.
-        exclude_modules: what is left out of these.
-        layers_to_transform: only layers with these numbers.
-        layers_pattern: name of the list of layers.
-        n_components: how many components to keep of each input; by default round(rho * rank) for the largest rank,
-            or 32 without a rank.
-        rank: rank r of the later plan, for all targets or by target name.
-        rho: of the later plan.
-        max_batches: how many batches to measure.
-        use_label_mask: leave out positions whose label the loss ignores.
-        label_mask_value: the label that the loss ignores.
-        backend: of `StreamingPCA`.
-        center: subtract the mean.
-        dtype: run under autocast in this dtype, "auto" or None, as in `measure`.
         weights_dtype: dtype of the weights in memory; by default as they are stored.
         device: where blocks run; hidden states wait on the CPU.
         waiting_gib: how many GiB of hidden states and block arguments may wait in memory; the rest waits on disk.
@@ -99,7 +77,8 @@ def measure_from_disk(
         trust_remote_code: run Python code that comes with a hub model.
         forward: calls the model with a batch, where the default does not fit.
         progress: show a bar on standard error.
-        seed: of the sketches.
+        settings: all options in one object; the options below change it. Its stopping rules are not looked at.
+        options: see the list below.
 
     Returns:
         Spectra by target name. Ctrl-C leaves nothing behind, since blocks behind the present one have seen no row.
@@ -112,8 +91,11 @@ def measure_from_disk(
     per batch and block where they wait on disk. Memory: one block, the states of its inputs, what waits, and one
     batch's activations inside a block.
     """
-    n_components = _check_settings(n_components, rank, rho, "ratio", max_batches)
-    StreamingPCA(n_components, backend=backend)  # refuses settings before anything is read
+    for name in _RULES:
+        if name in options:
+            raise EvaError(f"{name} cannot be given to evatune.measure_from_disk: only max_batches ends it.")
+    settings = Measuring.of(options, settings=settings, call="evatune.measure_from_disk")
+    pca_maker(settings)(settings.n_kept)  # refuses settings before anything is read
     if not waiting_gib >= 0:
         raise EvaError(f"waiting_gib must be a number of at least 0, got {waiting_gib!r}; 0 lets all wait on disk.")
     started = time.perf_counter()
@@ -123,20 +105,13 @@ def measure_from_disk(
     empty = empty_model(
         config, dtype=weights_dtype or checkpoint.dtype(), task=task, trust_remote_code=trust_remote_code
     )
-    rules = TargetRules(
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-    )
     if getattr(empty.config, "is_encoder_decoder", False):
         raise EvaError(
             f"{type(empty).__name__} is an encoder-decoder model, every block of its decoder needs the whole encoder; "
             "load it whole and use `measure`."
         )
-    targets = find_targets(empty, rules)
-    if isinstance(rank, Mapping):
-        rank = _ranks_of([target.name for target in targets], rank)
+    targets = find_targets(empty, settings.part(TargetRules))
+    settings = with_ranks_of(settings, [target.name for target in targets])
     device = torch.device(device)
     run = BlockwiseRun(
         model=empty,
@@ -144,16 +119,14 @@ def measure_from_disk(
         blocks=find_blocks(empty, targets),
         weights=StoredWeights(empty, checkpoint, device=device),
         device=device,
-        autocast=lambda: _autocast(empty, dtype),
+        autocast=partial(autocast_of, empty, settings.dtype),
         new_measurement=partial(
             Measurement,
-            new_pca=partial(StreamingPCA, backend=backend, center=center, seed=seed, rough_looks=True),
-            n_components=n_components,
-            monitor=StoppingMonitor(StoppingRule(tau=None, min_gain=None)),
+            new_pca=pca_maker(settings),
+            n_components=settings.n_kept,
+            monitor=StoppingMonitor(Stopping(tau=None, min_gain=None)),
         ),
-        masks_of=partial(
-            RowMasks.of, encoder_decoder=False, use_label_mask=use_label_mask, label_mask_value=label_mask_value
-        ),
+        masks_of=partial(RowMasks.of, encoder_decoder=False, use_label_mask=settings.use_label_mask),
         forward=forward,
     )
     bar = tqdm(unit="pass", desc="embedding", disable=not progress, dynamic_ncols=True)
@@ -165,21 +138,12 @@ def measure_from_disk(
         WaitingTensors(int(waiting_gib * 2**30), folder=scratch) as waiting,
         bar,
     ):
-        run.run(islice(batches, max_batches), waiting, bar)
-    stopped = BATCH_CAP if run.n_batches == max_batches else EXHAUSTED
-    settings = {
-        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
-        "n_components": n_components,
-        "rank": rank,
-        "rho": rho,
-        "max_batches": max_batches,
+        run.run(islice(batches, settings.max_batches), waiting, bar)
+    stopped = BATCH_CAP if run.n_batches == settings.max_batches else EXHAUSTED
+    kept = settings.to_json() | {
+        "n_components": settings.n_kept,
         "n_batches": run.n_batches,
-        "use_label_mask": use_label_mask,
-        "backend": backend,
-        "center": center,
-        "dtype": str(dtype) if dtype is not None else None,
         "weights_dtype": str(empty.dtype),
-        "seed": seed,
         "from_disk": True,
     }
     spectra = Spectra(
@@ -190,7 +154,7 @@ def measure_from_disk(
             if target.name in run.spectra
         },
         model_name=os.fspath(model),
-        settings=settings,
+        settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
         seconds=time.perf_counter() - started,
     )

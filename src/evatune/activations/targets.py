@@ -14,6 +14,7 @@ from evatune.activations.convolution import ConvolutionType
 from evatune.activations.experts import ExpertsType
 from evatune.activations.layers import LINEAR, EmbeddingType, LayerType
 from evatune.errors import EvaError, near_misses
+from evatune.settings import Targets
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")
@@ -21,20 +22,8 @@ LAYER_TYPES: tuple[LayerType, ...] = (LINEAR, EmbeddingType(), ConvolutionType()
 """All kinds of modules that can be measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetRules:
-    """The settings of PEFT's `LoraConfig` that say which modules get an adapter, with the same meaning."""
-
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    """Names or name endings, one regular expression for the whole name, or "all-linear"."""
-    exclude_modules: str | Sequence[str] | None = None
-    """What is left out of these: names or name endings, or one regular expression."""
-    layers_to_transform: int | Sequence[int] | None = None
-    """Only layers with these numbers, where `target_modules` are names."""
-    layers_pattern: str | Sequence[str] | None = None
-    """Name of the list of layers, where it is not the first numbered one."""
-    target_parameters: Sequence[str] | None = None
-    """Names or name endings of parameters that hold the weights of all experts of a layer."""
+class TargetRules(Targets):
+    """The settings that say which modules get an adapter, with the meaning that PEFT's `LoraConfig` gives them."""
 
     def match(self, name: str) -> bool:
         """Tell whether the module of this name is a target."""
@@ -109,7 +98,7 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     if isinstance(rules.target_modules, str) and rules.target_modules.lower() == ALL_LINEAR:
         heads = _head_names(base)
         names = [name for name in linear if name not in heads]
-        rules = replace(rules, target_modules=names, layers_to_transform=None, layers_pattern=None)
+        rules = replace(rules, target_modules=tuple(names), layers_to_transform=None, layers_pattern=None)
     matched = {name: module for name, module in candidates.items() if rules.match(name)}
     parameters = _parameters(candidates, rules.target_parameters or ())
     if not matched and (rules.target_modules or not parameters):
@@ -218,7 +207,7 @@ def _nothing_matches(rules: TargetRules, names: Sequence[str]) -> str:
     hints = "".join(near_misses(name.rsplit(".", 1)[-1], leaves) for name in wanted[:1])
     shown = ", ".join(wanted[:3]) + (", …" if len(wanted) > 3 else "")
     limits = [
-        f"{name}={value!r}" for name in ("exclude_modules", "layers_to_transform") if (value := getattr(rules, name))
+        f"{name}={value!r}" for name in ("exclude_modules", "layers_to_transform") if (value := rules.to_json()[name])
     ]
     limit = f" with {', '.join(limits)}" if limits else ""
     return (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -20,9 +18,10 @@ from evatune.activations.sharding import sharding_of
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
 from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer
-from evatune.allocation import ComponentVariances, RankPlan, allocate
-from evatune.errors import EvaError, EvaWarning, near_misses
+from evatune.allocation import RankPlan
+from evatune.errors import EvaError, EvaWarning
 from evatune.initialization import eva
+from evatune.settings import Measuring, Planning
 from evatune.spectra import Spectra
 
 _FROM_ADAPTER = (
@@ -34,8 +33,13 @@ _FROM_ADAPTER = (
     "rank",
     "rho",
     "metric",
+    "budget",
+    "train_a",
 )
 """Options of `measure` that follow from the adapter and the arguments of `initialize`."""
+
+_CALL = ("forward", "progress", "settings")
+"""Arguments of `measure` that are no settings."""
 
 
 def initialize(
@@ -92,7 +96,8 @@ def initialize(
             "measure it with evatune.measure, and initialize the adapter from the spectra before sharding."
         )
     _check_fresh(model, layers, adapter_name)
-    _check_planning(rho=rho, metric=metric, budget=budget)
+    # What is out of range is refused before minutes of measuring.
+    Planning.of({"rho": rho, "metric": metric, "budget": budget}, call="evatune.initialize")
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
     _warn_of_eva_config(config, rho=rho, whiten=whiten)
 
@@ -101,7 +106,8 @@ def initialize(
     if isinstance(batches_or_spectra, Spectra):
         spectra = batches_or_spectra
     else:
-        options = _needed(layers, ranks) | {"rho": rho, "metric": metric} | measure_options
+        plan_options = {"rho": rho, "metric": metric, "budget": budget, "train_a": _trains_a(layers, adapter_name)}
+        options = _needed(layers, ranks) | plan_options | measure_options
         spectra = measure(model, batches_or_spectra, **options)
     check_same_targets(
         spectra, {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in layers.items()}
@@ -214,14 +220,6 @@ def _check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: s
         )
 
 
-def _check_planning(*, rho: float, metric: str, budget: str) -> None:
-    """Raise what planning would raise, before minutes of measuring."""
-    single = ComponentVariances(
-        explained_variance=np.ones(1), total_variance=1.0, n_rows=2, in_features=1, out_features=1
-    )
-    allocate({"": single}, rank=1, rho=rho, metric=metric, budget=budget)
-
-
 def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
     if measured and options:
         raise EvaError(
@@ -231,12 +229,8 @@ def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
     taken = [name for name in options if name in _FROM_ADAPTER]
     if taken:
         raise EvaError(f"{', '.join(taken)} cannot be given here: the adapter's LoraConfig says it.")
-    known = [name for name in inspect.signature(measure).parameters if name not in _FROM_ADAPTER]
-    for name in options:
-        if name not in known:
-            raise EvaError(
-                f"evatune.measure has no option {name!r}{near_misses(name, known)}; it has {', '.join(known[2:])}."
-            )
+    if not measured:
+        Measuring.of({name: value for name, value in options.items() if name not in _CALL}, call="evatune.measure")
 
 
 def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
 from evatune.errors import EvaError
+from evatune.settings import Measuring
 
 if TYPE_CHECKING:
     from evatune.activations.estimate import Estimate
@@ -39,12 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         "task",
         "data",
-        "adapter.target_modules",
-        "adapter.exclude_modules",
-        "adapter.rank",
-        "adapter.rho",
-        "adapter.metric",
-        *(f"measure.{name}" for name in _MEASURE),
+        *(f"adapter.{name}" for name in Measuring.field_names()),
+        *(f"measure.{name}" for name in ("batch_size", *Measuring.field_names())),
         "train.precision",
         "train.seed",
         "train.threads",
@@ -63,19 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read the weights block after block, for models larger than memory; max-batches alone ends it then",
     )
     parser.add_argument("--table", action="store_true", help="print a line for every input")
-
-
-_MEASURE = (
-    "batch_size",
-    "max_batches",
-    "n_components",
-    "tau",
-    "delta",
-    "min_gain",
-    "backend",
-    "center",
-    "use_label_mask",
-)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,26 +106,17 @@ def _source(recipe: Recipe) -> str:
     return f"{name}/{file}" if file else name
 
 
-def _options(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that measuring from disk and its estimate share."""
+def _stored(recipe: Recipe) -> dict[str, Any]:
+    """Return what measuring from disk and its estimate have to know of the stored model."""
     import torch
 
-    from evatune.training.setup import uses_bf16
-
-    settings, adapter, model = recipe.measure, recipe.adapter, recipe.model
+    model = recipe.model
     return {
-        "target_modules": adapter.target_modules,
-        "exclude_modules": adapter.exclude_modules,
-        "rank": adapter.rank,
-        "rho": adapter.rho,
-        "n_components": settings.n_components,
-        "max_batches": settings.max_batches,
-        "backend": settings.backend,
-        "dtype": torch.bfloat16 if uses_bf16(recipe.train) else None,
         "weights_dtype": getattr(torch, model.dtype),
         "task": _head(recipe),
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
+        "settings": recipe.measuring,
     }
 
 
@@ -160,7 +135,7 @@ def _estimate(recipe: Recipe) -> Estimate:
 
     data: Any = recipe.data  # of a task whose rows are token ids
     size, length = recipe.measure.batch_size, data.max_length
-    return estimate(_source(recipe), batch_size=size, length=length, **_options(recipe))
+    return estimate(_source(recipe), batch_size=size, length=length, **_stored(recipe))
 
 
 def _measure_from_disk(recipe: Recipe, task: Task) -> Spectra:
@@ -170,11 +145,8 @@ def _measure_from_disk(recipe: Recipe, task: Task) -> Spectra:
     return measure_from_disk(
         _source(recipe),
         batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
-        center=recipe.measure.center,
-        use_label_mask=recipe.measure.use_label_mask,
         progress=sys.stderr.isatty(),
-        seed=recipe.train.seed,
-        **_options(recipe),
+        **_stored(recipe),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
+from evatune.settings import Section, field_docs
 from evatune.tasks import DOMAINS
 
 _TITLES = {"task": "task", "output": "output", "measure": "measuring", "train": "training"}
@@ -56,6 +58,20 @@ def add_recipe_options(parser: argparse.ArgumentParser, *wanted: str, without: S
             _add(groups[title], setting)
 
 
+def add_options(group: argparse._ArgumentGroup, section: type[Section]) -> None:
+    """Add an option for each field of a section; `given_options` reads them."""
+    kinds, docs = typing.get_type_hints(section), field_docs(section)
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        option = "--" + field.name.replace("_", "-")
+        kind, text = kinds[field.name], docs[field.name]
+        _add(group, Setting(path=field.name, option=option, kind=kind, default=field.default, help=text))
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given on the command line, by name."""
+    return {name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")}
+
+
 def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     options: dict[str, Any] = {"dest": f"setting:{setting.path}", "default": argparse.SUPPRESS}
     text = re.sub(r"`(\w+)`", r"\1", setting.help).rstrip(".").replace("%", "%%")
@@ -78,8 +94,9 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         options["metavar"] = "{" + ",".join(typing.get_args(kinds[0])) + "}"
     else:
         options["metavar"] = _METAVARS.get(kinds[0], "TEXT")
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        options |= {"nargs": "+", "metavar": "FILE" if setting.is_path else "NAME"}
+    if any(typing.get_origin(kind) in (tuple, Sequence) for kind in kinds):
+        named = "NAME" if str in kinds else options["metavar"]
+        options |= {"nargs": "+", "metavar": "FILE" if setting.is_path else named}
     elif setting.path in ("output", "measure.spectra"):
         options["metavar"] = "FOLDER"
     elif setting.path == "task":
@@ -94,9 +111,7 @@ def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:
         args: parsed arguments.
         path: recipe file to take where none is named.
     """
-    overrides = {
-        name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")
-    }
+    overrides = given_options(args)
     for setting in all_settings():
         # One word may be a regular expression, `all-linear` or `none`, where a list is not the only kind.
         if len(_kinds(setting)) > 1 and len(overrides.get(setting.path) or ()) == 1:

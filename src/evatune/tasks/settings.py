@@ -19,6 +19,7 @@ class ModelSettings(Section):
     """The pretrained model."""
 
     section: ClassVar[str] = "model"
+    main: ClassVar[str] = "name"
 
     name: str = path_setting("")
     """Hub id, local folder, `.gguf` file, or `package:NAME` for the model inside an installed Python package."""
@@ -37,6 +38,7 @@ class DataSettings(Section):
     """Training data and held-out data that are rows of files; a domain adds what else it needs."""
 
     section: ClassVar[str] = "data"
+    main: ClassVar[str] = "train"
 
     train: tuple[str, ...] = path_setting(())
     """Training files (.jsonl, .json, .csv, .tsv, .parquet; several are mixed) or one hub data set id."""

@@ -58,31 +58,17 @@ def measure_recipe(
     """Measure a model on training data as a recipe says.
 
     Args:
-        recipe: its sections `measure` and `adapter` are used, and the seed and precision of `train`.
+        recipe: see `Recipe.measuring`.
         model: the base model.
         task: has the training data.
         progress: show a bar, if standard error is a terminal.
     """
-    settings, adapter = recipe.measure, recipe.adapter
     return measure(
         model,
-        batches(task, batch_size=settings.batch_size, seed=recipe.train.seed),
-        target_modules=adapter.target_modules,
+        batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        settings=recipe.measuring,
         exclude_modules=without_adapter(recipe, task.needs(model)),
-        rank=adapter.rank,
-        rho=adapter.rho,
-        metric=adapter.choice.method.options.get("metric", adapter.metric),
-        n_components=settings.n_components,
-        max_batches=settings.max_batches,
-        tau=settings.tau,
-        delta=settings.delta,
-        min_gain=settings.min_gain,
-        backend=settings.backend,
-        center=settings.center,
-        use_label_mask=settings.use_label_mask,
-        dtype=torch.bfloat16 if uses_bf16(recipe.train) else None,
         progress=progress and sys.stderr.isatty(),
-        seed=recipe.train.seed,
     )
 
 

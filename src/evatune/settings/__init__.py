@@ -1,0 +1,40 @@
+"""Every option, declared once: frozen dataclasses whose fields carry their range and, under them, their text.
+
+The Python calls, the recipe, the command line, the run's record and saved spectra share these. This package imports
+nothing but the standard library and `evatune.errors`, so that `evatune --help` does not wait for PyTorch.
+"""
+
+from evatune.settings.adapter import Adapter, Gradients
+from evatune.settings.measuring import (
+    Decomposition,
+    Measuring,
+    Planning,
+    Ranking,
+    Rows,
+    Stopping,
+    Targets,
+    check_kept,
+    max_components,
+)
+from evatune.settings.section import Section, convert, describe_kind, field_docs, number, same_as, takes
+
+__all__ = [
+    "Adapter",
+    "Decomposition",
+    "Gradients",
+    "Measuring",
+    "Planning",
+    "Ranking",
+    "Rows",
+    "Section",
+    "Stopping",
+    "Targets",
+    "check_kept",
+    "convert",
+    "describe_kind",
+    "field_docs",
+    "max_components",
+    "number",
+    "same_as",
+    "takes",
+]

@@ -1,0 +1,36 @@
+"""The options of an adapter: what `prepare`, the recipe's section `adapter` and the command line share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evatune.settings.measuring import Planning, Ranking, Targets
+from evatune.settings.section import Section, number, same_as
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Section):
+    """How the adapter starts."""
+
+    method: str = "eva"
+    """`eva`, `lora`, `pissa`, ... with options behind a plus: `eva+dora`; `evatune methods` lists them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Targets, Ranking, Start):
+    """The adapter and how it starts."""
+
+    rank: int = same_as(Ranking, "rank")
+    lora_alpha: float = same_as(Planning, "lora_alpha")
+    lora_dropout: float = number(0.0, low=0, below=1)
+    """Share of the adapter's inputs that is zeroed in training."""
+    block_size: int = number(4, low=1)
+    """Size of the blocks of BOFT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients(Section):
+    """What the methods that look at gradients take."""
+
+    gradient_batches: int = number(8, low=1)
+    """Batches that the methods which look at gradients take them of (lora-ga, lora-one, eva-grad)."""
