@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.linalg import subspace_angles
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 # Nothing in the tests needs a hub; where the network is there, a slip would download something.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,3 +96,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Pat
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def largest_angle() -> Callable[[Tensor, Tensor], float]:
+    """Compare the spans of two sets of rows: their largest principal angle, in radians."""
+
+    def angle(first_kd: Tensor, second_kd: Tensor) -> float:
+        return float(subspace_angles(first_kd.double().numpy().T, second_kd.double().numpy().T).max())
+
+    return angle

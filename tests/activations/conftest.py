@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from transformers import (
@@ -214,16 +213,6 @@ def observe() -> Callable[..., Seen]:
         return seen
 
     return run
-
-
-@pytest.fixture(scope="session")
-def largest_angle() -> Callable[[Tensor, Tensor], float]:
-    """Compare the spans of two sets of rows: their largest principal angle, in radians."""
-
-    def angle(first_kd: Tensor, second_kd: Tensor) -> float:
-        return float(subspace_angles(first_kd.double().numpy().T, second_kd.double().numpy().T).max())
-
-    return angle
 
 
 QUIET = {"progress": False, "tau": None, "min_gain": None, "n_components": 6}

@@ -46,21 +46,22 @@ def test_rows_become_massive_later(known_rows, oracle):
     assert pca._state.needs_full_precision
 
 
-def test_rough_looks_watch_and_a_refresh_makes_the_next_one_thorough(known_rows, oracle):
+def test_a_look_is_good_enough_to_watch_and_reading_components_is_always_thorough(known_rows, oracle):
     known = known_rows(2000, np.arange(1, D + 1) ** -0.3, seed=0)
     batches = known.batches(250)
-    pca = StreamingPCA(K, backend="exact", rough_looks=True)
+    pca = StreamingPCA(K, backend="exact")
     for batch in batches:
-        pca.partial_fit(batch)
-        looked = pca.components_
+        look = pca.partial_fit(batch).look()
     truth = oracle(known.rows)
-    rough = 1 - truth.captured_by(looked, K)
-    thorough = 1 - truth.captured_by(pca.refresh().components_, K)
+    rough = 1 - truth.captured_by(look.components, K)
+    thorough = 1 - truth.captured_by(pca.components_, K)
     assert thorough < 1e-9 < rough < 0.02
-    never_looked = StreamingPCA(K, backend="exact", rough_looks=True)
+    assert torch.equal(pca.look().components, look.components), "a thorough read changes no look"
+    torch.testing.assert_close(look.explained_variance, pca.explained_variance_, rtol=0.02, atol=0)
+    never_looked = StreamingPCA(K, backend="exact")
     for batch in batches:
         never_looked.partial_fit(batch)
-    torch.testing.assert_close(never_looked.refresh().components_, pca.components_, rtol=0, atol=1e-6)
+    torch.testing.assert_close(never_looked.components_, pca.components_, rtol=0, atol=1e-6)
 
 
 def test_the_exact_backend_misses_nothing(known_rows):

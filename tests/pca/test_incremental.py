@@ -52,4 +52,4 @@ def test_it_keeps_no_more_than_was_asked_for(known_rows):
     pca = StreamingPCA(12, backend="incremental")
     for batch in known_rows(300, FALLING, seed=0).batches(50):
         pca.partial_fit(batch)
-        assert pca.state_dict()["state.components"].shape == (12, 40)
+        assert pca.state_dict()["components"].shape == (12, 40)

@@ -41,7 +41,7 @@ def test_order_and_batches_do_not_matter_and_parts_merge():
     for piece in tokens.flip(0).split(37):
         pieces.partial_fit(piece)
     halves = [OneHotPCA(8, n_features=50).partial_fit(half) for half in tokens.chunk(2)]
-    restored = OneHotPCA.from_state_dict(halves[1].state_dict())
+    restored = OneHotPCA.from_state(halves[1].state_dict())
     for other in (pieces, halves[0].merge(restored), OneHotPCA(8, n_features=50).merge(whole)):
         assert torch.equal(other.components_, whole.components_)
         assert torch.equal(other.singular_values_, whole.singular_values_)

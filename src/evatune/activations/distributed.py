@@ -1,7 +1,7 @@
 """Measuring in many processes: each passes its own batches, and only small matrices are exchanged.
 
 Every process follows its rows with its own `StreamingPCA`. After 1, 2, 4, 8, … steps they meet to check whether to go
-on, for which the leading components of inputs that are not done suffice (`evatune.activations.leading`), and at the end
+on, for which the leading components of inputs that are not done suffice (`AnyPCA.leading`), and at the end
 they exchange whole states: some d x l numbers per input and process, whatever the number of rows, where gathering
 activations would send n x d. Every process merges the same states in the same order, so that all end with the same bits
 on equal hardware.
@@ -20,16 +20,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from evatune.activations.exchange import Ranks, layout_of
-from evatune.activations.layers import AnyPCA
-from evatune.activations.leading import leading_state, restored, whole_state
 from evatune.activations.measurement import Measurement
 from evatune.activations.passes import Passes
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED
 from evatune.errors import EvaError
+from evatune.pca import AnyPCA, from_state
 
 
 class _Facts(NamedTuple):
@@ -196,14 +194,14 @@ class _Assembly:
             return None  # nothing would be done with it
         self._measurement.pool(self.own, self._ranks.add)
         undone = {key: pca for key, pca in self.own.items() if key not in monitor.done}
-        table, merged = self._merge(undone, leading_state)
+        table, merged = self._merge(undone, lambda pca: pca.leading())
         self._merged |= merged
         self._adopt(table, n_batches)
         return BATCH_CAP if self._measurement.all_done() else None
 
     def conclude(self, n_batches: int, *, checked: bool) -> None:
         """Exchange everything; with a last check, if there was none after this step."""
-        table, self._merged = self._merge(self.own, whole_state)
+        table, self._merged = self._merge(self.own, lambda pca: pca.condensed())
         if not checked:
             self._measurement.pool(self.own, self._ranks.add)
             self._adopt(table, n_batches)
@@ -218,13 +216,13 @@ class _Assembly:
         self._measurement.adopt(reached, dict(self._merged), self.own, n_batches=n_batches)
 
     def _merge(
-        self, local: Mapping[str, AnyPCA], state_of: Callable[[AnyPCA], dict[str, Tensor]]
+        self, local: Mapping[str, AnyPCA], sent_of: Callable[[AnyPCA], AnyPCA]
     ) -> tuple[dict[str, str], dict[str, AnyPCA]]:
         """Return the table of inputs and the merged state of each, the same in all processes."""
         states: dict[str, dict[str, Tensor]] = {}
         failure: Exception | None = None
         try:
-            states = {key: state_of(pca) for key, pca in local.items() if pca.is_fitted}
+            states = {key: sent_of(pca).state_dict() for key, pca in local.items() if pca.is_fitted}
         except Exception as error:  # not a number, or no memory: told to the others, who would wait for the states
             failure = error
         told = self._ranks.gather_json([failure is not None, dict(self._measurement.input_of), layout_of(states)])
@@ -236,11 +234,7 @@ class _Assembly:
 
 
 def _merged(states: Sequence[dict[str, Tensor]]) -> AnyPCA:
-    if "alike" in states[0]:  # which a process learns from its first rows of any expert
-        alike = torch.stack([state["alike"] for state in states]).any()
-        states = [state | {"alike": alike} for state in states]
-    pcas: list[Any] = [restored(state) for state in states]
-    return functools.reduce(lambda first, second: first.merge(second), pcas)
+    return functools.reduce(lambda first, second: first.merge(second), map(from_state, states))
 
 
 def _agreed(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -8,7 +8,6 @@ Shapes: n rows of a batch, d features, k components, l sketch columns.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import re
 import time
@@ -21,26 +20,15 @@ import torch
 from torch import nn
 
 from evatune.activations.empty import empty_model, model_folder, read_config
-from evatune.activations.layers import AnyPCA
 from evatune.activations.measure import pca_maker, with_ranks_of
 from evatune.activations.streaming import find_blocks
 from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
 from evatune.activations.trace import Trace, follow
 from evatune.errors import EvaError
-from evatune.pca import StreamingPCA
-from evatune.pca.eigen import FULL_FROM, FULL_UP_TO, OVERSAMPLING
-from evatune.pca.one_hot import OneHotPCA
-from evatune.pca.sketch import EXACT_UP_TO, FIRST_BATCH_ITERATIONS, N_PROBES, sketch_width, widest_sketch
-from evatune.pca.stacked import StackedPCA
-from evatune.pca.streaming import choose_backend
+from evatune.pca import AnyPCA
 from evatune.pca.threads import one_thread
 from evatune.settings import Measuring, takes
 from evatune.tables import text_table
-
-SCALARS_BYTES = 256
-"""Room for the counters and flags of one state."""
-
-_FLOAT, _DOUBLE = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,79 +340,15 @@ def _blocks(
 def _kind(
     name: str, members: Sequence[TargetModule], *, n_targets: int, n_rows: int, pca: AnyPCA, max_batches: int
 ) -> InputKind:
-    d = members[0].in_features
-    facts: dict[str, Any] = {"name": name, "count": len(members), "n_targets": n_targets, "in_features": d}
-    if isinstance(pca, OneHotPCA):
-        return InputKind(
-            **facts,
-            backend="exact",
-            width=None,
-            n_rows=n_rows,
-            state_bytes=SCALARS_BYTES + _DOUBLE * d,
-            initial_bytes=SCALARS_BYTES + _DOUBLE * d,
-            cached_bytes=4 * _FLOAT * pca.n_components * d,
-            product_flops=0.0,
-            factorization_flops=0.0,
-        )
-    if isinstance(pca, StackedPCA):
-        parts = [_costs(part, width, n_rows, max_batches) for part, width in zip(pca.parts, pca.widths, strict=True)]
-        backends = {part["backend"] for part in parts}
-        widths = [part["width"] for part in parts if part["width"]]
-        sums = {
-            key: sum(part[key] for part in parts)
-            for key in ("state_bytes", "initial_bytes", "cached_bytes", "product_flops", "factorization_flops")
-        }
-        for key in ("state_bytes", "initial_bytes"):
-            sums[key] += SCALARS_BYTES + _DOUBLE * len(parts)
-        return InputKind(
-            **facts, n_rows=n_rows, backend="+".join(sorted(backends)), width=max(widths, default=None), **sums
-        )
-    return InputKind(**facts, n_rows=n_rows, **_costs(pca, d, n_rows, max_batches))
-
-
-def _costs(pca: StreamingPCA, d: int, n: int, max_batches: int) -> dict[str, Any]:
-    """Return backend, sketch width, bytes and operations of one streaming PCA of rows with d features, n a batch."""
-    k = min(pca.n_components, d)
-    backend = choose_backend(pca.backend, k, d)
-    width = sketch_width(k, d)
-    moments = _FLOAT * d + 2 * _DOUBLE * d + SCALARS_BYTES
-    # Components of the last three checks, those before the last batch and the present ones.
-    cached = 5 * _FLOAT * k * d
-    doublings = math.ceil(math.log2(max(max_batches, 1))) + 1
-    checks = 2 * doublings + 4  # two a doubling, the first three of which look twice, and the end
-    # Most of the work of factorizations are products, which run about four times as fast as what the speed was measured
-    # on: hence 2 d l² where it is 8 d l².
-    if backend == "exact":
-        initial = state = _FLOAT * d * d
-        products = 4 / 3 * n * d * d
-        # Subspace iteration goes on from the columns of the last time.
-        columns = min(k + OVERSAMPLING, d)
-        cached += _FLOAT * d * columns
-        step = d * d * columns / 2 + 2.0 * d * columns**2 + 20.0 * columns**3
-        is_full = d <= FULL_UP_TO or FULL_FROM * columns > d
-        factorizations = checks * 9.0 * d**3 if is_full else (checks + 6) * step
-    elif backend == "sketch":
-        widest = widest_sketch(k, d)
-        initial, state = (2 * _FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
-        if width < d <= EXACT_UP_TO:
-            state = max(state, _FLOAT * d * d)
-        products = 4.0 * n * d * (width + N_PROBES)
-        # The eigenvectors of the last refresh are kept until rows come.
-        cached += _FLOAT * d * widest + _DOUBLE * widest
-        factorizations = (FIRST_BATCH_ITERATIONS + doublings + checks) * (2.5 * d * width**2 + 20.0 * width**3)
-    else:
-        initial = state = _FLOAT * (k * d + k)
-        products = 0.0
-        factorizations = max_batches * 6.0 * d * (n + k) * min(n + k, d)
-    return {
-        "backend": backend,
-        "width": width if backend == "sketch" else None,
-        "state_bytes": state + moments,
-        "initial_bytes": initial + moments,
-        "cached_bytes": cached,
-        "product_flops": products,
-        "factorization_flops": factorizations,
-    }
+    cost = pca.cost(n_features=members[0].in_features, n_rows=n_rows, n_batches=max_batches)
+    return InputKind(
+        name=name,
+        count=len(members),
+        n_targets=n_targets,
+        in_features=members[0].in_features,
+        n_rows=n_rows,
+        **vars(cost),
+    )
 
 
 def _size(n_bytes: float) -> str:

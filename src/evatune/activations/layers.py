@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
-from evatune.pca import StreamingPCA
+from evatune.pca import AnyPCA, StreamingPCA
 from evatune.pca.one_hot import OneHotPCA
-from evatune.pca.stacked import StackedPCA
 
 Rows = Any
 """What the PCA of a layer type takes: a matrix (n, d), token numbers (n,), or one matrix for each part."""
-
-AnyPCA = StreamingPCA | OneHotPCA | StackedPCA
 
 
 class LayerType(ABC):

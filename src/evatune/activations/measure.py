@@ -179,7 +179,6 @@ def pca_maker(settings: Measuring) -> Callable[[int], StreamingPCA]:
         tolerance=settings.tolerance,
         center=settings.center,
         seed=settings.seed,
-        rough_looks=True,
     )
 
 

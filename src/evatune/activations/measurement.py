@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatune.activations.layers import AnyPCA, Rows
+from evatune.activations.layers import Rows
 from evatune.activations.rows import RowMasks
 from evatune.activations.starved import is_expert, stand_ins
 from evatune.activations.stopping import StoppingMonitor, is_check
 from evatune.activations.targets import TargetModule
 from evatune.allocation import ComponentVariances, allocate
 from evatune.errors import EvaError, EvaWarning
-from evatune.pca import StreamingPCA
+from evatune.pca import AnyPCA, Look, StreamingPCA
 from evatune.pca.threads import on_one_thread_each
 from evatune.settings import Planning
 from evatune.spectra import Spectrum, Target
@@ -43,15 +43,14 @@ def warn_of_errors(spectra: Mapping[str, Spectrum]) -> None:
         )
 
 
-def _factorize(pca: AnyPCA) -> None:
-    """Find the components; they stay known until more rows come."""
-    _ = pca.components_
+def _look(pca: AnyPCA) -> None:
+    """Find components good enough for checks; they stay known until more rows come."""
+    pca.look()
 
 
 def _finish(pca: AnyPCA) -> None:
     """Find the final components."""
-    pca.refresh()
-    _factorize(pca)
+    _ = pca.refresh().components_
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
@@ -95,7 +94,7 @@ class Measurement:
         self.history: list[dict[str, Any]] = []
         self._n_batches = 0
         self._masks = RowMasks()
-        self._components_before: dict[str, tuple[Tensor, int]] = {}
+        self._before: dict[str, Look] = {}
         self._side_by_side = True  # an accelerator is busy with one factorization
         self._needed: dict[str, int] = {}
         self._variances: dict[str, ComponentVariances] = {}
@@ -108,8 +107,8 @@ class Measurement:
         self._n_batches, self._masks = n_batches, masks
         if self._checks(n_batches + 1):
             compared = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and self.monitor.compares(key)}
-            self._each(_factorize, compared.values())
-            self._components_before = {key: (pca.components_, pca.n_samples_seen_) for key, pca in compared.items()}
+            self._each(_look, compared.values())
+            self._before = {key: pca.look() for key, pca in compared.items()}
 
     def consume(self, key: str, entering: Any) -> None:
         """Take the input of a target, as its layer type hands it over."""
@@ -163,10 +162,10 @@ class Measurement:
 
     def _check(self) -> None:
         undone = {key: pca for key, pca in self.pcas.items() if pca.is_fitted and key not in self.monitor.done}
-        self._each(_factorize, undone.values())
+        self._each(_look, undone.values())
         self._plan()
         self._each(self._judge, undone)
-        self._components_before = {}
+        self._before = {}
         self.monitor.conclude()
         self._each(self._begin_check, [key for key in undone if key not in self.monitor.done])
 
@@ -179,13 +178,13 @@ class Measurement:
 
     def _judge(self, key: str) -> None:
         pca, n_needed = self.pcas[key], self._n_needed(key)
-        before_kd, n_rows_before = self._components_before.get(key, (None, 0))
-        if before_kd is not None and pca.n_samples_seen_ > n_rows_before:
-            self.monitor.compare_update(key, pca.components_, before_kd, n_needed=n_needed)
+        before, now = self._before.get(key), pca.look()
+        if before is not None and now.n_samples_seen > before.n_samples_seen:
+            self.monitor.compare_update(key, now.components, before.components, n_needed=n_needed)
         self.monitor.score_unseen(key, pca, n_needed=n_needed)
 
     def _begin_check(self, key: str) -> None:
-        self.monitor.begin_check(key, self.pcas[key].components_, self.pcas[key])
+        self.monitor.begin_check(key, self.pcas[key].look().components, self.pcas[key])
 
     def pool(self, own: Mapping[str, AnyPCA], add: Callable[[Tensor], Tensor]) -> None:
         """Score the rows that all processes have seen since the last check: `own` here, summed by `add`."""
@@ -207,11 +206,11 @@ class Measurement:
         for key, pca in pcas.items():
             before_kd = self.monitor.last_components(key)
             if before_kd is not None and self.monitor.compares(key):
-                self.monitor.compare_update(key, pca.components_, before_kd, n_needed=self._n_needed(key))
+                self.monitor.compare_update(key, pca.look().components, before_kd, n_needed=self._n_needed(key))
         self.monitor.conclude()
         for key, pca in pcas.items():
             if key not in self.monitor.done:
-                self.monitor.begin_check(key, pca.components_, own.get(key))
+                self.monitor.begin_check(key, pca.look().components, own.get(key))
         self._note(n_batches)
 
     def _plan(self) -> None:
@@ -325,7 +324,7 @@ class Measurement:
             # What is done changes little, and looking at it costs a factorization.
             if pca.is_fitted and not (name in variances and key in self.monitor.done):
                 variances[name] = ComponentVariances(
-                    explained_variance=pca.explained_variance_.double().cpu().numpy(),
+                    explained_variance=pca.look().explained_variance.double().cpu().numpy(),
                     total_variance=pca.total_variance_,
                     n_rows=pca.n_samples_seen_,
                     in_features=target.in_features,

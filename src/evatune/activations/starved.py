@@ -19,9 +19,9 @@ from collections.abc import Mapping
 
 import torch
 
-from evatune.activations.layers import LINEAR, AnyPCA
+from evatune.activations.layers import LINEAR
 from evatune.activations.targets import TargetModule
-from evatune.pca import StreamingPCA
+from evatune.pca import AnyPCA
 from evatune.pca.subspace import complete_basis
 from evatune.spectra import Spectrum
 
@@ -64,11 +64,11 @@ def stand_ins(
     for family, names in families.items():
         k = min(n_components, targets[names[0]].in_features)
         keys = {name: input_of.get(name, name) for name in names}
-        fed: dict[str, StreamingPCA] = {}
-        starved: dict[str, StreamingPCA | None] = {}
+        fed: dict[str, AnyPCA] = {}
+        starved: dict[str, AnyPCA | None] = {}
         for key in keys.values():
             pca = pcas.get(key)
-            own = pca if isinstance(pca, StreamingPCA) and pca.is_fitted else None
+            own = pca if pca is not None and pca.is_fitted else None
             if own is not None and own.n_samples_seen_ >= k:
                 fed[key] = own
             else:
@@ -96,14 +96,14 @@ def _entered_parts(input_of: Mapping[str, str]) -> set[tuple[str, str]]:
     return entered
 
 
-def _pooled(pcas: list[StreamingPCA]) -> StreamingPCA:
+def _pooled(pcas: list[AnyPCA]) -> AnyPCA:
     pooled, *others = pcas
     for pca in others:
         pooled = pooled.merge(pca)
     return pooled
 
 
-def _spectrum_of(pca: StreamingPCA, n_batches: int) -> Spectrum:
+def _spectrum_of(pca: AnyPCA, n_batches: int) -> Spectrum:
     return Spectrum(
         components=pca.components_.float().cpu().clone(),  # several experts may stand in with one PCA
         singular_values=pca.singular_values_.float().cpu().clone(),
@@ -116,7 +116,7 @@ def _spectrum_of(pca: StreamingPCA, n_batches: int) -> Spectrum:
     )
 
 
-def _like_siblings(own: StreamingPCA | None, fed: list[StreamingPCA], number: int, n_batches: int) -> Spectrum:
+def _like_siblings(own: AnyPCA | None, fed: list[AnyPCA], number: int, n_batches: int) -> Spectrum:
     like = fed[0].components_.float().cpu()
     k, d = like.shape
     n_rows = own.n_samples_seen_ if own else 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatune.activations.layers import AnyPCA
+from evatune.pca import AnyPCA
 from evatune.pca.subspace import component_cosines
 from evatune.settings import Stopping
 

@@ -1,5 +1,7 @@
 """Streaming principal component analysis on torch tensors; knows nothing of models."""
 
+from evatune.pca.contract import AnyPCA, Look
+from evatune.pca.kinds import from_state
 from evatune.pca.streaming import StreamingPCA
 
-__all__ = ["StreamingPCA"]
+__all__ = ["AnyPCA", "Look", "StreamingPCA", "from_state"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evatune.pca.subspace import orthonormal
 from evatune.pca.threads import one_thread
 
 FULL_UP_TO = 256
@@ -29,6 +30,9 @@ OVERSAMPLING = 16
 
 DEGREE = 3
 """Of the Chebyshev filter; in float32 a higher one would drown small eigenvectors in the rounding of large ones."""
+
+TINY = 1e-30
+"""Length that a column of zeros is taken to have."""
 
 MAX_ROUNDS = 16
 """Rounds after which a matrix whose spectrum hardly falls is factorized in full."""
@@ -61,12 +65,12 @@ def leading_eigenpairs(
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
-    if n_features <= FULL_UP_TO or FULL_FROM * width > n_features:
+    if is_full(n_features, n_pairs):
         return _all_eigenpairs(matrix_dd)
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
         near_dl = matrix_dd @ torch.randn(n_features, width, generator=generator).to(matrix_dd)
-    basis_dl = _orthonormal(near_dl[:, :width].to(matrix_dd))
+    basis_dl = _normalized_basis(near_dl[:, :width].to(matrix_dd))
     zero = 10 * torch.finfo(matrix_dd.dtype).eps
     for n_done in range(MAX_ROUNDS):
         basis_dl, image_dl, values_l = _ritz_pairs(matrix_dd, basis_dl)
@@ -79,8 +83,13 @@ def leading_eigenpairs(
         if enough:
             seen_l = values_l > zero * values_l[0].clamp_min(0.0)
             return basis_dl[:, seen_l], values_l[seen_l]
-        basis_dl = _orthonormal(_filtered(matrix_dd, basis_dl, image_dl, values_l))
+        basis_dl = _normalized_basis(_filtered(matrix_dd, basis_dl, image_dl, values_l))
     return _all_eigenpairs(matrix_dd)
+
+
+def is_full(n_features: int, n_pairs: int) -> bool:
+    """Tell whether a matrix of this width is factorized in full where so many pairs are wanted."""
+    return n_features <= FULL_UP_TO or FULL_FROM * (n_pairs + OVERSAMPLING) > n_features
 
 
 def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Tensor:
@@ -109,11 +118,9 @@ def _settled(residual_l: Tensor, values_l: Tensor, *, n_pairs: int, tolerance: f
     return ((missed_k / values_k.clamp_min(smallest)).mean() <= tolerance) & ~turned_k.any()
 
 
-def _orthonormal(columns_dl: Tensor) -> Tensor:
-    """Return orthonormal columns with the same span, (d, l)."""
-    columns_dl = columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(1e-30)
-    with one_thread():
-        return torch.linalg.qr(columns_dl.cpu() if columns_dl.device.type == "mps" else columns_dl).Q.to(columns_dl)
+def _normalized_basis(columns_dl: Tensor) -> Tensor:
+    """Return orthonormal columns with the same span, (d, l), of columns whose lengths may be far apart."""
+    return orthonormal(columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(TINY))
 
 
 def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,74 +9,106 @@ and the oracle of the other backends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
-from evatune.pca.eigen import leading_eigenpairs
+from evatune.pca.backend import Pairs, Request, State
+from evatune.pca.cost import CORE_EIGH, FLOAT, FULL_EIGH, THIN_PRODUCTS, Cost, components_bytes, moments_bytes, n_checks
+from evatune.pca.eigen import OVERSAMPLING, is_full, leading_eigenpairs
+from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
-from evatune.pca.products import accumulate_gram, energies_along, gram_norm, symmetric
+from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_gram, energies_along, gram_norm, symmetric
 from evatune.pca.subspace import solver_copy
 
-HALF_PRECISION_NOISE = 0.03
-"""How much of the mean small eigenvalue the rounding of one batch's product may be (`_review`)."""
+BATCH_NOISE = 0.03
+"""How much of the mean small eigenvalue the rounding of one batch's product in bfloat16 may be (`_review`).
+
+With it, products in bfloat16 miss 2e-5 of the variance at most on spectra without massive directions
+(`tests/pca/test_exact.py`).
+"""
+
+SPARE_PAIRS = 48
+"""How many eigenpairs beside the components' stand for a second moment between processes: half the columns that a
+sketch has beside them (`evatune.pca.sketch.SPARE`), since these lie in a space that is found already. At least as many
+as components."""
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-16}
+"""Share of its eigenvalue that a component may miss, in the mean, by the dtype of the sums. With 1e-5 the components of
+SmolLM2's inputs miss 1e-6 of the variance (`benchmarks/accuracy.py`); 1e-16 is the rounding of float64."""
+
+EXTRA_ROUNDS = 6
+"""Rounds of iteration beyond one a check: the first look and the last one start farther away."""
 
 
-class ExactState:
+class ExactState(State):
     """The second moment of the shifted rows, of which only strips up to the diagonal are filled.
 
-    `missed` is the variance, not divided by the rows, that the leading components lack because the state began as a
-    sketch.
+    Args:
+        request: what is asked for.
+        moments: of the rows.
+        second_moment_dd: S as `accumulate_gram` fills it, (d, d).
+        n_rows_reviewed: how many rows there were when it was last decided how precise products must be.
+        needs_full_precision: what was decided.
+        missed: the variance, not divided by the rows, that the leading components lack because the state began as a
+            sketch.
     """
+
+    name = "exact"
+    keeps_all: ClassVar[bool] = True
 
     def __init__(
         self,
+        request: Request,
+        moments: Moments,
         second_moment_dd: Tensor,
         *,
         n_rows_reviewed: int = 0,
         needs_full_precision: bool = True,
         missed: float = 0.0,
     ) -> None:
+        super().__init__(request, moments)
         self.second_moment_dd = second_moment_dd
         self.n_rows_reviewed = n_rows_reviewed
         self.needs_full_precision = needs_full_precision
-        self.missed = missed
-        self._near_dl: Tensor | None = None
+        self._missed = missed
+        self._near_dl: Tensor | None = None  # what the last rough look found
 
     @classmethod
-    def start(cls, first_nd: Tensor) -> ExactState:
-        """Return the empty state for rows like these, (n, d)."""
-        n_features = first_nd.shape[1]
-        return cls(first_nd.new_zeros(n_features, n_features))
+    def start(cls, request: Request, moments: Moments) -> Self:
+        """Return the state of no rows: zeros."""
+        n_features = len(moments.shift_d)
+        return cls(request, moments, moments.shift_d.new_zeros(n_features, n_features))
 
     @classmethod
-    def of_eigenpairs(
-        cls, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, missed: float
-    ) -> ExactState:
-        """Return the state of rows whose scatter matrix has eigenvectors in columns (d, p) with eigenvalues (p,)."""
-        vectors_dp, values_p = vectors_dp.to(moments.shift_d), values_p.to(moments.shift_d)
+    def of_eigenpairs(cls, request: Request, moments: Moments, pairs: Pairs, *, missed: float) -> Self:
+        """Return the state of rows whose scatter matrix has these eigenpairs."""
+        vectors_dp, values_p = (tensor.to(moments.shift_d) for tensor in pairs)
         second_moment_dd = (vectors_dp * values_p) @ vectors_dp.T
-        if center:
+        if request.center:
             offset_d = moments.offset_d.to(second_moment_dd)
             second_moment_dd += moments.n_rows * torch.outer(offset_d, offset_d)
-        state = cls(second_moment_dd, missed=missed)
-        state._review(moments)
+        state = cls(request, moments, second_moment_dd, missed=missed)
+        state._review()
         return state
 
-    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> ExactState:
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> ExactState:
         """Add shifted rows, (n, d), and return this state; `moments` include them already."""
         if self.n_rows_reviewed == 0 and product_dtype != shifted_nd.dtype:  # may they be in half precision?
             accumulate_gram(self.second_moment_dd, shifted_nd.to(product_dtype))
-            self._review(moments)
+            self._review()
             if not self.needs_full_precision:
                 return self
             self.second_moment_dd.zero_()
         dtype = shifted_nd.dtype if self.needs_full_precision else product_dtype
         accumulate_gram(self.second_moment_dd, shifted_nd.to(dtype))
-        if moments.n_rows >= 2 * self.n_rows_reviewed:
-            self._review(moments)
+        if self.moments.n_rows >= 2 * self.n_rows_reviewed:
+            self._review()
         return self
 
-    def _review(self, moments: Moments) -> None:
+    def _review(self) -> None:
         """Decide whether products may be in bfloat16 until the rows have doubled.
 
         Each entry of such a product is rounded by a relative 2⁻⁹, so the error of a batch like all so far is a random
@@ -84,67 +116,111 @@ class ExactState:
         of which (trace S - ‖S‖) / d, the mean of the small ones, is a lower bound. It is not where a few massive
         activations own the variance.
         """
-        norm, n_features = gram_norm(self.second_moment_dd), len(self.second_moment_dd)
-        noise = 2 * 2.0**-9 * norm / (3 * n_features) ** 0.5
-        small = (self.second_moment_dd.diagonal().sum() - norm) / n_features
-        self.needs_full_precision = bool(noise > HALF_PRECISION_NOISE * small)
-        self.n_rows_reviewed = moments.n_rows
+        norm = gram_norm(self.second_moment_dd)
+        noise = 2 * BFLOAT16_ROUNDING * norm / (3 * self.n_features) ** 0.5
+        small = (self.second_moment_dd.diagonal().sum() - norm) / self.n_features
+        self.needs_full_precision = bool(noise > BATCH_NOISE * small)
+        self.n_rows_reviewed = self.moments.n_rows
 
-    def decompose(self, moments: Moments, *, center: bool, n_pairs: int, rough: bool = False) -> tuple[Tensor, Tensor]:
-        """Return at least `n_pairs` eigenvectors of the scatter matrix in columns (d, p) and its eigenvalues (p,).
+    def refresh(self) -> None:
+        """Do nothing: nothing is put off."""
 
-        Args:
-            moments: of the same rows.
-            center: take the scatter about the mean.
-            n_pairs: how many are wanted.
-            rough: take one round from the eigenvectors that were found last, whatever the residual.
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+        """Return at least `n_pairs` eigenpairs of the scatter matrix, if it has so many.
+
+        A rough call takes one round of iteration from the eigenvectors that the last rough call found, whatever the
+        residual, and leaves its own to the next call of any kind.
         """
         scatter_dd = symmetric(self.second_moment_dd)
-        if center:
-            offset_d = moments.offset_d.to(scatter_dd)
-            scatter_dd.addr_(offset_d, offset_d, alpha=-moments.n_rows)
-        tolerance = 1e-5 if scatter_dd.dtype == torch.float32 else 1e-16
+        if self.center:
+            offset_d = self.moments.offset_d.to(scatter_dd)
+            scatter_dd.addr_(offset_d, offset_d, alpha=-self.moments.n_rows)
+        tolerance = TOLERANCES[scatter_dd.dtype]
         if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
             scatter_dd = solver_copy(scatter_dd)
         pairs = leading_eigenpairs(
             scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_rounds=1 if rough else None
         )
-        self._near_dl = pairs[0].to(self.second_moment_dd)
+        if rough:
+            self._near_dl = pairs[0].to(self.second_moment_dd)
         return pairs
 
-    def scatter_along(self, directions_kd: Tensor, moments: Moments, *, center: bool) -> Tensor:
-        """Return vᵀ C v for every row v of `directions_kd`, (k,), with the scatter matrix C."""
+    def missed(self) -> float:
+        """Return zero, or what a sketch had missed before it became this state."""
+        return self._missed
+
+    def scatter_along(self, directions_kd: Tensor) -> Tensor:
+        """Return vᵀ C v for every row v of `directions_kd`, (k,), of all rows. Cost O(d² k)."""
         directions_kd = directions_kd.to(self.second_moment_dd)
         energies_k = energies_along(self.second_moment_dd, directions_kd)
-        if center:
-            energies_k -= moments.n_rows * (directions_kd @ moments.offset_d.to(directions_kd)).square()
+        if self.center:
+            energies_k -= self.moments.n_rows * (directions_kd @ self.moments.offset_d.to(directions_kd)).square()
         return energies_k
 
-    def merged(self, other: ExactState, mine: Moments, theirs: Moments, *, center: bool) -> ExactState:
-        """Return the state of both sets of rows, about the shift of `mine`."""
-        move_d = (theirs.shift_d - mine.shift_d).to(self.second_moment_dd)
+    def merged(self, other: Self) -> Self:
+        """Return the state of both sets of rows, about the shift of this one; nothing is lost. Cost O(d²)."""
+        theirs = other.moments
+        move_d = (theirs.shift_d - self.moments.shift_d).to(self.second_moment_dd)
         cross_dd = torch.outer(theirs.sum_d.to(move_d), move_d)
         moved_dd = other.second_moment_dd + cross_dd + cross_dd.T + theirs.n_rows * torch.outer(move_d, move_d)
-        return ExactState(
+        return type(self)(
+            self.request,
+            self.moments.merged(theirs),
             self.second_moment_dd + moved_dd,
             n_rows_reviewed=self.n_rows_reviewed + other.n_rows_reviewed,
             needs_full_precision=self.needs_full_precision or other.needs_full_precision,
-            missed=self.missed + other.missed,
+            missed=self._missed + other._missed,
         )
+
+    def exactly(self) -> State:
+        """Return this state."""
+        return self
+
+    def condensed(self) -> State:
+        """Return leading eigenpairs where they are much smaller than the matrix, as when sketches merge."""
+        n_pairs = max(2 * self.n_components, self.n_components + SPARE_PAIRS)
+        if 2 * n_pairs >= self.n_features:
+            return self
+        vectors_dp, values_p = self.eigenpairs(n_pairs)
+        components_pd, values_p = (
+            tensor[:n_pairs].to(self.second_moment_dd) for tensor in (vectors_dp.T, values_p.sqrt())
+        )
+        return LeadingState.of(self.request, self.moments, components_pd, values_p)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors."""
-        review = torch.tensor([self.n_rows_reviewed, int(self.needs_full_precision)])
-        missed = torch.tensor(self.missed, dtype=torch.float32)
-        return {"second_moment": self.second_moment_dd, "review": review, "missed": missed}
+        return self.moments.tensors() | {
+            "second_moment": self.second_moment_dd,
+            "review": torch.tensor([self.n_rows_reviewed, int(self.needs_full_precision)]),
+            "missed": torch.tensor(self._missed, dtype=torch.float32),
+        }
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> ExactState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
         """Return the state that `tensors` describes."""
         n_rows_reviewed, full = tensors["review"].tolist()
         return cls(
+            request,
+            Moments.from_tensors(tensors),
             tensors["second_moment"],
             n_rows_reviewed=n_rows_reviewed,
             needs_full_precision=bool(full),
             missed=float(tensors["missed"]),
+        )
+
+    @classmethod
+    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
+        """Return the cost of a matrix, two thirds of one product a batch, and iteration at checks."""
+        k, d, checks = n_components, n_features, n_checks(n_batches)
+        # Iteration goes on from the columns of the last look.
+        columns = min(k + OVERSAMPLING, d)
+        one_round = THIN_PRODUCTS * 2 * d * columns * (d + 4 * columns) + CORE_EIGH * columns**3
+        full = is_full(d, k)
+        return Cost(
+            backend=cls.name,
+            state_bytes=FLOAT * d * d + moments_bytes(d),
+            initial_bytes=FLOAT * d * d + moments_bytes(d),
+            cached_bytes=components_bytes(k, d) + FLOAT * d * columns,
+            product_flops=4 / 3 * n_rows * d * d,
+            factorization_flops=checks * FULL_EIGH * d**3 if full else (checks + EXTRA_ROUNDS) * one_round,
         )

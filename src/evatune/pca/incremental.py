@@ -1,6 +1,6 @@
 """Incremental PCA, Algorithm 2 of the paper (Ross et al. 2008): merge a truncated SVD with every batch.
 
-Shapes: n rows, d features, k components.
+Shapes: n rows, d features, k components, p <= k of them that vary.
 
 The reference for the other backends and the closest to published runs. Each batch needs an SVD,
 O((n + k) d min(n + k, d)), and what is truncated is forgotten, so the result depends on the order of batches.
@@ -8,74 +8,117 @@ O((n + k) d min(n + k, d)), and what is truncated is forgotten, so the result de
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Self
+
 import torch
 from torch import Tensor
 
+from evatune.pca.backend import Pairs, Request, State, merge_eigenpairs
+from evatune.pca.cost import FLOAT, Cost, components_bytes, moments_bytes
 from evatune.pca.moments import Moments
-from evatune.pca.sketch import merge_eigenpairs
 from evatune.pca.subspace import solver_copy
 
+SVD = 6.0
+"""Operations of a thin singular value decomposition of an (n, d) matrix, in units of n d min(n, d): R-SVD without its
+smaller terms (Golub and Van Loan, Matrix Computations, section 8.6)."""
 
-class IncrementalState:
-    """The truncated SVD of the centred rows so far: right-singular vectors and singular values."""
 
-    def __init__(self, components_kd: Tensor, singular_values_k: Tensor, *, n_components: int) -> None:
-        self.components_kd = components_kd
-        self.singular_values_k = singular_values_k
-        self.n_components = n_components
+class IncrementalState(State):
+    """The truncated SVD of the centred rows so far.
+
+    Args:
+        request: what is asked for.
+        moments: of the rows.
+        components_pd: right-singular vectors in rows, (p, d).
+        singular_values_p: (p,), descending.
+    """
+
+    name = "incremental"
+
+    def __init__(self, request: Request, moments: Moments, components_pd: Tensor, singular_values_p: Tensor) -> None:
+        super().__init__(request, moments)
+        self.components_pd = components_pd
+        self.singular_values_p = singular_values_p
 
     @classmethod
-    def start(cls, first_nd: Tensor, n_components: int) -> IncrementalState:
-        """Return the empty state for rows like these, (n, d)."""
-        return cls(first_nd.new_zeros(0, first_nd.shape[1]), first_nd.new_zeros(0), n_components=n_components)
+    def start(cls, request: Request, moments: Moments) -> Self:
+        """Return the state of no rows: no vectors."""
+        return cls(request, moments, moments.shift_d.new_zeros(0, len(moments.shift_d)), moments.shift_d.new_zeros(0))
 
-    def update(
-        self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype
-    ) -> IncrementalState:
+    @property
+    def n_kept(self) -> int:
+        """How many vectors are kept."""
+        return self.n_components
+
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> IncrementalState:
         """Add shifted rows, (n, d), and return this state; `moments` include them already."""
-        n_batch = shifted_nd.shape[0]
-        n_before = moments.n_rows - n_batch
-        if center:
+        n_batch, n_rows = shifted_nd.shape[0], self.moments.n_rows
+        n_before = n_rows - n_batch
+        if self.center:
             batch_mean_d = shifted_nd.mean(dim=0)
             # Line 6 of Algorithm 2: the difference between the old mean and the batch's, as one more row.
-            mean_before_d = (moments.sum_d - batch_mean_d * n_batch) / max(n_before, 1)
-            weight = (n_before * n_batch / moments.n_rows) ** 0.5
+            mean_before_d = (self.moments.sum_d - batch_mean_d * n_batch) / max(n_before, 1)
+            weight = (n_before * n_batch / n_rows) ** 0.5
             correction_1d = (weight * (mean_before_d - batch_mean_d))[None].to(shifted_nd)
             rows_nd = torch.cat([shifted_nd - batch_mean_d, correction_1d])
         else:
             rows_nd = shifted_nd
         # Equations 4 and 5: the SVD of old and new rows together needs of the old ones only Σ Vᵀ.
-        stacked = torch.cat([self.singular_values_k[:, None] * self.components_kd, rows_nd])
+        stacked = torch.cat([self.singular_values_p[:, None] * self.components_pd, rows_nd])
         _, values, components = torch.linalg.svd(stacked, full_matrices=False)
-        n_kept = min(self.n_components, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
-        self.components_kd, self.singular_values_k = components[:n_kept], values[:n_kept]
+        n_kept = min(self.n_kept, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
+        self.components_pd, self.singular_values_p = components[:n_kept], values[:n_kept]
         return self
 
-    def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
-        """Return the components in columns (d, p) and the eigenvalues of the scatter matrix (p,), descending."""
-        return solver_copy(self.components_kd.T), solver_copy(self.singular_values_k).square()
+    def refresh(self) -> None:
+        """Do nothing: nothing is put off."""
 
-    def merged(self, other: IncrementalState, mine: Moments, theirs: Moments, *, center: bool) -> IncrementalState:
-        """Return the state of both sets of rows, truncated to the components kept."""
-        vectors_dp, values_p = merge_eigenpairs(
-            self.decompose(mine, center=center), other.decompose(theirs, center=center), mine, theirs, center=center
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+        """Return what is kept, in float64."""
+        return solver_copy(self.components_pd.T), solver_copy(self.singular_values_p).square()
+
+    def missed(self) -> float:
+        """Return NaN: what was truncated is not known."""
+        return math.nan
+
+    def merged(self, other: Self) -> Self:
+        """Return the state of both sets of rows, truncated to the vectors that are kept."""
+        vectors_dp, values_p = merge_eigenpairs(self, other)
+        return type(self)(
+            self.request,
+            self.moments.merged(other.moments),
+            vectors_dp[:, : self.n_kept].T.contiguous().to(self.components_pd),
+            values_p[: self.n_kept].sqrt().to(self.singular_values_p),
         )
-        kept_dk, values_k = vectors_dp[:, : self.n_components], values_p[: self.n_components]
-        return IncrementalState(
-            kept_dk.T.contiguous().to(self.components_kd),
-            values_k.sqrt().to(self.singular_values_k),
-            n_components=self.n_components,
-        )
+
+    def exactly(self) -> None:
+        """Return None: what was truncated is not known."""
+
+    def condensed(self) -> State:
+        """Return this state, which is small."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors."""
-        return {
-            "components": self.components_kd,
-            "singular_values": self.singular_values_k,
-            "n_components": torch.tensor(self.n_components),
-        }
+        own = {"components": self.components_pd, "singular_values": self.singular_values_p}
+        return self.moments.tensors() | own
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> IncrementalState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
         """Return the state that `tensors` describes."""
-        return cls(tensors["components"], tensors["singular_values"], n_components=int(tensors["n_components"]))
+        return cls(request, Moments.from_tensors(tensors), tensors["components"], tensors["singular_values"])
+
+    @classmethod
+    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
+        """Return the cost of k vectors, and of an SVD a batch."""
+        k, d = n_components, n_features
+        state_bytes = FLOAT * (k * d + k) + moments_bytes(d)
+        return Cost(
+            backend=cls.name,
+            state_bytes=state_bytes,
+            initial_bytes=state_bytes,
+            cached_bytes=components_bytes(k, d),
+            factorization_flops=n_batches * SVD * d * (n_rows + k) * min(n_rows + k, d),
+        )

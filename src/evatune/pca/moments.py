@@ -9,6 +9,7 @@ plain sums, which merge and reduce over processes by addition.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,3 +87,14 @@ class Moments:
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets of rows, about this one's shift."""
         return self.plus(other.rebased(self.shift_d))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the moments as tensors that share their memory."""
+        n_rows = torch.tensor(self.n_rows)
+        return {"n_samples_seen": n_rows, "shift": self.shift_d, "sum": self.sum_d, "squares": self.squares_d}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """Return the moments that `tensors` describes."""
+        n_rows = int(tensors["n_samples_seen"])
+        return cls(shift_d=tensors["shift"], sum_d=tensors["sum"], squares_d=tensors["squares"], n_rows=n_rows)

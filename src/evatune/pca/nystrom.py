@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import solver_copy
+from evatune.pca.subspace import ZERO, solver_copy
 from evatune.pca.threads import one_thread
 
 SPREAD = 1e6
@@ -61,7 +61,7 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> tuple[Tensor, Tens
     with one_thread():
         values_r, vectors_rr = torch.linalg.eigh(gram_rr)
     values_r, vectors_rr = values_r.flip(0), vectors_rr.flip(1)
-    keep_r = values_r > values_r[0].clamp_min(0.0) * 1e-13
+    keep_r = values_r > values_r[0].clamp_min(0.0) * ZERO
     values_p = values_r[keep_r]
     vectors_dp = factor_dr @ (vectors_rr[:, keep_r] / values_p.sqrt()).to(factor_dr)
     return vectors_dp.to(sketch_dl), values_p.to(sketch_dl)

@@ -16,19 +16,20 @@ Reference: Golub (1973), Some modified matrix eigenvalue problems, for diagonals
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.pca.learned import LearnedPCA
+from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
+from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, components_bytes
 from evatune.pca.products import unrounded
-from evatune.pca.streaming import NotFittedError
 from evatune.pca.subspace import fix_signs
 from evatune.pca.threads import one_thread
 
 
-class OneHotPCA(LearnedPCA):
+class OneHotPCA(AnyPCA):
     """The principal components of one-hot rows, in the contract of `StreamingPCA`; rows are given as token numbers.
 
     Args:
@@ -48,18 +49,18 @@ class OneHotPCA(LearnedPCA):
         (torch.Size([2, 5]), 6)
     """
 
-    backend_ = "counts"
+    kind = "counts"
 
     def __init__(self, n_components: int, *, n_features: int, center: bool = True) -> None:
         self.n_components = min(n_components, n_features)
-        self.n_features_in_ = n_features
+        self._n_features = n_features
         self.center = center
         self._counts_v: Tensor | None = None
         self._n_rows = 0  # so that asking for it needs no sum
         self._decomposition: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def partial_fit(self, rows: Tensor, y: None = None) -> OneHotPCA:
+    def partial_fit(self, rows: Tensor, y: None = None) -> Self:
         """Add rows.
 
         Args:
@@ -83,11 +84,17 @@ class OneHotPCA(LearnedPCA):
         self._decomposition = None
         return self
 
-    def refresh(self) -> OneHotPCA:
+    def look(self) -> Look:
+        """Return the components; counts need no cheaper way."""
+        return Look(
+            components=self.components_, singular_values=self.singular_values_, n_samples_seen=self.n_samples_seen_
+        )
+
+    def refresh(self) -> Self:
         """Return this object; counts are as small as they get."""
         return self
 
-    def merge(self, other: OneHotPCA) -> OneHotPCA:
+    def merge(self, other: OneHotPCA) -> Self:
         """Return a new object that has seen the rows of both.
 
         Raises:
@@ -99,7 +106,7 @@ class OneHotPCA(LearnedPCA):
                     f"only equal settings merge, but {name} is {getattr(self, name)} here and "
                     f"{getattr(other, name)} there."
                 )
-        result = OneHotPCA(self.n_components, n_features=self.n_features_in_, center=self.center)
+        result = type(self)(self.n_components, n_features=self.n_features_in_, center=self.center)
         counts = [pca._counts_v for pca in (self, other) if pca._counts_v is not None]
         result._n_rows = self._n_rows + other._n_rows
         if counts:
@@ -125,6 +132,16 @@ class OneHotPCA(LearnedPCA):
     def n_components_(self) -> int:
         """How many components are kept."""
         return self.n_components
+
+    @property
+    def n_features_in_(self) -> int:
+        """How many tokens there are, V."""
+        return self._n_features
+
+    @property
+    def backend_(self) -> str:
+        """The name of this kind: counts."""
+        return self.kind
 
     @property
     def n_samples_seen_(self) -> int:
@@ -161,23 +178,40 @@ class OneHotPCA(LearnedPCA):
         """Singular values of the centred rows, (k,)."""
         return self._decompose()[1]
 
+    def leading(self) -> Self:
+        """Return this object: counts are smaller than components."""
+        return self
+
+    def condensed(self) -> Self:
+        """Return this object."""
+        return self
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything learned as a flat mapping of tensors."""
-        counts_v = self._fitted()
+        """Return a copy of everything learned as a flat mapping of tensors."""
         return {
-            "counts": counts_v.clone(),
+            "kind": name_tensor(self.kind),
+            "counts": self._fitted().clone(),
             "center": torch.tensor(self.center),
             "n_components": torch.tensor(self.n_components),
-            "n_samples_seen": counts_v.sum(),
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> OneHotPCA:
-        """Return the object that `state_dict` describes."""
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Return the object that a `state_dict` describes."""
         counts_v = state["counts"].clone()
         pca = cls(int(state["n_components"]), n_features=len(counts_v), center=bool(state["center"]))
         pca._counts_v, pca._n_rows = counts_v, int(counts_v.sum())
         return pca
+
+    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
+        """Return the cost of a counter for each token; the work is none to speak of."""
+        state_bytes = SCALARS_BYTES + DOUBLE * n_features
+        return Cost(
+            backend=self.kind,
+            state_bytes=state_bytes,
+            initial_bytes=state_bytes,
+            cached_bytes=components_bytes(self.n_components, n_features),
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ def unrounded(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+BFLOAT16_ROUNDING = 2.0**-9
+"""Relative error of a number that was rounded to bfloat16."""
+
 NARROW = 256
 """Width up to which rows are multiplied in full precision."""
 

@@ -22,26 +22,58 @@ errors from random probes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from evatune.pca.backend import Pairs, Request, State, between_means, merge_eigenpairs
+from evatune.pca.cost import (
+    CORE_EIGH,
+    DOUBLE,
+    FLOAT,
+    THIN_PRODUCTS,
+    Cost,
+    components_bytes,
+    moments_bytes,
+    n_checks,
+    n_refreshes,
+)
 from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
-from evatune.pca.products import accumulate_product, unrounded
-from evatune.pca.subspace import complete_basis, eigenpairs_of_factor, solver_copy
+from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_product
+from evatune.pca.subspace import complete_basis, orthonormal, solver_copy
 from evatune.pca.threads import one_thread
 
 FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
 
-HALF_PRECISION_NOISE = 1e-2
-"""How large a residual, relative to the k-th eigenvalue, bfloat16 may seem to make; its square is what is missed."""
+RESIDUAL_NOISE = 1e-2
+"""How large a residual, relative to the k-th eigenvalue, bfloat16 may seem to make (`_is_massive`).
+
+What is missed is its square: measured on 4,096 features with variances 1/i, 3e-7 (`benchmarks/scaling.py`).
+"""
 
 MASSIVE_RATIO = 1e5
 """Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 drowns the latter."""
+
+SPARE = 96
+"""Columns beside the components', probes counted, with which a sketch begins.
+
+With 48, sketches of SmolLM2's inputs missed up to 1e-3 of the variance of the first half of 32 components and 6e-3 of
+that of all; what they miss with 96 is in `benchmarks/results/accuracy.json`.
+"""
+
+TILE = 16
+"""Widths, probes counted, are multiples of this: matrix units multiply in tiles of 16 columns of bfloat16."""
+
+HALF_MARGIN = 10
+"""How much more strictly the first half of the components is held to the tolerance. Chosen, not measured: with rho 2,
+twice as many components are kept as a target uses on average."""
 
 SAFETY = 4
 """A sketch is widened when it seems to miss the tolerance divided by this: what it has missed by then stays missed."""
@@ -72,7 +104,7 @@ EXACT_UP_TO = 2048
 
 def sketch_width(n_components: int, n_features: int) -> int:
     """Return with how many columns, beside the probes, a sketch of these components of these features begins."""
-    return min(n_features, _whole_tiles(n_components + 96 - N_PROBES))
+    return min(n_features, _whole_tiles(n_components + SPARE - N_PROBES))
 
 
 def widest_sketch(n_components: int, n_features: int) -> int:
@@ -85,139 +117,124 @@ def widest_sketch(n_components: int, n_features: int) -> int:
 
 
 def _whole_tiles(width: int) -> int:
-    """Round a width up, so that with the probes it is a multiple of 16."""
-    return -(-(width + N_PROBES) // 16) * 16 - N_PROBES
+    """Round a width up, so that with the probes it is a multiple of `TILE`."""
+    return -(-(width + N_PROBES) // TILE) * TILE - N_PROBES
 
 
-class SketchState:
+class SketchState(State):
     """Test matrix and probes [Q Ω], sketches [Y W] = S [Q Ω], and when they were refreshed.
 
     Args:
+        request: what is asked for; the tolerance holds for all components, a tenth of it for the first half of them,
+            and more while rows are few (`SETTLED`).
+        moments: of the rows.
         columns_dm: test matrix and probes, (d, m) with m = l + s.
         sums_dm: their products with S, (d, m).
-        n_components: k.
-        tolerance: share of the variance that the best k components capture that ours may miss; of the first half of
-            them, a tenth of it. More while rows are few, see `SETTLED`. None lets the sketch be as it is.
-        seed: of everything random.
+        n_rows_refreshed: how many rows there were at the last refresh.
+        needs_full_precision: whether bfloat16 would drown small directions.
     """
+
+    name = "sketch"
+    turns_into: ClassVar[tuple[str, ...]] = ("exact",)
 
     def __init__(
         self,
+        request: Request,
+        moments: Moments,
         columns_dm: Tensor,
         sums_dm: Tensor,
         *,
-        n_components: int,
-        tolerance: float | None,
-        seed: int,
         n_rows_refreshed: int = 0,
         needs_full_precision: bool = False,
     ) -> None:
+        super().__init__(request, moments)
         self.columns_dm = columns_dm
         self.sums_dm = sums_dm
-        self.n_components = n_components
-        self.tolerance = tolerance
-        self.seed = seed
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: Pairs | None = None
 
     @classmethod
-    def start(cls, first_nd: Tensor, n_components: int, *, tolerance: float | None, seed: int) -> SketchState:
-        """Return the empty state for rows like these, (n, d), with a random test matrix."""
-        n_features = first_nd.shape[1]
-        columns_dm = _random_columns(n_features, sketch_width(n_components, n_features) + N_PROBES, seed=seed)
-        return cls(
-            columns_dm.to(first_nd),
-            torch.zeros_like(columns_dm).to(first_nd),
-            n_components=n_components,
-            tolerance=tolerance,
-            seed=seed,
-        )
+    def start(cls, request: Request, moments: Moments) -> Self:
+        """Return the state of no rows, with a random test matrix."""
+        like_d = moments.shift_d
+        width = sketch_width(min(request.n_components, len(like_d)), len(like_d))
+        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=request.seed).to(like_d)
+        return cls(request, moments, columns_dm, torch.zeros_like(columns_dm))
 
     @property
     def width(self) -> int:
         """How many columns the sketch has beside the probes, l."""
         return self.columns_dm.shape[1] - N_PROBES
 
-    def update(
-        self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype
-    ) -> SketchState | ExactState:
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> State:
         """Add shifted rows, (n, d), and return the state to go on with; `moments` include them already."""
         if self.n_rows_refreshed == 0:
             test_dl = self.columns_dm[:, : self.width]
             for _ in range(FIRST_BATCH_ITERATIONS):
-                image_dl = shifted_nd.T @ (shifted_nd @ test_dl)
-                with one_thread():
-                    test_dl = torch.linalg.qr(image_dl.cpu() if image_dl.device.type == "mps" else image_dl).Q
-                test_dl = _rounded(test_dl).to(self.columns_dm)
+                test_dl = _rounded(orthonormal(shifted_nd.T @ (shifted_nd @ test_dl)))
             self.columns_dm[:, : self.width] = test_dl
             self._add(shifted_nd)
-            state = self._reviewed(moments, center=center)
-            if isinstance(state, ExactState):  # nothing needs to be lost, with all rows at hand
-                state = ExactState.start(shifted_nd)
-                state.update(shifted_nd, moments, center=center, product_dtype=product_dtype)
+            state = self._reviewed()
+            if state is not self:  # nothing needs to be lost, with all rows at hand
+                state = ExactState.start(self.request, self.moments)
+                return state.update(shifted_nd, product_dtype=product_dtype)
             return state
         self._add(shifted_nd if self.needs_full_precision else shifted_nd.to(product_dtype))
-        return self._reviewed(moments, center=center) if moments.n_rows >= 2 * self.n_rows_refreshed else self
+        return self._reviewed() if self.moments.n_rows >= 2 * self.n_rows_refreshed else self
 
     def _add(self, rows_nd: Tensor) -> None:
         self._known = None
         projected_nm = rows_nd @ self.columns_dm.to(rows_nd.dtype)
         accumulate_product(self.sums_dm, rows_nd.T, projected_nm)
 
-    def refresh(self, moments: Moments, *, center: bool) -> None:
+    def refresh(self) -> None:
         """Make the leading eigenvectors of the rows so far the test matrix."""
         if self._known is None:
-            self._restart(*self._eigenpairs(moments, center=center), moments, center=center, width=self.width)
+            self._restart(*self._eigenpairs(), width=self.width)
 
-    def _reviewed(self, moments: Moments, *, center: bool) -> SketchState | ExactState:
+    def _reviewed(self) -> State:
         """Refresh, and return the state to go on with.
 
         That is this state, perhaps wider, or an exact one where the sketch is not good enough and the rows are narrow.
         """
-        vectors_dp, values_p = self._eigenpairs(moments, center=center)
+        pairs = self._eigenpairs()
         width = self.width
-        excess = self._excess(vectors_dp, values_p, moments, center=center)
+        excess = self._excess(*pairs)
         if excess > 1:
-            n_features = len(vectors_dp)
-            widest = widest_sketch(self.n_components, n_features)
+            widest = widest_sketch(self.n_components, self.n_features)
             if width < widest:
                 spare = math.ceil(excess**GROWTH * (width - self.n_components))
                 width = min(_whole_tiles(self.n_components + spare), widest)
-            elif n_features <= EXACT_UP_TO:
-                return self.exactly(moments, center=center)
-        self._restart(vectors_dp, values_p, moments, center=center, width=width)
+            elif self.n_features <= EXACT_UP_TO:
+                return self.exactly()
+        self._restart(*pairs, width=width)
         return self
 
-    def exactly(self, moments: Moments, *, center: bool) -> ExactState:
+    def exactly(self) -> State:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
-        with unrounded(self.sums_dm):
-            vectors_dp, values_p = self._eigenpairs(moments, center=center)
-            missed = float(self._missed(vectors_dp, values_p, moments, center=center).sum())
-            return ExactState.of_eigenpairs(vectors_dp, values_p, moments, center=center, missed=missed)
+        pairs = self._eigenpairs()
+        missed = float(self._missed(*pairs).sum())
+        return ExactState.of_eigenpairs(self.request, self.moments, pairs, missed=missed)
 
-    def missed_share(self, moments: Moments, *, center: bool) -> float:
-        """Estimate how much of the variance that the best k components capture ours miss, as a share of it."""
-        vectors_dp, values_p = self._eigenpairs(moments, center=center)
-        if not len(values_p):
-            return 0.0
-        missed_k = self._missed(vectors_dp, values_p, moments, center=center)
-        return float(missed_k.sum() / values_p[: len(missed_k)].sum())
+    def missed(self) -> float:
+        """Estimate what variance the components miss, not divided by the rows, from the probes."""
+        return float(self._missed(*self._eigenpairs()).sum())
 
-    def _excess(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> float:
+    def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> float:
         """Return how many times as much as it may the sketch seems to miss."""
-        if self.tolerance is None or not len(values_p):
+        if self.request.tolerance is None or not len(values_p):
             return 0.0
-        missed_k = self._missed(vectors_dp, values_p, moments, center=center)
+        missed_k = self._missed(vectors_dp, values_p)
         n_half = (len(missed_k) + 1) // 2
         share = missed_k.sum() / values_p[: len(missed_k)].sum()
         share_of_half = missed_k[:n_half].sum() / values_p[:n_half].sum()
-        allowed = self.tolerance / SAFETY
+        allowed = self.request.tolerance / SAFETY
         if self.n_rows_refreshed:
-            allowed *= max(1.0, SETTLED * self.n_components**2 / moments.n_rows)
-        return float(torch.maximum(share, 10 * share_of_half)) / allowed
+            allowed *= max(1.0, SETTLED * self.n_components**2 / self.moments.n_rows)
+        return float(torch.maximum(share, HALF_MARGIN * share_of_half)) / allowed
 
-    def _missed(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool) -> Tensor:
+    def _missed(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
         """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
 
         By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
@@ -227,25 +244,24 @@ class SketchState:
             return values_p
         components_dk, values_k = (solver_copy(pairs[..., : self.n_components]) for pairs in (vectors_dp, values_p))
         probes_ds = solver_copy(self.columns_dm[:, self.width :])
-        images_ds = solver_copy(self._scatter_of(slice(self.width, None), moments, center=center))
+        images_ds = solver_copy(self._scatter_of(slice(self.width, None)))
         residuals_ks = components_dk.T @ images_ds - values_k[:, None] * (components_dk.T @ probes_ds)
         residuals_k = residuals_ks.square().mean(dim=1).sqrt()
         return missed_variance(residuals_k, values_k, solver_copy(values_p[-1]))
 
-    def _restart(self, vectors_dp: Tensor, values_p: Tensor, moments: Moments, *, center: bool, width: int) -> None:
+    def _restart(self, vectors_dp: Tensor, values_p: Tensor, *, width: int) -> None:
         """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""
+        moments = self.moments
         # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
         vectors_dp = vectors_dp[:, :width].to(self.columns_dm).contiguous()
         values_p = values_p[:width].to(self.sums_dm)
         test_dl = vectors_dp
         if len(values_p) < width:
-            with one_thread():
-                known_dp = vectors_dp.cpu() if vectors_dp.device.type == "mps" else vectors_dp
-                test_dl = complete_basis(known_dp, width, seed=self.seed + moments.n_rows).to(vectors_dp)
+            test_dl = complete_basis(vectors_dp, width, seed=self.request.seed + moments.n_rows)
         test_dl = _rounded(test_dl)
         # What the sketch would be, had S been V Λ Vᵀ (+ n o oᵀ about the shift) and this the test matrix all along.
         sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
-        if center:
+        if self.center:
             offset_d = moments.offset_d.to(test_dl)
             sketch_dl.addr_(offset_d, offset_d @ test_dl, alpha=moments.n_rows)
         old_width = self.width
@@ -263,90 +279,106 @@ class SketchState:
         if not len(values_p):
             return False
         smallest = values_p[min(self.n_components, len(values_p)) - 1]
-        noise = 2.0**-9 * values_p[0] / len(self.columns_dm) ** 0.5
-        return bool(noise > HALF_PRECISION_NOISE * smallest or values_p[0] > MASSIVE_RATIO * values_p[-1])
+        noise = BFLOAT16_ROUNDING * values_p[0] / self.n_features**0.5
+        return bool(noise > RESIDUAL_NOISE * smallest or values_p[0] > MASSIVE_RATIO * values_p[-1])
 
-    def _scatter_of(self, part: slice, moments: Moments, *, center: bool) -> Tensor:
+    def _scatter_of(self, part: slice) -> Tensor:
         """Return the products of the scatter matrix with some of the columns, (d, at most m)."""
         sums_dm = self.sums_dm[:, part]
-        if not center:
+        if not self.center:
             return sums_dm
-        offset_d = moments.offset_d.to(sums_dm)
-        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-moments.n_rows)
+        offset_d = self.moments.offset_d.to(sums_dm)
+        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-self.moments.n_rows)
 
-    def decompose(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
-        """Return approximate eigenvectors of the scatter matrix in columns (d, p) and its eigenvalues (p,), descending.
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+        """Return approximate eigenpairs of the scatter matrix in float64, as many as there are columns at most.
 
-        In float64. The state is not changed. p <= l leaves out directions in which the rows so far do not vary.
+        The first k are orthonormal to float64.
         """
-        vectors_dp, values_p = (solver_copy(pairs) for pairs in self._eigenpairs(moments, center=center))
-        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, and now beyond it
-        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
+        with one_thread():
+            vectors_dp, values_p = (solver_copy(pairs) for pairs in self._eigenpairs())
+            leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, now beyond it
+            leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
         return vectors_dp, values_p
 
-    def _eigenpairs(self, moments: Moments, *, center: bool) -> tuple[Tensor, Tensor]:
-        """Return what `decompose` does in the dtype of the sums."""
+    def _eigenpairs(self) -> Pairs:
+        """Return the eigenpairs in the dtype of the sums."""
         if self._known is not None:  # no rows since the last refresh
             return self._known
-        return nystrom_eigenpairs(
-            self.columns_dm[:, : self.width], self._scatter_of(slice(self.width), moments, center=center)
-        )
+        return nystrom_eigenpairs(self.columns_dm[:, : self.width], self._scatter_of(slice(self.width)))
 
-    def merged(self, other: SketchState, mine: Moments, theirs: Moments, *, center: bool) -> SketchState:
+    def merged(self, other: Self) -> Self:
         """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""
-        vectors_dp, values_p = merge_eigenpairs(
-            self.decompose(mine, center=center), other.decompose(theirs, center=center), mine, theirs, center=center
-        )
-        both = mine.merged(theirs)
-        images_ds = solver_copy(self._scatter_of(slice(self.width, None), mine, center=center))
-        images_ds += solver_copy(other._scatter_of(slice(other.width, None), theirs, center=center))
+        moments = self.moments.merged(other.moments)
+        images_ds = solver_copy(self._scatter_of(slice(self.width, None)))
+        images_ds += solver_copy(other._scatter_of(slice(other.width, None)))
         probes_ds = solver_copy(self.columns_dm[:, self.width :])
-        if center:
-            weight, difference_d = _between(mine, theirs)
-            difference_d, offset_d = difference_d.to(images_ds), both.offset_d.to(images_ds)
+        if self.center:
+            weight, difference_d = between_means(self.moments, other.moments)
+            difference_d, offset_d = difference_d.to(images_ds), moments.offset_d.to(images_ds)
             images_ds += weight * torch.outer(difference_d, difference_d @ probes_ds)
-            images_ds += both.n_rows * torch.outer(offset_d, offset_d @ probes_ds)
+            images_ds += moments.n_rows * torch.outer(offset_d, offset_d @ probes_ds)
         wider = self if self.width >= other.width else other
         sums_dm = torch.cat([wider.sums_dm[:, : wider.width].to(self.sums_dm), images_ds.to(self.sums_dm)], dim=1)
-        state = SketchState(
-            wider.columns_dm, sums_dm, n_components=self.n_components, tolerance=self.tolerance, seed=self.seed
-        )
-        state._restart(vectors_dp, values_p, both, center=center, width=wider.width)
+        state = type(self)(self.request, moments, wider.columns_dm, sums_dm)
+        state._restart(*merge_eigenpairs(self, other), width=wider.width)
         return state
+
+    def condensed(self) -> State:
+        """Return this state, which is thin."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) stand for test and sketch."""
-        numbers = [self.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
-        counters = torch.tensor(numbers)
+        numbers = [self.request.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
+        common = self.moments.tensors() | {"counters": torch.tensor(numbers)}
         if self._known is None:
-            return {"columns": self.columns_dm, "sums": self.sums_dm, "counters": counters}
+            return common | {"columns": self.columns_dm, "sums": self.sums_dm}
         vectors_dp, values_p = self._known
-        probed_ds = self.sums_dm[:, self.width :]
-        return {"vectors": vectors_dp, "values": values_p, "probed": probed_ds, "counters": counters}
+        return common | {"vectors": vectors_dp, "values": values_p, "probed": self.sums_dm[:, self.width :]}
 
     @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, Tensor], moments: Moments, *, center: bool, n_components: int, tolerance: float | None
-    ) -> SketchState:
-        """Return the state that `tensors` describes, of rows with these moments."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+        """Return the state that `tensors` describes; it goes on with the seed that it began with."""
+        moments = Moments.from_tensors(tensors)
         seed, n_rows_refreshed, full, width = tensors["counters"].tolist()
+        request = replace(request, seed=seed)
         if "vectors" not in tensors:
             return cls(
+                request,
+                moments,
                 tensors["columns"],
                 tensors["sums"],
-                n_components=n_components,
-                tolerance=tolerance,
-                seed=seed,
                 n_rows_refreshed=n_rows_refreshed,
                 needs_full_precision=bool(full),
             )
         probed_ds = tensors["probed"]
         columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds)
         sums_dm = torch.cat([torch.zeros_like(columns_dm[:, :width]), probed_ds], dim=1)
-        state = cls(columns_dm, sums_dm, n_components=n_components, tolerance=tolerance, seed=seed)
-        with unrounded(probed_ds):
-            state._restart(tensors["vectors"], tensors["values"], moments, center=center, width=width)
+        state = cls(request, moments, columns_dm, sums_dm)
+        state._restart(tensors["vectors"], tensors["values"], width=width)
         return state
+
+    @classmethod
+    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
+        """Return the cost of two thin matrices, two thin products a batch, and refreshes."""
+        k, d = n_components, n_features
+        width, widest = sketch_width(k, d), widest_sketch(k, d)
+        initial_bytes, state_bytes = (2 * FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
+        if width < d <= EXACT_UP_TO:
+            state_bytes = max(state_bytes, FLOAT * d * d)
+        # Five products of O(d l²), see above.
+        one_refresh = THIN_PRODUCTS * 5 * 2 * d * width**2 + CORE_EIGH * width**3
+        return Cost(
+            backend=cls.name,
+            width=width,
+            state_bytes=state_bytes + moments_bytes(d),
+            initial_bytes=initial_bytes + moments_bytes(d),
+            # The eigenvectors of the last refresh are kept until rows come.
+            cached_bytes=components_bytes(k, d) + FLOAT * d * widest + DOUBLE * widest,
+            product_flops=4.0 * n_rows * d * (width + N_PROBES),
+            factorization_flops=(FIRST_BATCH_ITERATIONS + n_refreshes(n_batches) + n_checks(n_batches)) * one_refresh,
+        )
 
 
 def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
@@ -365,31 +397,3 @@ def _rounded(columns_dm: Tensor) -> Tensor:
     above rounding errors, which the Nyström formula would divide by themselves.
     """
     return columns_dm.to(torch.bfloat16).to(columns_dm.dtype)
-
-
-def merge_eigenpairs(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], mine: Moments, theirs: Moments, *, center: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the eigenpairs of the sum of two low-rank scatter matrices.
-
-    Args:
-        first: eigenvectors in columns (d, p) and eigenvalues (p,) of one set of rows.
-        second: the same of the other, (d, q) and (q,).
-        mine: moments of the first set.
-        theirs: moments of the second set.
-        center: whether the scatter matrices are about the means; their difference then adds one direction.
-
-    Returns:
-        Eigenvectors (d, at most p + q + 1) and eigenvalues, descending.
-    """
-    factors = [vectors * values.sqrt() for vectors, values in (first, second)]
-    if center and mine.n_rows and theirs.n_rows:
-        weight, difference_d = _between(mine, theirs)
-        factors.append(weight**0.5 * difference_d.to(factors[0])[:, None])
-    return eigenpairs_of_factor(torch.cat(factors, dim=1))
-
-
-def _between(mine: Moments, theirs: Moments) -> tuple[float, Tensor]:
-    """Return weight and direction (d,) of what the difference of two means adds to the scatter of both sets of rows."""
-    weight = mine.n_rows * theirs.n_rows / max(mine.n_rows + theirs.n_rows, 1)
-    return weight, solver_copy(mine.mean_d) - solver_copy(theirs.mean_d)

@@ -10,18 +10,22 @@ a piece in every part. Piece j of a part is the part's own j-th principal compon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.pca.learned import LearnedPCA
-from evatune.pca.streaming import NotFittedError, StreamingPCA
+from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
+from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, total
+from evatune.pca.streaming import StreamingPCA
 from evatune.pca.subspace import complete_basis
 
 
-class StackedPCA(LearnedPCA):
+class StackedPCA(AnyPCA):
     """One `StreamingPCA` for each of several parts, seen as the PCA of the stacked input.
 
     Args:
@@ -39,6 +43,8 @@ class StackedPCA(LearnedPCA):
     Cost: that of its parts.
     """
 
+    kind = "stacked"
+
     def __init__(
         self,
         n_components: int,
@@ -53,7 +59,7 @@ class StackedPCA(LearnedPCA):
         self.parts = [new_pca(min(self.n_components, width)) for width in widths]
         self.center = self.parts[0].center
 
-    def partial_fit(self, rows: Sequence[Tensor], y: None = None) -> StackedPCA:
+    def partial_fit(self, rows: Sequence[Tensor], y: None = None) -> Self:
         """Add rows: one matrix (n, d) for each part, of which any may be empty.
 
         Raises:
@@ -63,21 +69,31 @@ class StackedPCA(LearnedPCA):
             part.partial_fit(rows_nd)
         return self
 
-    def refresh(self) -> StackedPCA:
+    def refresh(self) -> Self:
         """Refresh the parts."""
         for part in self._fitted():
             part.refresh()
         return self
 
-    def merge(self, other: StackedPCA) -> StackedPCA:
-        """Return a new object that has seen the rows of both.
+    def look(self) -> Look:
+        """Return the stacked components of the parts' looks."""
+        own = [part.look().components if part.is_fitted else None for part in self.parts]
+        return Look(
+            components=self._stacked(own, lambda pca: pca.look().components),
+            singular_values=self._pooled_values([part.look().singular_values for part in self._fitted()]),
+            n_samples_seen=self.n_samples_seen_,
+        )
+
+    def merge(self, other: StackedPCA) -> Self:
+        """Return a new object that has seen the rows of both; its parts are alike if those of either are.
 
         Raises:
             EvaError: the two do not agree in their settings.
         """
-        if (self.widths, self.alike) != (other.widths, other.alike):
+        if self.widths != other.widths:
             raise EvaError(f"only equal stacks merge, but one has parts of {self.widths}, the other of {other.widths}.")
-        return self._of([mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)])
+        parts = [mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)]
+        return self._of(parts, alike=self.alike or other.alike)
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
         """Return Σ (vᵀ(x - m))² over the rows of all parts, for every stacked direction v of (k, D), (k,)."""
@@ -111,11 +127,6 @@ class StackedPCA(LearnedPCA):
         return sum(part.n_samples_seen_ for part in self._fitted())
 
     @property
-    def rows_of_parts(self) -> list[int]:
-        """How many rows each part has seen."""
-        return [part.n_samples_seen_ if part.is_fitted else 0 for part in self.parts]
-
-    @property
     def backend_(self) -> str:
         """The backend of the parts."""
         return self._fitted()[0].backend_
@@ -144,52 +155,43 @@ class StackedPCA(LearnedPCA):
     @property
     def singular_values_(self) -> Tensor:
         """Root of the summed squares of the parts' singular values, (k,)."""
-        squares_k = self._fitted()[0].singular_values_.new_zeros(self.n_components)
-        for part in self._fitted():
-            squares = part.singular_values_.square()
-            squares_k[: len(squares)] += squares
-        return squares_k.sqrt()
+        return self._pooled_values([part.singular_values_ for part in self._fitted()])
 
     @property
     def components_(self) -> Tensor:
         """Stacked components by descending variance, (k, D)."""
-        like = self._fitted()[0].components_
-        pooled_kd: Tensor | None = None
-        pieces = []
-        for number, (part, width) in enumerate(zip(self.parts, self.widths, strict=True)):
-            n_kept = min(self.n_components, width)
-            if part.is_fitted and (part.n_samples_seen_ >= n_kept or len(self.parts) == 1):
-                piece_kd = part.components_
-            elif self.alike:
-                if pooled_kd is None:
-                    pooled_kd = self._pooled().components_
-                piece_kd = pooled_kd
-            elif part.is_fitted:
-                piece_kd = part.components_  # completed at random
-            else:
-                piece_kd = complete_basis(like.new_zeros(width, 0), n_kept, seed=number).T
-            pieces.append(torch.nn.functional.pad(piece_kd, (0, 0, 0, self.n_components - n_kept)))
-        return torch.cat(pieces, dim=1) / len(self.parts) ** 0.5
+        own = [part.components_ if part.is_fitted else None for part in self.parts]
+        return self._stacked(own, lambda pca: pca.components_)
+
+    # -- exchange and saving ------------------------------------------------------------------------------------------
+
+    def leading(self) -> Self:
+        """Return a stack of what `StreamingPCA.leading` returns for each part."""
+        return self._of([part.leading() if part.is_fitted else part for part in self.parts], alike=self.alike)
+
+    def condensed(self) -> Self:
+        """Return a stack of what `StreamingPCA.condensed` returns for each part."""
+        return self._of([part.condensed() if part.is_fitted else part for part in self.parts], alike=self.alike)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything learned as a flat mapping of tensors; parts without rows have no entry."""
+        """Return a copy of everything learned as a flat mapping of tensors; parts without rows have no entry."""
         state = {
-            f"part.{number}.{name}": tensor
+            f"{_prefix(number)}{name}": tensor
             for number, part in enumerate(self.parts)
             if part.is_fitted
             for name, tensor in part.state_dict().items()
         }
         return state | {
+            "kind": name_tensor(self.kind),
             "widths": torch.tensor(self.widths),
             "alike": torch.tensor(self.alike),
             "center": torch.tensor(self.center),
             "n_components": torch.tensor(self.n_components),
-            "n_samples_seen": torch.tensor(self.n_samples_seen_),
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> StackedPCA:
-        """Return the object that `state_dict` describes."""
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Return the object that a `state_dict` describes."""
         center = bool(state["center"])
         stacked = cls(
             int(state["n_components"]),
@@ -198,19 +200,30 @@ class StackedPCA(LearnedPCA):
             alike=bool(state["alike"]),
         )
         for number, part in enumerate(stacked.parts):
-            prefix = f"part.{number}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            own = {
+                name.removeprefix(_prefix(number)): tensor
+                for name, tensor in state.items()
+                if name.startswith(_prefix(number))
+            }
             if own:
                 part.load_state_dict(own)
         return stacked
 
+    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
+        """Return the cost of all parts; each gets n_rows rows of a batch."""
+        parts = total(
+            part.cost(n_features=width, n_rows=n_rows, n_batches=n_batches)
+            for part, width in zip(self.parts, self.widths, strict=True)
+        )
+        own_bytes = SCALARS_BYTES + DOUBLE * len(self.parts)
+        return replace(parts, state_bytes=parts.state_bytes + own_bytes, initial_bytes=parts.initial_bytes + own_bytes)
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _of(self, parts: list[StreamingPCA]) -> StackedPCA:
-        result = StackedPCA.__new__(StackedPCA)
-        result.widths, result.n_components, result.alike = self.widths, self.n_components, self.alike
-        result.parts, result.center = parts, self.center
-        return result
+    def _of(self, parts: list[StreamingPCA], *, alike: bool) -> Self:
+        """Return a stack of these parts, which has the widths of this one."""
+        waiting = iter(parts)
+        return type(self)(self.n_components, widths=self.widths, new_pca=lambda _: next(waiting), alike=alike)
 
     def _fitted(self) -> list[StreamingPCA]:
         fitted = [part for part in self.parts if part.is_fitted]
@@ -218,9 +231,37 @@ class StackedPCA(LearnedPCA):
             raise NotFittedError("this StackedPCA has seen no rows yet; call partial_fit first.")
         return fitted
 
-    def _pooled(self) -> StreamingPCA:
-        """Return the PCA of all rows of all parts, which are of one width."""
-        pooled, *others = self._fitted()
-        for part in others:
-            pooled = pooled.merge(part)
-        return pooled
+    def _pooled_values(self, of_parts: Sequence[Tensor]) -> Tensor:
+        squares_k = of_parts[0].new_zeros(self.n_components)
+        for values in of_parts:
+            squares_k[: len(values)] += values.square()
+        return squares_k.sqrt()
+
+    def _stacked(self, of_parts: Sequence[Tensor | None], components_of: Callable[[StreamingPCA], Tensor]) -> Tensor:
+        """Return the stacked components, (k, D).
+
+        Args:
+            of_parts: those of each part, (at most k, d); None for a part without rows.
+            components_of: the way in which they were asked for, to ask those of all parts merged.
+        """
+        like = self._fitted()[0].mean_
+        pooled_kd: Tensor | None = None
+        pieces = []
+        for number, (part, own_kd, width) in enumerate(zip(self.parts, of_parts, self.widths, strict=True)):
+            n_kept = min(self.n_components, width)
+            is_fed = own_kd is not None and (part.n_samples_seen_ >= n_kept or len(self.parts) == 1)
+            if self.alike and not is_fed:
+                if pooled_kd is None:
+                    pooled_kd = components_of(functools.reduce(lambda a, b: a.merge(b), self._fitted()))
+                piece_kd = pooled_kd
+            elif own_kd is not None:
+                piece_kd = own_kd  # completed at random, where rows are few
+            else:
+                piece_kd = complete_basis(like.new_zeros(width, 0), n_kept, seed=number).T
+            pieces.append(torch.nn.functional.pad(piece_kd, (0, 0, 0, self.n_components - n_kept)))
+        return torch.cat(pieces, dim=1) / len(self.parts) ** 0.5
+
+
+def _prefix(number: int) -> str:
+    """Return what the names of a part's tensors begin with in a `state_dict`."""
+    return f"part.{number}."

@@ -8,46 +8,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from evatune.errors import EvaError, EvaWarning, near_misses
-from evatune.pca.exact import ExactState
-from evatune.pca.incremental import IncrementalState
-from evatune.pca.learned import LearnedPCA
+from evatune.pca.backend import Request, State
+from evatune.pca.backends import AUTO, BACKENDS, STATES, choose_backend
+from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
+from evatune.pca.cost import Cost
+from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype, unrounded
-from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
 from evatune.pca.subspace import complete_basis, fix_signs
-from evatune.pca.threads import one_thread
-
-BACKENDS = ("auto", "exact", "sketch", "incremental")
 
 
-class NotFittedError(EvaError, AttributeError):
-    """A learned attribute was read before any row was seen."""
-
-
-class _State(Protocol):
-    """What a backend accumulates; each backend is one file. An update may give way to another state."""
-
-    def update(self, shifted_nd: Tensor, moments: Moments, *, center: bool, product_dtype: torch.dtype) -> Any: ...
-
-    def merged(self, other: Any, mine: Moments, theirs: Moments, *, center: bool) -> Any: ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-
-_STATES: dict[str, type[ExactState] | type[SketchState] | type[IncrementalState]] = {
-    "exact": ExactState,
-    "sketch": SketchState,
-    "incremental": IncrementalState,
-}
-
-
-class StreamingPCA(LearnedPCA):
+class StreamingPCA(AnyPCA):
     """Principal component analysis over batches of rows, in the estimator contract of scikit-learn.
 
     The covariance of the rows is C = Σ (x - m)(x - m)ᵀ / (M - 1); the components are its leading eigenvectors, which
@@ -68,8 +45,6 @@ class StreamingPCA(LearnedPCA):
             for the first half of them); in proportion more until there are 2k² rows. One that seems to miss more gets
             wider at its next refresh, up to four times the columns it has beside the components', or turns into the
             exact second moment for rows of up to 2048 features. None leaves it as it is.
-        rough_looks: until `refresh` is called, take only one round of iteration from the components last asked for when
-            they are asked for again, which is enough to watch them. Concerns wide rows with the backend "exact".
 
     Attributes:
         components_: (k, d), orthonormal rows by descending variance; the largest entry of each is positive.
@@ -97,16 +72,17 @@ class StreamingPCA(LearnedPCA):
         (torch.Size([2, 16]), 800)
     """
 
+    kind = "streaming"
+
     def __init__(
         self,
         n_components: int,
         *,
-        backend: str = "auto",
+        backend: str = AUTO,
         center: bool = True,
         seed: int = 0,
         product_dtype: str | torch.dtype = "auto",
         tolerance: float | None = 1e-3,
-        rough_looks: bool = False,
     ) -> None:
         if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
             raise EvaError(f"n_components must be a whole number of at least 1, got {n_components!r}.")
@@ -124,16 +100,15 @@ class StreamingPCA(LearnedPCA):
         self.seed = seed
         self.product_dtype = product_dtype
         self.tolerance = tolerance
-        self.rough_looks = rough_looks
-        self._rough = False
-        self._moments: Moments | None = None
-        self._state: _State | None = None
-        self._decomposition: tuple[Tensor, Tensor] | None = None
+        self._state: State | None = None
+        # What was found of the rows so far:
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._looked: Look | None = None
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def partial_fit(self, rows: Tensor, y: None = None) -> StreamingPCA:
+    def partial_fit(self, rows: Tensor, y: None = None) -> Self:
         """Add rows.
 
         Args:
@@ -151,56 +126,48 @@ class StreamingPCA(LearnedPCA):
         self._check_rows(rows)
         if rows.shape[0] == 0:
             return self
-        first = self._moments is None
+        state = self._state
         # The first rows choose the dtype of all sums; rows of another dtype may follow.
-        if self._moments is not None:
-            dtype = self._moments.shift_d.dtype
+        if state is not None:
+            shift_d = state.moments.shift_d.to(rows.device)
+            rows_nd = rows.detach().to(shift_d.dtype)
         else:
-            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        rows_nd = rows.detach().to(dtype)
-        shift_d = self._first_shift(rows_nd) if self._moments is None else self._moments.shift_d.to(rows_nd)
+            rows_nd = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+            shift_d = rows_nd.mean(dim=0) if self.center else torch.zeros_like(rows_nd[0])
         shifted_nd = rows_nd - shift_d
         batch = Moments.around(shift_d)
         batch.update(shifted_nd)
         if rows.device.type == "cpu":
             _refuse_non_finite(rows, batch.squares_d)
-        if first:
-            self._moments = Moments.around(shift_d)
-            self._state = self._start(shifted_nd)
-        assert self._moments is not None and self._state is not None
-        self._moments = self._moments.plus(batch)
         product_dtype = choose_product_dtype(rows, self.product_dtype, n_components=self.n_components)
         with unrounded(rows):
-            self._state = self._state.update(shifted_nd, self._moments, center=self.center, product_dtype=product_dtype)
-        self._decomposition, self._rough = None, self.rough_looks
+            if state is None:
+                state = self._start(Moments.around(shift_d))
+            state.moments = state.moments.plus(batch)
+            self._state = state.update(shifted_nd, product_dtype=product_dtype)
+        self._forget()
         return self
 
+    def fit(self, rows: Tensor, y: None = None) -> Self:
+        """Forget everything and learn from one matrix of rows, (n, d)."""
+        self._state = None
+        self._forget()
+        return self.partial_fit(rows)
+
     @torch.no_grad()
-    def refresh(self) -> StreamingPCA:
-        """Fold the rows since the last refresh into the sketch's basis, and let the next look be a thorough one.
+    def refresh(self) -> Self:
+        """Fold the rows since the last refresh into the sketch's basis.
 
         Right after it the state is at its smallest, which is what processes exchange.
         """
-        moments = self._fitted()
-        if isinstance(self._state, SketchState):
-            with unrounded(moments.shift_d):
-                self._state.refresh(moments, center=self.center)
-        self._decomposition, self._rough = None, False
+        state = self._fitted()
+        with unrounded(state.moments.shift_d):
+            state.refresh()
+        self._forget()
         return self
 
-    def fit(self, rows: Tensor, y: None = None) -> StreamingPCA:
-        """Forget everything and learn from one matrix of rows, (n, d)."""
-        self._moments = self._state = self._decomposition = None
-        return self.partial_fit(rows)
-
-    def transform(self, rows: Tensor) -> Tensor:
-        """Return the coordinates of rows (n, d) along the components, (n, k), in the dtype of the rows."""
-        mean_d, components_kd = self.mean_, self.components_
-        centred_nd = rows - mean_d.to(rows) if self.center else rows
-        return centred_nd @ components_kd.to(rows).T
-
     @torch.no_grad()
-    def merge(self, other: StreamingPCA) -> StreamingPCA:
+    def merge(self, other: StreamingPCA) -> Self:
         """Return a new object that has seen the rows of both.
 
         The backend "exact" loses nothing; the others merge their truncated eigenpairs. Neither operand changes.
@@ -211,40 +178,25 @@ class StreamingPCA(LearnedPCA):
         Raises:
             EvaError: the two do not agree in one of these.
         """
-        for name in ("n_components", "center"):
+        is_empty = self._state is None or other._state is None
+        for name in ("n_components", "center") if is_empty else ("n_components", "center", "n_features_in_"):
             if getattr(self, name) != getattr(other, name):
-                mine, theirs = getattr(self, name), getattr(other, name)
-                raise EvaError(f"only equal settings merge, but {name} is {mine!r} here and {theirs!r} there.")
-        result = StreamingPCA(
-            self.n_components,
-            backend=self.backend,
-            center=self.center,
-            seed=self.seed,
-            product_dtype=self.product_dtype,
-            tolerance=self.tolerance,
-            rough_looks=self.rough_looks,
-        )
-        if self._moments is None or other._moments is None:
-            source = other if self._moments is None else self
-            return result.load_state_dict(source.state_dict()) if source._moments is not None else result
-        for name in ("n_features_in_", "backend_"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            # A sketch may have turned into an exact moment in one process and not in the other.
-            if mine != theirs and {mine, theirs} != {"exact", "sketch"}:
-                raise EvaError(f"only equal inputs merge, but {name} is {mine!r} here and {theirs!r} there.")
-        assert self._state is not None
-        device = self._moments.shift_d.device
-        theirs_moved = StreamingPCA(self.n_components, center=self.center)
-        theirs_moved.load_state_dict(other.state_dict(), device=device)
-        assert theirs_moved._moments is not None
-        result._moments = self._moments.merged(theirs_moved._moments)
-        if self.backend_ == other.backend_:
-            first, second = self._state, theirs_moved._state
-        else:
-            first, second = self._exactly(), theirs_moved._exactly()
-        with unrounded(self._moments.shift_d):
-            result._state = first.merged(second, self._moments, theirs_moved._moments, center=self.center)
-        return result
+                raise self._disagreement(other, name)
+        if self._state is None or other._state is None:
+            only = self._state or other._state
+            return self._of(only and only.copied(only.moments.shift_d.device))
+        like_d = self._state.moments.shift_d
+        mine, theirs = self._state, other._state
+        with unrounded(like_d):
+            if theirs.moments.shift_d.device != like_d.device:
+                theirs = theirs.copied(like_d.device)
+            if mine.name == theirs.name:
+                return self._of(mine.merged(theirs))
+            # A sketch may have turned into an exact moment in one of two processes.
+            exact, other_exact = mine.exactly(), theirs.exactly()
+            if exact is None or other_exact is None:
+                raise self._disagreement(other, "backend_")
+            return self._of(exact.merged(other_exact))
 
     @torch.no_grad()
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
@@ -252,140 +204,154 @@ class StreamingPCA(LearnedPCA):
 
         From the second moment with the backend "exact", O(d² k), and else from the eigenpairs that are kept.
         """
-        moments = self._fitted()
-        with unrounded(moments.shift_d):
-            if isinstance(self._state, ExactState):
-                return self._state.scatter_along(directions_kd, moments, center=self.center)
-            assert isinstance(self._state, SketchState | IncrementalState)
-            with one_thread():
-                vectors_dp, values_p = self._state.decompose(moments, center=self.center)
-            return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
+        state = self._fitted()
+        with unrounded(state.moments.shift_d):
+            return state.scatter_along(directions_kd)
 
     # -- what was learned ---------------------------------------------------------------------------------------------
+
+    def look(self) -> Look:
+        """Return the components as they are now, precise enough to watch how they change.
+
+        With the backend "exact" that is one round of iteration from the last look, O(d² k), instead of as many as it
+        takes; `components_` then begins from there as well. To ask again before more rows come costs nothing.
+        """
+        if self._looked is None:
+            components_kd, singular_values_k = self._factorized(rough=True)
+            self._looked = Look(
+                components=components_kd, singular_values=singular_values_k, n_samples_seen=self.n_samples_seen_
+            )
+        return self._looked
+
+    def transform(self, rows: Tensor) -> Tensor:
+        """Return the coordinates of rows (n, d) along the components, (n, k), in the dtype of the rows."""
+        mean_d, components_kd = self.mean_, self.components_
+        centred_nd = rows - mean_d.to(rows) if self.center else rows
+        return centred_nd @ components_kd.to(rows).T
 
     @property
     def is_fitted(self) -> bool:
         """Whether any row was seen."""
-        return self._moments is not None
+        return self._state is not None
 
     @property
     def components_(self) -> Tensor:
         """Orthonormal rows by descending variance, (k, d)."""
-        return self._decompose()[0]
+        return self._learned()[0]
 
     @property
     def singular_values_(self) -> Tensor:
         """Singular values of the centred rows, (k,)."""
-        return self._decompose()[1]
+        return self._learned()[1]
 
     @property
     def captured_error_(self) -> float:
         """Estimated share of the variance that the best k components capture that these miss; NaN where unknown.
 
         Zero for the backend "exact", unless it began as a sketch. For "sketch" see
-        `evatune.pca.sketch.SketchState.missed_share`; for "incremental" nothing is known.
+        `evatune.pca.sketch.SketchState.missed`; for "incremental" nothing is known.
         """
-        moments = self._fitted()
-        if isinstance(self._state, SketchState):
-            with torch.no_grad(), unrounded(moments.shift_d):
-                return self._state.missed_share(moments, center=self.center)
-        if not isinstance(self._state, ExactState):
-            return math.nan
-        captured = float(self.singular_values_.square().sum()) if self._state.missed else 1.0
-        return min(self._state.missed / captured, 1.0) if captured > 0 else 0.0
+        state = self._fitted()
+        with torch.no_grad(), unrounded(state.moments.shift_d):
+            missed = state.missed()
+        if missed == 0 or math.isnan(missed):
+            return missed
+        captured = float(self.singular_values_.square().sum())
+        return min(missed / captured, 1.0) if captured > 0 else 0.0
 
     @property
     def total_variance_(self) -> float:
         """Sum of the variances of all features."""
-        return float(self._fitted().variance_d(center=self.center).sum())
+        return float(self._fitted().moments.variance_d(center=self.center).sum())
 
     @property
     def mean_(self) -> Tensor:
         """Mean of the rows, (d,)."""
-        moments = self._fitted()
+        moments = self._fitted().moments
         return moments.mean_d.to(moments.shift_d.dtype)
 
     @property
     def var_(self) -> Tensor:
         """Variance of each feature, (d,); about zero if `center` is false."""
-        moments = self._fitted()
+        moments = self._fitted().moments
         return moments.variance_d(center=self.center).to(moments.shift_d.dtype)
 
     @property
     def n_samples_seen_(self) -> int:
         """How many rows were seen."""
-        return self._fitted().n_rows
+        return self._fitted().moments.n_rows
 
     @property
     def n_features_in_(self) -> int:
         """How wide the rows are."""
-        return self._fitted().shift_d.shape[0]
+        return self._fitted().n_features
 
     @property
     def n_components_(self) -> int:
         """How many components are kept, after clipping to the number of features."""
-        return min(self.n_components, self.n_features_in_)
+        return self._fitted().n_components
 
     @property
     def backend_(self) -> str:
         """The backend in use."""
-        self._fitted()
-        return next(name for name, state in _STATES.items() if isinstance(self._state, state))
+        return self._fitted().name
 
-    # -- saving -------------------------------------------------------------------------------------------------------
+    # -- exchange and saving ------------------------------------------------------------------------------------------
+
+    def leading(self) -> StreamingPCA:
+        """Return an object that knows the components of `look`, their variances, the mean and the total variance."""
+        state, look = self._fitted(), self.look()
+        return self._of(LeadingState.of(state.request, state.moments, look.components, look.singular_values))
+
+    @torch.no_grad()
+    def condensed(self) -> StreamingPCA:
+        """Refresh, and return what processes exchange at the end.
+
+        That is this object, but where "auto" took a wide exact moment for its speed: there more leading components than
+        are asked for stand for it, as they do where sketches merge.
+        """
+        state = self.refresh()._fitted()
+        if self.backend != AUTO:
+            return self
+        _check_finite(state)
+        with unrounded(state.moments.shift_d):
+            return self._of(state.condensed())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything learned as a flat mapping of tensors, ready for safetensors."""
-        moments = self._fitted()
-        assert self._state is not None
-        state = {
-            f"state.{name}": tensor.detach().clone().contiguous() for name, tensor in self._state.tensors().items()
-        }
-        return state | {
-            "backend": torch.tensor(list(_STATES).index(self.backend_)),
+        """Return a copy of everything learned as a flat mapping of tensors, ready for safetensors."""
+        state = self._fitted()
+        return {name: tensor.detach().clone().contiguous() for name, tensor in state.tensors().items()} | {
+            "kind": name_tensor(self.kind),
+            "backend": name_tensor(state.name),
             "center": torch.tensor(self.center),
             "n_components": torch.tensor(self.n_components),
-            "n_samples_seen": torch.tensor(moments.n_rows),
-            "shift": moments.shift_d.clone(),
-            "sum": moments.sum_d.clone(),
-            "squares": moments.squares_d.clone(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor], *, device: torch.device | str | None = None) -> StreamingPCA:
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], *, device: torch.device | str | None = None) -> Self:
         """Continue from what `state_dict` returned, optionally on another device.
 
         Raises:
             EvaError: an entry is missing, or the state is of another backend or centring, or keeps fewer components,
                 than this object asks for. Nothing is loaded then.
         """
-        missing = {"backend", "center", "n_components", "n_samples_seen", "shift", "sum", "squares"} - set(state)
-        if missing:
-            raise EvaError(f"this is not a state of StreamingPCA: {', '.join(sorted(missing))} missing.")
-        backend = list(_STATES)[int(state["backend"])]
-        if self.backend not in ("auto", backend) and (self.backend, backend) != ("sketch", "exact"):
-            raise EvaError(
-                f"the state is of backend {backend!r}, but this object was made with backend={self.backend!r}."
-            )
-        if bool(state["center"]) != self.center:
-            raise EvaError(
-                f"the state has center={bool(state['center'])}, but this object was made with center={self.center}."
-            )
-        n_kept = int(state["n_components"])
-        if backend != "exact" and min(self.n_components, state["shift"].shape[0]) > n_kept:
-            raise EvaError(f"the state keeps n_components={n_kept}, but this object asks for {self.n_components}.")
-        own = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in state.items()}
-        prefix = "state."
-        moments = Moments(
-            shift_d=own["shift"], sum_d=own["sum"], squares_d=own["squares"], n_rows=int(own["n_samples_seen"])
-        )
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
         try:
-            backend_state = self._state_of(backend, tensors, moments)
+            self._state = self._read(state, device)
         except KeyError as error:
-            raise EvaError(f"this is not a state of StreamingPCA: {prefix}{error.args[0]} missing.") from None
-        self._state, self._moments, self._decomposition = backend_state, moments, None
-        self._rough = self.rough_looks
+            raise EvaError(f"this is not a state of StreamingPCA: {error.args[0]} missing.") from None
+        self._forget()
         return self
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Return the object, with the backend "auto", that a `state_dict` describes."""
+        return cls(int(state["n_components"]), center=bool(state["center"])).load_state_dict(state)
+
+    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
+        """Return what it takes to follow so many batches of n_rows rows with n_features features."""
+        n_components = min(self.n_components, n_features)
+        state = choose_backend(self.backend, n_components, n_features)
+        return state.cost(n_components, n_features, n_rows=n_rows, n_batches=n_batches)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -395,83 +361,92 @@ class StreamingPCA(LearnedPCA):
             raise EvaError(f"rows must be a float tensor of shape (n_rows, n_features), got {found}.")
         if rows.shape[1] == 0:
             raise EvaError("rows must have at least one feature, got shape " + str(tuple(rows.shape)) + ".")
-        if self._moments is not None and rows.shape[1] != self.n_features_in_:
+        if self._state is not None and rows.shape[1] != self.n_features_in_:
             raise EvaError(f"rows have {rows.shape[1]} features, but the rows before had {self.n_features_in_}.")
 
-    def _first_shift(self, rows_nd: Tensor) -> Tensor:
-        return rows_nd.mean(dim=0) if self.center else torch.zeros_like(rows_nd[0])
+    def _disagreement(self, other: StreamingPCA, name: str) -> EvaError:
+        mine, theirs = getattr(self, name), getattr(other, name)
+        return EvaError(f"only equal settings merge, but {name} is {mine!r} here and {theirs!r} there.")
 
-    def _start(self, rows_nd: Tensor) -> _State:
-        n_features = rows_nd.shape[1]
+    def _request(self) -> Request:
+        return Request(n_components=self.n_components, center=self.center, tolerance=self.tolerance, seed=self.seed)
+
+    def _start(self, moments: Moments) -> State:
+        n_features = len(moments.shift_d)
         if self.n_components > n_features:
             warnings.warn(
                 f"n_components={self.n_components} is clipped to the {n_features} features of the rows.",
                 EvaWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        n_components = min(self.n_components, n_features)
-        backend = choose_backend(self.backend, n_components, n_features)
-        if backend == "exact":
-            return ExactState.start(rows_nd)
-        if backend == "sketch":
-            return SketchState.start(rows_nd, n_components, tolerance=self.tolerance, seed=self.seed)
-        return IncrementalState.start(rows_nd, n_components)
+        state = choose_backend(self.backend, min(self.n_components, n_features), n_features)
+        return state.start(self._request(), moments)
 
-    def _state_of(self, backend: str, tensors: dict[str, Tensor], moments: Moments) -> _State:
-        if backend == "exact":
-            return ExactState.from_tensors(tensors)
-        if backend == "incremental":
-            return IncrementalState.from_tensors(tensors)
-        n_components = min(self.n_components, moments.shift_d.shape[0])
-        return SketchState.from_tensors(
-            tensors, moments, center=self.center, n_components=n_components, tolerance=self.tolerance
+    def _read(self, saved: Mapping[str, Tensor], device: torch.device | str | None) -> State:
+        """Return the state that `saved` describes, a copy of it."""
+        kind, backend = read_name(saved["kind"]), read_name(saved["backend"])
+        center, n_kept = bool(saved["center"]), int(saved["n_components"])
+        if kind != self.kind:
+            raise EvaError(f"this is not a state of StreamingPCA: its kind is {kind!r}.")
+        if self.backend not in (AUTO, backend) and backend not in STATES[self.backend].turns_into:
+            raise EvaError(
+                f"the state is of backend {backend!r}, but this object was made with backend={self.backend!r}."
+            )
+        if center != self.center:
+            raise EvaError(f"the state has center={center}, but this object was made with center={self.center}.")
+        tensors = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in saved.items()}
+        with unrounded(max(tensors.values(), key=Tensor.numel)):  # counters may be elsewhere
+            state = STATES[backend].from_tensors(tensors, self._request())
+        if not state.keeps_all and state.n_components > n_kept:
+            raise EvaError(f"the state keeps n_components={n_kept}, but this object asks for {self.n_components}.")
+        return state
+
+    def _of(self, state: State | None) -> Self:
+        """Return an object with the same settings and this state."""
+        result = type(self)(
+            self.n_components,
+            backend=self.backend,
+            center=self.center,
+            seed=self.seed,
+            product_dtype=self.product_dtype,
+            tolerance=self.tolerance,
         )
+        result._state = state
+        return result
 
-    def _exactly(self) -> ExactState:
-        """Return the state as an exact one; of a sketch, what it knows."""
-        if isinstance(self._state, ExactState):
-            return self._state
-        assert isinstance(self._state, SketchState) and self._moments is not None
-        return self._state.exactly(self._moments, center=self.center)
+    def _forget(self) -> None:
+        """Forget what was found of the rows so far."""
+        self._found = self._looked = None
 
-    def _fitted(self) -> Moments:
-        if self._moments is None:
+    def _fitted(self) -> State:
+        if self._state is None:
             raise NotFittedError("this StreamingPCA has seen no rows yet; call partial_fit first.")
-        return self._moments
+        return self._state
 
-    def _decompose(self) -> tuple[Tensor, Tensor]:
-        moments = self._fitted()
-        if self._decomposition is None:
-            if not torch.isfinite(moments.squares_d).all():
-                raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
-            with torch.no_grad(), unrounded(moments.shift_d):
-                self._decomposition = self._factorize(moments)
-        return self._decomposition
+    def _learned(self) -> tuple[Tensor, Tensor]:
+        if self._found is None:
+            self._found = self._factorized()
+        return self._found
 
-    def _factorize(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        if isinstance(self._state, ExactState):
-            vectors_dp, values_p = self._state.decompose(
-                moments, center=self.center, n_pairs=self.n_components_, rough=self._rough
-            )
-        else:
-            assert isinstance(self._state, SketchState | IncrementalState)
-            with one_thread():
-                vectors_dp, values_p = self._state.decompose(moments, center=self.center)
-        # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vectors.
-        n_known = min(self.n_components_, values_p.shape[0])
-        basis_dk = complete_basis(vectors_dp[:, :n_known], self.n_components_, seed=self.seed)
-        values_k = torch.zeros(self.n_components_, dtype=values_p.dtype, device=values_p.device)
+    @torch.no_grad()
+    def _factorized(self, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the components (k, d) and singular values (k,)."""
+        state = self._fitted()
+        _check_finite(state)
+        k, like_d = state.n_components, state.moments.shift_d
+        with unrounded(like_d):
+            vectors_dp, values_p = state.eigenpairs(k, rough=rough)
+            # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vector.
+            n_known = min(k, len(values_p))
+            basis_dk = complete_basis(vectors_dp[:, :n_known], k, seed=self.seed)
+        values_k = torch.zeros(k, dtype=values_p.dtype, device=values_p.device)
         values_k[:n_known] = values_p[:n_known].sqrt()
-        return fix_signs(basis_dk.T).contiguous().to(moments.shift_d), values_k.to(moments.shift_d)
+        return fix_signs(basis_dk.T).contiguous().to(like_d), values_k.to(like_d)
 
 
-def choose_backend(backend: str, n_components: int, n_features: int) -> str:
-    """Return the backend in use where `backend` was asked for, for so many components of so many features."""
-    if backend == "sketch" and sketch_width(n_components, n_features) == n_features:
-        return "exact"  # a sketch of all there is would only be less precise
-    if backend != "auto":
-        return backend
-    return "exact" if n_features <= max(EXACT_UP_TO, 2 * sketch_width(n_components, n_features)) else "sketch"
+def _check_finite(state: State) -> None:
+    if not torch.isfinite(state.moments.squares_d).all():
+        raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
 
 
 def _refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:

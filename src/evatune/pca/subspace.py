@@ -9,10 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evatune.pca.threads import one_thread
+
+ZERO = 1e-13
+"""Eigenvalues of a Gram matrix in float64 below this share of the largest are rounding errors: some 500 times 2⁻⁵²."""
+
 
 def solver_copy(matrix: Tensor) -> Tensor:
     """Return a float64 copy for a factorization, on the CPU where the device has no float64; callers write into it."""
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64, copy=True)
+
+
+def orthonormal(columns_dl: Tensor) -> Tensor:
+    """Return orthonormal columns with the same span, (d, l), by a QR decomposition on one thread. Cost O(d l²)."""
+    on_solver_dl = columns_dl.cpu() if columns_dl.device.type == "mps" else columns_dl
+    with one_thread():
+        return torch.linalg.qr(on_solver_dl).Q.to(columns_dl)
 
 
 def fix_signs(components_kd: Tensor) -> Tensor:
@@ -51,7 +63,7 @@ def complete_basis(basis_dl: Tensor, n_columns: int, *, seed: int) -> Tensor:
     random = random.to(basis_dl)
     for _ in range(2):  # twice is enough (Parlett)
         random = random - basis_dl @ (basis_dl.T @ random)
-        random = torch.linalg.qr(random).Q
+        random = orthonormal(random)
     return torch.cat([basis_dl, random], dim=1)
 
 
@@ -67,7 +79,7 @@ def eigenpairs_of_factor(factor_dm: Tensor) -> tuple[Tensor, Tensor]:
     """
     values_m, vectors_mm = torch.linalg.eigh(factor_dm.T @ factor_dm)
     values_m, vectors_mm = values_m.flip(0), vectors_mm.flip(1)
-    keep = values_m > values_m[:1].clamp_min(0.0) * 1e-13
+    keep = values_m > values_m[:1].clamp_min(0.0) * ZERO
     keep[factor_dm.shape[0] :] = False
     values_p, vectors_mp = values_m[keep], vectors_mm[:, keep]
     return (factor_dm @ vectors_mp) / values_p.sqrt(), values_p

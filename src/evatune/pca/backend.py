@@ -1,0 +1,173 @@
+"""`State`: what a backend of `StreamingPCA` answers. A backend is one file with one subclass, and a row in `backends`.
+
+Shapes: n rows, d features, k components, p eigenpairs.
+
+A state is what is accumulated of rows that arrive in batches: their moments, which every backend keeps in the same way,
+and what it needs beside them to tell the leading eigenpairs of the scatter matrix C = Σ (x - m)(x - m)ᵀ (uncentred:
+C = Σ x xᵀ).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from evatune.pca.cost import Cost
+from evatune.pca.moments import Moments
+from evatune.pca.subspace import eigenpairs_of_factor, solver_copy
+
+Pairs = tuple[Tensor, Tensor]
+"""Orthonormal eigenvectors in columns (d, p) and their eigenvalues (p,), descending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a state is asked for; see `StreamingPCA`."""
+
+    n_components: int
+    """k; a state of fewer features keeps as many as these."""
+    center: bool = True
+    """Whether the scatter is about the mean."""
+    tolerance: float | None = None
+    """Share of the variance that the best k components capture that may be missed; None leaves a state as it is."""
+    seed: int = 0
+    """Of everything random."""
+
+
+class State(ABC):
+    """What a backend has accumulated.
+
+    Args:
+        request: what is asked for.
+        moments: of the rows so far. Rows are shifted by `moments.shift_d` before the state sees them.
+    """
+
+    name: ClassVar[str]
+    """As users write it, and as saved states and spectra name it."""
+    is_offered: ClassVar[bool] = True
+    """Whether users may ask for it."""
+    keeps_all: ClassVar[bool] = False
+    """Whether it can tell any number of components, whatever was asked for."""
+    turns_into: ClassVar[tuple[str, ...]] = ()
+    """The backends that it may give way to."""
+
+    def __init__(self, request: Request, moments: Moments) -> None:
+        self.request = request
+        self.moments = moments
+
+    @classmethod
+    @abstractmethod
+    def start(cls, request: Request, moments: Moments) -> Self:
+        """Return the state of no rows, on the device and in the dtype of the moments' shift."""
+
+    @abstractmethod
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> State:
+        """Add shifted rows, (n, d), and return the state to go on with.
+
+        Args:
+            shifted_nd: the rows, in the dtype of the shift; `moments` include them already.
+            product_dtype: in which they may be multiplied.
+        """
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Fold the rows since the last refresh in, so that the state is at its smallest."""
+
+    @abstractmethod
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+        """Return the leading eigenpairs of the scatter matrix, in any float dtype.
+
+        Args:
+            n_pairs: how many are wanted, k or more. Fewer come where the rows vary in fewer directions.
+            rough: they only need to be good enough to watch them. A rough call may leave something behind that makes
+                the next call cheaper; others change nothing.
+        """
+
+    @abstractmethod
+    def missed(self) -> float:
+        """Return what variance of the rows, not divided by their number, the first k pairs miss; NaN if unknown."""
+
+    @abstractmethod
+    def merged(self, other: Self) -> Self:
+        """Return the state of both sets of rows; neither operand changes."""
+
+    @abstractmethod
+    def exactly(self) -> State | None:
+        """Return what is known as an exact second moment; None where that is too little to go on with."""
+
+    @abstractmethod
+    def condensed(self) -> State:
+        """Return a state that merges about as well and is smaller, if there is one."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state, moments included, as tensors that may share its memory."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+        """Return the state that `tensors` describes, which keeps them.
+
+        Raises:
+            KeyError: one is missing.
+        """
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
+        """Return what it takes to follow so many batches of n_rows rows."""
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    @property
+    def n_features(self) -> int:
+        """How wide the rows are, d."""
+        return self.moments.shift_d.shape[0]
+
+    @property
+    def n_components(self) -> int:
+        """How many components are kept, k, after clipping to the number of features."""
+        return min(self.request.n_components, self.n_features)
+
+    @property
+    def center(self) -> bool:
+        """Whether the scatter is about the mean."""
+        return self.request.center
+
+    def scatter_along(self, directions_kd: Tensor) -> Tensor:
+        """Return vᵀ C v for every row v of `directions_kd`, (k,), as far as the eigenpairs tell."""
+        vectors_dp, values_p = self.eigenpairs(self.n_components)
+        return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
+
+    def copied(self, device: torch.device) -> Self:
+        """Return a copy that shares no memory, on a device."""
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
+        return self.from_tensors(tensors, self.request)
+
+
+def merge_eigenpairs(first: State, second: State) -> Pairs:
+    """Return the eigenpairs of the sum of the scatter matrices of two states, as far as their own eigenpairs tell.
+
+    Returns:
+        Eigenvectors (d, at most p + q + 1) and eigenvalues, descending; with centring, the difference of the means
+        adds one direction. Cost O(d (p + q)²).
+    """
+    factors = []
+    for state in (first, second):
+        vectors_dp, values_p = state.eigenpairs(state.n_components)
+        factors.append(vectors_dp * values_p.sqrt())
+    if first.center and first.moments.n_rows and second.moments.n_rows:
+        weight, difference_d = between_means(first.moments, second.moments)
+        factors.append(weight**0.5 * difference_d.to(factors[0])[:, None])
+    return eigenpairs_of_factor(torch.cat(factors, dim=1))
+
+
+def between_means(mine: Moments, theirs: Moments) -> tuple[float, Tensor]:
+    """Return weight and direction (d,) of what the difference of two means adds to the scatter of both sets of rows."""
+    weight = mine.n_rows * theirs.n_rows / max(mine.n_rows + theirs.n_rows, 1)
+    return weight, solver_copy(mine.mean_d) - solver_copy(theirs.mean_d)

@@ -1,0 +1,38 @@
+"""The backends of `StreamingPCA` by name, and which one "auto" takes."""
+
+from __future__ import annotations
+
+from evatune.pca.backend import State
+from evatune.pca.exact import ExactState
+from evatune.pca.incremental import IncrementalState
+from evatune.pca.leading import LeadingState
+from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
+
+STATES: dict[str, type[State]] = {
+    state.name: state
+    for state in (
+        ExactState,
+        SketchState,
+        IncrementalState,
+        LeadingState,
+    )
+}
+"""A row for each backend."""
+
+AUTO = "auto"
+BACKENDS = (AUTO, *(name for name, state in STATES.items() if state.is_offered))
+"""What users may ask for."""
+
+WORTH_A_SKETCH = 2
+"""A sketch pays where the rows are more than so many times as wide as it is: its two products then cost less than two
+thirds of the one of the exact backend (`benchmarks/scaling.py`)."""
+
+
+def choose_backend(backend: str, n_components: int, n_features: int) -> type[State]:
+    """Return the backend in use where `backend` was asked for, for so many components of so many features."""
+    width = sketch_width(n_components, n_features)
+    if backend == SketchState.name and width == n_features:
+        return ExactState  # a sketch of all there is would only be less precise
+    if backend != AUTO:
+        return STATES[backend]
+    return ExactState if n_features <= max(EXACT_UP_TO, WORTH_A_SKETCH * width) else SketchState
