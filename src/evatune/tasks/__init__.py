@@ -14,6 +14,7 @@ from evatune.errors import EvaError, near_misses
 from evatune.settings import Section
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.settings import ModelSettings
+from evatune.tasks.vision.settings import VisionData
 
 if TYPE_CHECKING:
     from evatune.tasks.task import Task
@@ -48,6 +49,13 @@ DOMAINS: dict[str, Domain] = {
         higher_is_better=False,
         home="evatune.tasks.generation.task",
         head="causal-lm",
+    ),
+    "vision": Domain(
+        idea="a vision model learns the classes of pictures",
+        settings=VisionData,
+        metric="accuracy",
+        higher_is_better=True,
+        home="evatune.tasks.vision.task",
     ),
 }
 """All domains by the word that stands after `task:` in a recipe."""

@@ -1,0 +1,1 @@
+"""Image classification: pictures from folders, tables or a hub, VTAB-1K, any vision model with a new head."""

@@ -79,10 +79,10 @@ class ImageClassifier(nn.Module):
         if isinstance(pooler, nn.Module) and any(isinstance(module, nn.Linear) for module in pooler.modules()):
             backbone.pooler = None  # a dense layer that came from no pretraining
         self.backbone = backbone
-        self.config = getattr(backbone, "config", None)
+        self._is_timm = not hasattr(backbone, "config")
         self.name_or_path = getattr(backbone, "name_or_path", "")
-        if hasattr(self.config, "mask_ratio"):
-            self.config.mask_ratio = 0.0  # masked autoencoders hide patches from themselves otherwise
+        if hasattr(getattr(backbone, "config", None), "mask_ratio"):
+            backbone.config.mask_ratio = 0.0  # masked autoencoders hide patches from themselves otherwise
         self.layout, width = self._shapes(size)
         device = next(backbone.parameters()).device
         self.classifier = nn.Linear(width, n_classes, device=device)
@@ -103,7 +103,7 @@ class ImageClassifier(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Let the backbone compute its activations twice instead of keeping them."""
-        if hasattr(self.backbone, "set_grad_checkpointing"):
+        if self._is_timm:
             self.backbone.set_grad_checkpointing()
         else:
             self.backbone.gradient_checkpointing_enable(**options)
@@ -114,7 +114,7 @@ class ImageClassifier(nn.Module):
         Raises:
             EvaError: the backbone is timm's.
         """
-        if self.config is None:
+        if self._is_timm:
             raise EvaError("a timm model is not saved whole; fine-tune an adapter instead of method full.")
         self.backbone.save_pretrained(folder, **options)
         save_file(self.classifier.state_dict(), Path(folder) / _HEAD_FILE)
@@ -123,7 +123,7 @@ class ImageClassifier(nn.Module):
         """Return the last hidden state, (B, T, d) or (B, d, height, width), and what stands for the picture, (B, d)."""
         backbone = self.backbone
         pixel_values = pixel_values.to(next(backbone.parameters()).dtype)
-        if self.config is None:
+        if self._is_timm:
             hidden = backbone.forward_features(pixel_values)
             return hidden, backbone.forward_head(hidden, pre_logits=True)
         resizes = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters

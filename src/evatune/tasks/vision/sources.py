@@ -37,7 +37,7 @@ class Picture:
     name: str
     """What errors call it."""
     label: int | str
-    """As its source gives it: the name of its class, or a number."""
+    """Name of its class, or a number where the source has no names."""
     read: Callable[[], Content]
     """Returns what there is to decode."""
 
@@ -49,7 +49,7 @@ class Source:
     pictures: tuple[Picture, ...]
     """The pictures."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes 0, 1, ..., where the source tells them."""
+    """Names of all its classes in their order, where it has names."""
 
 
 Derive = Callable[[Mapping[str, Any]], int]
@@ -184,14 +184,19 @@ def _rows(
     label = ""
     if columns.derive is None:
         label = _column(columns.label, _LABEL_COLUMNS, found, what="label_column", where=where)
+    classes = (names or {}).get(label)
     pictures = []
     for number, row in enumerate(rows):
-        value = columns.derive(row) if columns.derive else row[label]
-        if value is None:
-            raise EvaError(f"{where}, row {number} has no label; remove the row.")
-        read = partial(_cell, rows, number, image, folder)
-        pictures.append(Picture(name=f"{where}, row {number}", label=_label(value), read=read))
-    return Source(pictures=tuple(pictures), classes=tuple(names[label]) if label in (names or {}) else None)
+        name, value = f"{where}, row {number}", columns.derive(row) if columns.derive else row[label]
+        if value is None or value == "":
+            raise EvaError(f"{name} has no label; remove it.")
+        value = _label(value)
+        if classes is not None:
+            if not isinstance(value, int) or not 0 <= value < len(classes):
+                raise EvaError(f"{name} has the label {value!r}, but there are names for {len(classes)} classes.")
+            value = classes[value]
+        pictures.append(Picture(name=name, label=value, read=partial(_cell, rows, number, image, folder)))
+    return Source(pictures=tuple(pictures), classes=tuple(classes) if classes is not None else None)
 
 
 def _column(wanted: str | None, usual: Sequence[str], found: Sequence[str], *, what: str, where: str) -> str:

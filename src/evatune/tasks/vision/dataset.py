@@ -1,0 +1,181 @@
+"""The training pictures and the held-out pictures of a task, drawn, divided, checked and numbered by class."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from evatune.errors import EvaError, near_misses
+from evatune.tasks.vision.images import Checked, Preprocessing, check, decode
+from evatune.tasks.vision.settings import VisionData
+from evatune.tasks.vision.sources import Columns, Picture, Source, has_test_split, read_source
+from evatune.tasks.vision.vtab import N_EXAMPLES, PREFIX, find_task, read_task
+
+_DRAW_SEED = 0
+"""Which pictures belong to a data set does not depend on the seed of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Dataset[dict[str, Any]]):
+    """Pictures of one split, ready for a data loader."""
+
+    checked: Checked
+    """The pictures."""
+    labels: tuple[int, ...]
+    """Class of each."""
+    classes: tuple[str, ...]
+    """Names of the classes 0, 1, ..."""
+    preprocessing: Preprocessing
+    """How they are resized and normalized."""
+    sources: tuple[str, ...]
+    """Where they come from."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `pixels` (S, S, 3), bytes, and the number of the class, `label`."""
+        if self.checked.pixels is not None:
+            pixels = self.checked.pixels[index]
+        else:
+            image, _ = decode(self.checked.pictures[index].read())
+            pixels = torch.from_numpy(self.preprocessing.resize(image).copy())
+        return {"pixels": pixels, "label": self.labels[index]}
+
+    def summary(self) -> str:
+        """Return one line: how many pictures, classes, from where, what was done to them."""
+        notes = [f"{count} with {kind}" for kind, count in self.checked.converted.items()]
+        notes += [f"{len(self.checked.skipped)} bad ones skipped"] if self.checked.skipped else []
+        return f"{len(self)} pictures of {len(self.classes)} classes from {', '.join(map(_short, self.sources))}" + (
+            f" ({', '.join(notes)})" if notes else ""
+        )
+
+
+def collate(rows: Sequence[dict[str, Any]], preprocessing: Preprocessing) -> dict[str, Tensor]:
+    """Return `pixel_values` (B, 3, S, S), normalized, and `labels` (B,)."""
+    return {
+        "pixel_values": preprocessing.normalize(torch.stack([row["pixels"] for row in rows])),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+
+
+def load_pictures(
+    data: VisionData, preprocessing: Preprocessing, *, seed: int, progress: bool = True
+) -> tuple[Pictures, Pictures]:
+    """Return the training pictures, in an order that the seed alone decides, and the held-out ones.
+
+    Args:
+        data: which pictures.
+        preprocessing: how they are resized and normalized.
+        seed: of the order.
+        progress: show a bar on a terminal.
+
+    Raises:
+        EvaError: a source is not there or holds nothing, a picture cannot be decoded, there are less than two classes,
+            or the classes do not fit together.
+    """
+    train, held_out, classes = _find(data)
+    train, held_out = _draw(train, len(train), seed=seed), list(held_out)
+    checked = [
+        check(pictures, preprocessing, skip=data.bad_images == "skip", progress=progress)
+        for pictures in (train, held_out)
+    ]
+    names = {label: number for number, label in enumerate(classes)}
+    return tuple(  # type: ignore[return-value]
+        Pictures(
+            checked=found,
+            classes=tuple(map(str, classes)),
+            labels=tuple(names[picture.label] for picture in found.pictures),
+            preprocessing=preprocessing,
+            sources=data.train if not (data.eval and found is checked[1]) else data.eval,
+        )
+        for found in checked
+    )
+
+
+Label = int | str
+
+
+def _find(data: VisionData) -> tuple[list[Picture], list[Picture], tuple[Label, ...]]:
+    """Return training and held-out pictures, drawn and divided but not decoded, and all classes in their order."""
+    task = next((name for name in data.train if name.startswith(PREFIX)), None)
+    if task is None:
+        train, held_out = _read(data.train, data.train_split, data), _read_held_out(data)
+    elif len(data.train) > 1 or data.eval:
+        raise EvaError(f"{task} has training and test pictures of its own; leave out the other sources.")
+    else:
+        first, second = read_task(task, folder=data.vtab_folder, validate=data.validate)
+        train, held_out = [first], [second] if second else []
+    classes = _classes(train, held_out, task=task)
+    kept = _draw(_pictures(train), data.max_train_examples or (N_EXAMPLES if task else None))
+    scored = _pictures(held_out)
+    if not scored:
+        scored = _draw(kept, max(1, round(data.held_out * len(kept))), seed=_DRAW_SEED + 1)
+        chosen = {id(picture) for picture in scored}
+        kept = [picture for picture in kept if id(picture) not in chosen]
+    return kept, _draw(scored, data.max_eval_examples), classes
+
+
+def _read(names: Sequence[str], split: str, data: VisionData) -> list[Source]:
+    columns = Columns(image=data.image_column, label=data.label_column)
+    return [read_source(name, split=split, hub_config=data.hub_config, columns=columns) for name in names]
+
+
+def _read_held_out(data: VisionData) -> list[Source]:
+    if data.validate:
+        return []
+    own = data.train if not data.eval and all(map(has_test_split, data.train)) else ()
+    return _read(data.eval or own, data.eval_split, data)
+
+
+def _pictures(sources: Sequence[Source]) -> list[Picture]:
+    return [picture for source in sources for picture in source.pictures]
+
+
+def _classes(train: Sequence[Source], held_out: Sequence[Source], *, task: str | None) -> tuple[Label, ...]:
+    """Return all classes in their order, and check that every picture is of one of them."""
+    found = {picture.label for picture in _pictures(train)}
+    if task is not None:
+        expected: Sequence[Label] = range(find_task(task).classes)
+        _check_known(train, expected, f"{task} has the classes 0 to {len(expected) - 1}")
+    elif all(source.classes for source in train):
+        expected = list(dict.fromkeys(name for source in train for name in source.classes or ()))
+    else:
+        expected = sorted(found, key=lambda label: (isinstance(label, str), label))
+    if len(expected) < 2:
+        raise EvaError(f"there is one class only, {expected[0]!r}: a classifier needs at least two to tell apart.")
+    _check_known(held_out, expected, "the training pictures have no such class")
+    return tuple(expected)
+
+
+def _check_known(sources: Sequence[Source], classes: Sequence[Label], otherwise: str) -> None:
+    known = set(classes)
+    strange = next((picture for picture in _pictures(sources) if picture.label not in known), None)
+    if strange is not None:
+        hint = near_misses(str(strange.label), map(str, classes))
+        raise EvaError(f"{strange.name} is of class {strange.label!r}{hint}, but {otherwise}; mend or remove it.")
+
+
+def _draw(pictures: Sequence[Picture], limit: int | None, *, seed: int = _DRAW_SEED) -> list[Picture]:
+    """Return so many pictures in a random order in which every beginning holds the classes in their shares."""
+    order = list(pictures)
+    random.Random(seed).shuffle(order)
+    sizes = Counter(picture.label for picture in order)
+    seen: Counter[Label] = Counter()
+    places = []
+    for picture in order:
+        seen[picture.label] += 1
+        places.append((seen[picture.label] - 0.5) / sizes[picture.label])
+    return [order[index] for index in sorted(range(len(order)), key=places.__getitem__)][:limit]
+
+
+def _short(source: str) -> str:
+    return Path(source).name if Path(source).exists() else source

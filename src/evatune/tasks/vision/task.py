@@ -1,0 +1,112 @@
+"""The task of vision: a pretrained vision model learns the classes of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evatune.files import write_text
+from evatune.tasks.scores import Scores
+from evatune.tasks.settings import ModelSettings
+from evatune.tasks.task import Needs, Preview
+from evatune.tasks.vision.dataset import Pictures, collate, load_pictures
+from evatune.tasks.vision.evaluation import evaluate
+from evatune.tasks.vision.images import IMAGENET, Preprocessing
+from evatune.tasks.vision.model import HEAD, ImageClassifier, load_classifier, normalization
+from evatune.tasks.vision.settings import VisionData
+from evatune.tasks.vision.sheet import contact_sheet
+
+
+def open_task(data: VisionData, *, model: ModelSettings, seed: int) -> Vision:
+    """Return the task; see `evatune.tasks.open_task`."""
+    return Vision(data=data, source=model, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """Pictures and their classes for a vision model; see `evatune.tasks.task.Task`."""
+
+    data: VisionData
+    source: ModelSettings
+    seed: int
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes pixels."""
+        mean, std = normalization(self.source) if self.data.normalization == "auto" else IMAGENET
+        return Preprocessing(size=self.data.image_size, fit=self.data.fit, mean=mean, std=std)
+
+    @cached_property
+    def _splits(self) -> tuple[Pictures, Pictures]:
+        return load_pictures(self.data, self.preprocessing, seed=self.seed)
+
+    @property
+    def train(self) -> Pictures:
+        """The training pictures."""
+        return self._splits[0]
+
+    @property
+    def held_out(self) -> Pictures:
+        """The held-out pictures."""
+        return self._splits[1]
+
+    def load_model(self) -> ImageClassifier:
+        """Return the pretrained model with a head for the classes of the training pictures."""
+        return load_classifier(self.source, n_classes=len(self.train.classes), size=self.data.image_size)
+
+    def needs(self, model: Any) -> Needs:
+        """Return what the model needs: its head is new."""
+        return Needs(heads=(HEAD,))
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return pictures as a batch of normalized pixels and labels."""
+        return collate(rows, self.preprocessing)
+
+    def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
+        """Score a model on held-out pictures."""
+        return evaluate(model, self.held_out, self.collate, limit=limit, bf16=bf16, progress=progress)
+
+    def preview(self, n: int) -> Preview:
+        """Return the first pictures as a contact sheet, with their classes."""
+        pictures = self.train
+        rows = [pictures[index] for index in range(min(n, len(pictures)))]
+        content = [
+            {"picture": picture.name, "class": pictures.classes[row["label"]], "learned": "class"}
+            for picture, row in zip(pictures.checked.pictures, rows, strict=False)
+        ]
+        pixels = self.preprocessing.restore(self.collate(rows)["pixel_values"])
+        size = self.data.image_size
+        return Preview(
+            text="\n".join(f"{item['class']:<20} {item['picture']}, seen at {size} x {size}" for item in content),
+            content=content,
+            picture=contact_sheet(pixels, [str(item["class"]) for item in content]),
+        )
+
+    def summary(self) -> str:
+        """Return how many pictures, of how many classes, from where."""
+        return f"{self.train.summary()}; {len(self.held_out)} held out"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts and the pixels for the record."""
+        sizes = Counter(self.train.labels)
+        return {
+            "train": len(self.train),
+            "held_out": len(self.held_out),
+            "classes": {name: sizes[number] for number, name in enumerate(self.train.classes)},
+            "converted": self.train.checked.converted,
+            "skipped": self.train.checked.skipped | self.held_out.checked.skipped,
+            "normalization": {"mean": list(self.preprocessing.mean), "std": list(self.preprocessing.std)},
+            "measured_tokens": self.data.measure_tokens,
+        }
+
+    def save_processor(self, folder: Path) -> None:
+        """Write `preprocessor_config.json`, as transformers reads it, and `classes.json`."""
+        write_text(folder / "preprocessor_config.json", json.dumps(self.preprocessing.to_json(), indent=2) + "\n")
+        write_text(folder / "classes.json", json.dumps(list(self.train.classes), ensure_ascii=False, indent=2) + "\n")
