@@ -52,12 +52,12 @@ class Preprocessing:
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """Return a picture as (S, S, 3) bytes."""
-        box = None
-        if self.fit == "crop":
-            side = min(image.size)
-            left, top = ((length - side) / 2 for length in image.size)
-            box = (left, top, left + side, top + side)
-        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        if self.fit == "stretch":
+            return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        width, height = (self.size * length // min(image.size) for length in image.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(scaled.crop((left, top, left + self.size, top + self.size)))
 
     def normalize(self, pixels_bshc: Tensor) -> Tensor:
         """Return bytes (B, S, S, 3) as floats (B, 3, S, S), as models take them."""

@@ -312,7 +312,8 @@ def _idx(path: Path, split: str) -> Source:
 def _idx_array(path: Path) -> np.ndarray:
     """Return an array of bytes: two zero bytes, type 8, the number of dimensions, each dimension in 4 bytes, values."""
     try:
-        content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         zeros, kind, ndim = int.from_bytes(content[:2], "big"), content[2], content[3]
         shape = np.frombuffer(content, ">u4", count=ndim, offset=4).astype(int)
         if zeros or kind != 8:

@@ -1,0 +1,128 @@
+"""Pictures in, a classifier out: a whole run, its record, its adapter, its preview."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from evatune.errors import EvaError
+from evatune.recipe import Recipe
+from evatune.tasks import open_task
+from evatune.tasks.settings import ModelSettings
+from evatune.tasks.vision.model import load_classifier
+from evatune.tasks.vision.settings import VisionData
+from evatune.training import finetune
+
+
+@pytest.fixture
+def recipe(tiny_vit: Path, photos: Path, tmp_path: Path):
+    """Return a function that builds a small recipe; settings are given as `section={...}`."""
+
+    def build(name: str = "run", **sections: dict[str, Any]) -> Recipe:
+        content: dict[str, Any] = {
+            "task": "vision",
+            "model": {"name": str(tiny_vit)},
+            "data": {"train": [str(photos)], "image_size": 28},
+            "adapter": {"rank": 4},
+            "measure": {"max_batches": 3, "batch_size": 8},
+            "train": {"steps": 20, "batch_size": 8, "precision": "fp32", "learning_rate": 2e-2},
+            "output": str(tmp_path / name),
+        }
+        for section, values in sections.items():
+            content[section] = content[section] | values
+        return Recipe.from_dict(content)
+
+    return build
+
+
+def open_photos(photos: Path, tiny_vit: Path, **settings: Any):
+    data = VisionData(train=str(photos), image_size=28, **settings)
+    return open_task("vision", data, model=ModelSettings(name=str(tiny_vit)), seed=0)
+
+
+def test_a_folder_of_photos_becomes_a_classifier(recipe, tiny_vit):
+    wanted = recipe()
+    record = finetune(wanted, progress=False)
+    folder = Path(wanted.output)
+
+    assert record.before["metrics"]["accuracy"] <= 0.75
+    assert record.after["metrics"]["accuracy"] == 1.0
+    assert record.data["classes"] == {"blue": 16, "red": 16}
+    assert record.data["measured_tokens"] == "all"
+    outcomes = json.loads((folder / "after.json").read_text())["outcomes"]
+    assert outcomes["right"] == [1.0] * 8
+    assert outcomes["expected"] == outcomes["predicted"]
+
+    # The head is trained whole, saved with the adapter, and has none itself; every linear layer has one.
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in weights
+    assert not any("classifier" in name and "lora" in name for name in weights)
+    adapted = {name.rpartition(".lora_A")[0] for name in weights if ".lora_A" in name}
+    plan = json.loads((folder / "plan.json").read_text())
+    assert len(adapted) == sum(rank > 0 for rank in plan["ranks"].values()) <= 12
+    assert set(plan["ranks"]) >= {"backbone.encoder.layer.0.attention.attention.query"} or len(plan["ranks"]) == 12
+
+
+def test_the_adapter_loads_with_plain_peft_head_included(recipe, tiny_vit, photos):
+    wanted = recipe()
+    record = finetune(wanted, progress=False)
+    torch.manual_seed(1)
+    base = load_classifier(ModelSettings(name=str(tiny_vit)), n_classes=2, size=28)
+    model = PeftModel.from_pretrained(base, str(Path(wanted.output) / "adapter"))
+    scores = open_photos(photos, tiny_vit).evaluate(model, progress=False)
+    assert scores.to_json()["metrics"] == pytest.approx(record.after["metrics"], rel=1e-5)
+
+
+def test_methods_and_seeds_begin_with_equal_heads(tiny_vit, photos):
+    heads = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        heads.append(open_photos(photos, tiny_vit).load_model().classifier.weight)
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "eva+dora", "pissa"])
+def test_other_methods_are_one_word_away(recipe, method):
+    wanted = recipe(adapter={"method": method}, train={"steps": 2})
+    record = finetune(wanted, progress=False)
+    assert record.steps == 2
+    saved = Path(wanted.output) / ("model" if method == "full" else "adapter")
+    assert saved.is_dir()
+    if method == "full":
+        again = load_classifier(ModelSettings(name=str(saved)), n_classes=2, size=28)
+        assert again.classifier.weight.abs().max() > 1e-3  # not a new head
+        assert json.loads((saved / "classes.json").read_text()) == ["blue", "red"]
+
+
+def test_scores_on_the_first_pictures_only(photos, tiny_vit):
+    task = open_photos(photos, tiny_vit)
+    model = task.load_model().train()
+    scores = task.evaluate(model, limit=3, progress=False)
+    assert scores.counts == {"pictures": 3, "skipped": 0}
+    assert model.training
+
+
+def test_preview_is_a_contact_sheet(photos, tiny_vit):
+    preview = open_photos(photos, tiny_vit).preview(10)
+    sheet = Image.open(io.BytesIO(preview.picture))
+    assert sheet.size == (8 * 168 + 8, 2 * 190 + 8)
+    names = [item["class"] for item in preview.content]
+    assert set(names) == {"blue", "red"}
+    # The first picture, in its place, has the colour of its class.
+    red, _, blue = sheet.convert("RGB").getpixel((8 + 80, 8 + 80))
+    assert (red > blue) == (names[0] == "red")
+    assert len(preview.text.splitlines()) == 10
+    assert "seen at 28 x 28" in preview.text
+
+
+def test_settings_of_another_task_are_refused(recipe):
+    with pytest.raises(EvaError, match="data"):
+        recipe(data={"max_length": 100})
