@@ -19,7 +19,7 @@ from transformers import (
 
 from evatune import EvaError, estimate, measure
 from evatune.activations.estimate import _size
-from evatune.activations.measurement import Measurement
+from evatune.activations.run import Measurement
 
 SETTINGS = {"batch_size": 6, "length": 12, "timing": False}
 

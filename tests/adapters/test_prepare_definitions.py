@@ -11,7 +11,7 @@ from torch import nn
 
 import evatune
 from evatune.activations.gradients import output_gradient_energy, weight_gradients
-from evatune.activations.targets import TargetRules, find_targets
+from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import initialized_plan
 
 RANK, ALPHA = 3, 1.5

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evatune.activations.layers import LayerType
+from evatune.activations.layer_type import LayerType
+from evatune.activations.layers.targets import TargetModule
 from evatune.activations.sharing import SeenTensors
-from evatune.activations.targets import TargetModule
 
 Consumer = Callable[[str, Any], None]
 

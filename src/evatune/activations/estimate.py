@@ -1,6 +1,6 @@
 """What a measurement will take, from the model's configuration alone: memory as a bound, time as an estimate.
 
-The model is made without weights, and one batch without values goes through it (`evatune.activations.trace`).
+The model is made without weights, and one batch without values goes through it (`evatune.activations.from_disk.trace`).
 
 Shapes: n rows of a batch, d features, k components, l sketch columns.
 """
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from evatune.activations.empty import empty_model, model_folder, read_config
+from evatune.activations.from_disk.empty import empty_model, model_folder, read_config
+from evatune.activations.from_disk.measure import find_blocks
+from evatune.activations.from_disk.trace import Trace, follow
+from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets, unwrap
 from evatune.activations.measure import pca_maker, with_ranks_of
-from evatune.activations.streaming import find_blocks
-from evatune.activations.targets import TargetModule, TargetRules, find_targets, unwrap
-from evatune.activations.trace import Trace, follow
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA
 from evatune.pca.threads import one_thread

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from evatune.activations.batches import forward_arguments
+from evatune.activations.layers.targets import TargetModule, unwrap
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.targets import TargetModule, unwrap
 from evatune.errors import EvaError
 
 Loss = Callable[[nn.Module, Any], Tensor]

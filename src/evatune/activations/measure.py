@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
-from evatune.activations.distributed import Ranks, drive
-from evatune.activations.measurement import Measurement, warn_of_errors
+from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
 from evatune.activations.passes import Passes
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
+from evatune.activations.processes.lockstep import Ranks, drive
+from evatune.activations.processes.sharded_models import held_interrupts, sharded_again, sharding_of, without_engine
 from evatune.activations.rows import RowMasks
-from evatune.activations.sharding import held_interrupts, sharded_again, sharding_of, without_engine
+from evatune.activations.run import Measurement, warn_of_errors
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor
-from evatune.activations.targets import TargetRules, find_targets, unwrap
 from evatune.errors import EvaError, near_misses
 from evatune.pca import StreamingPCA
 from evatune.pca.products import has_fast_bfloat16

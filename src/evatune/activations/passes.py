@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from evatune.activations.capture import Capture
-from evatune.activations.measurement import Measurement
 from evatune.activations.rows import RowMasks
+from evatune.activations.run import Measurement
 from evatune.errors import EvaError
 
 Forward = Callable[[], Any]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from evatune.activations.targets import TargetRules, find_targets
+from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.errors import EvaError
 
 

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from evatune.activations import measure
-from evatune.activations.sharding import sharding_of
+from evatune.activations.processes.sharded_models import sharding_of
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
 from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer

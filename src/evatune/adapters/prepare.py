@@ -15,8 +15,8 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
 from evatune.activations.gradients import Loss
+from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.preserve import preserved_random_state
-from evatune.activations.targets import TargetModule, TargetRules, find_targets
 from evatune.adapters import starts
 from evatune.adapters.attach import quiet_peft
 from evatune.adapters.base_change import copy_weights, take_out

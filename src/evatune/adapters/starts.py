@@ -28,8 +28,8 @@ from evatune.activations.gradients import (
     output_gradient_energy,
     weight_gradients,
 )
+from evatune.activations.layers.targets import TargetModule
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.targets import TargetModule
 from evatune.adapters.initialize import apply_plan, check_same_targets
 from evatune.adapters.lora import down_up, find_adapter
 from evatune.errors import EvaError

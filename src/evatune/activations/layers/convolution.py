@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatune.activations.layers import LayerType, Rows, described
+from evatune.activations.layer_type import LayerType, Rows, described
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from evatune import EvaError, measure
-from evatune.activations import convolution
-from evatune.activations.convolution import ConvolutionType
+from evatune.activations.layers import convolution
+from evatune.activations.layers.convolution import ConvolutionType
 from evatune.activations.rows import RowMasks
 
 CONVOLUTIONS = [

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from evatune.activations.blockwise import BlockwiseRun
-from evatune.activations.checkpoint import Checkpoint, StoredWeights
-from evatune.activations.empty import empty_model, model_folder, read_config
+from evatune.activations.from_disk.blockwise import BlockwiseRun
+from evatune.activations.from_disk.checkpoint import Checkpoint, StoredWeights
+from evatune.activations.from_disk.empty import empty_model, model_folder, read_config
+from evatune.activations.from_disk.waiting import WaitingTensors
+from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.measure import Forward, autocast_of, pca_maker, with_ranks_of
-from evatune.activations.measurement import Measurement, warn_of_errors
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.rows import RowMasks
+from evatune.activations.run import Measurement, warn_of_errors
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, StoppingMonitor
-from evatune.activations.targets import TargetModule, TargetRules, find_targets
-from evatune.activations.waiting import WaitingTensors
 from evatune.errors import EvaError
 from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from evatune.activations.layers import LayerType, Rows, running_autocast, whole_shape
+from evatune.activations.layer_type import LayerType, Rows, running_autocast, whole_shape
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA

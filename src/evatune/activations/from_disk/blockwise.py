@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from evatune.activations.batches import forward_arguments
 from evatune.activations.capture import Capture
-from evatune.activations.checkpoint import StoredWeights
-from evatune.activations.measurement import Measurement
-from evatune.activations.outline import HIDDEN, Call, Outline
+from evatune.activations.from_disk.checkpoint import StoredWeights
+from evatune.activations.from_disk.outline import HIDDEN, Call, Outline
+from evatune.activations.from_disk.waiting import WaitingTensors
+from evatune.activations.layers.targets import TargetModule
 from evatune.activations.rows import RowMasks
-from evatune.activations.targets import TargetModule
-from evatune.activations.waiting import WaitingTensors
+from evatune.activations.run import Measurement
 from evatune.errors import EvaError
 from evatune.spectra import Spectrum, Target
 

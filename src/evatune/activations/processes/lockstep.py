@@ -9,7 +9,7 @@ on equal hardware.
 Processes walk in lockstep from meeting to meeting. One that has run out of data, or never had any, keeps taking part;
 one that fails says so at the next meeting, and then all end with an error: none waits for a process that is gone.
 
-Where a pass itself needs all processes (`evatune.activations.sharding`), they walk in lockstep from pass to pass: each
+Where a pass itself needs all processes (`sharded_models.py`), they walk in lockstep from pass to pass: each
 says before a pass whether it has a batch, has failed or was interrupted. One without a batch repeats its last one, or
 one that another lends it, and measures nothing.
 """
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evatune.activations.exchange import Ranks, layout_of
-from evatune.activations.measurement import Measurement
 from evatune.activations.passes import Passes
+from evatune.activations.processes.exchange import Ranks, layout_of
+from evatune.activations.run import Measurement
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, from_state

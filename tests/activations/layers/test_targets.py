@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from evatune import EvaError
-from evatune.activations.targets import TargetRules, find_targets, unwrap
+from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
 
 KINDS = ["llama", "gpt2", "bert", "t5", "vit"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evatune.activations.layers import LayerType, Rows, check_width, running_autocast
+from evatune.activations.layer_type import LayerType, Rows, check_width, running_autocast
 from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA

@@ -2,7 +2,7 @@
 
 Shapes: B samples, T positions, n rows, d features, V tokens.
 
-A new layer type is one subclass of `LayerType` and one entry in `evatune.activations.targets.LAYER_TYPES`.
+A new layer type is one subclass of `LayerType` and one entry in `evatune.activations.layers.targets.LAYER_TYPES`.
 """
 
 from __future__ import annotations

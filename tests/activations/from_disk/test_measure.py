@@ -35,10 +35,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from evatune import EvaError, Spectra, measure, measure_from_disk
-from evatune.activations import checkpoint as checkpoint_module
-from evatune.activations.checkpoint import Checkpoint, StoredWeights
-from evatune.activations.outline import HIDDEN, Outline
-from evatune.activations.waiting import WaitingTensors
+from evatune.activations.from_disk import checkpoint as checkpoint_module
+from evatune.activations.from_disk.checkpoint import Checkpoint, StoredWeights
+from evatune.activations.from_disk.outline import HIDDEN, Outline
+from evatune.activations.from_disk.waiting import WaitingTensors
 
 SMALL = {
     "vocab_size": 64,

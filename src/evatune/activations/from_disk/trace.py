@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.rows import RowMasks
-from evatune.activations.targets import TargetModule, TargetRules, find_targets
 
 
 class Trace:

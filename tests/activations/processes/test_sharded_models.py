@@ -1,4 +1,4 @@
-"""Ctrl-C while other processes need this one in a pass; what spreads models is tested in `test_distributed`."""
+"""Ctrl-C while other processes need this one in a pass; what spreads models is tested in `test_lockstep`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import evatune
 from evatune import EvaError
-from evatune.activations.sharding import held_interrupts, sharding_of
+from evatune.activations.processes.sharded_models import held_interrupts, sharding_of
 
 
 def interrupt():

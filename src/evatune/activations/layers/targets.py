@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from evatune.activations.attention import AttentionType
-from evatune.activations.convolution import ConvolutionType
-from evatune.activations.experts import ExpertsType
-from evatune.activations.layers import LINEAR, EmbeddingType, LayerType
+from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType
+from evatune.activations.layers.attention import AttentionType
+from evatune.activations.layers.convolution import ConvolutionType
+from evatune.activations.layers.experts import ExpertsType
 from evatune.errors import EvaError, near_misses
 from evatune.settings import Targets
 

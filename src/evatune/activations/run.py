@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatune.activations.layers import Rows
+from evatune.activations.layer_type import Rows
+from evatune.activations.layers.starved import is_expert, stand_ins
+from evatune.activations.layers.targets import TargetModule
 from evatune.activations.rows import RowMasks
-from evatune.activations.starved import is_expert, stand_ins
 from evatune.activations.stopping import StoppingMonitor, is_check
-from evatune.activations.targets import TargetModule
 from evatune.allocation import ComponentVariances, allocate
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import AnyPCA, Look, StreamingPCA

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from evatune import EvaError
-from evatune.activations import exchange
-from evatune.activations.exchange import Ranks, layout_of
+from evatune.activations.processes import exchange
+from evatune.activations.processes.exchange import Ranks, layout_of
 
 
 class Shared:

@@ -8,7 +8,7 @@ asked for. The explained variance of a few rows says nothing (two rows are expla
 - a layer behind these (down) has a space of its own. It keeps the directions of its own rows, completed at random as
   LoRA starts, and gets the mean variances of its siblings, so that its rank stays about theirs.
 
-Fused experts follow their own rule, in `evatune.activations.experts`.
+Fused experts follow their own rule, in `evatune.activations.layers.experts`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Mapping
 
 import torch
 
-from evatune.activations.layers import LINEAR
-from evatune.activations.targets import TargetModule
+from evatune.activations.layer_type import LINEAR
+from evatune.activations.layers.targets import TargetModule
 from evatune.pca import AnyPCA
 from evatune.pca.subspace import complete_basis
 from evatune.spectra import Spectrum

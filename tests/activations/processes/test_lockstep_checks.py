@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from evatune import StreamingPCA
-from evatune.activations.distributed import _Assembly
-from evatune.activations.exchange import Ranks
-from evatune.activations.measurement import Measurement
+from evatune.activations.layers.targets import TargetRules, find_targets
+from evatune.activations.processes.exchange import Ranks
+from evatune.activations.processes.lockstep import _Assembly
+from evatune.activations.run import Measurement
 from evatune.activations.stopping import StoppingMonitor
-from evatune.activations.targets import TargetRules, find_targets
 from evatune.settings import Stopping
 
 WIDTH, K = 128, 8

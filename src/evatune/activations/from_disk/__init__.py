@@ -1,0 +1,1 @@
+"""Measuring models that are larger than memory, one block after the other."""

@@ -1,0 +1,1 @@
+"""Measuring in many processes at once: what they tell each other, and when."""
