@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evatune.errors import EvaError
-from evatune.tasks.scores import Metric, Scores, shown, shown_values
+from evatune.tasks.scores import Metric, Scores, score_line, score_rows
 
 
 def scores(**outcomes: list[float]) -> Scores:
@@ -58,7 +58,7 @@ def test_one_example_has_no_interval():
     result = scores(right=[1])
     assert result.interval("accuracy") is None
     assert result.to_json()["intervals"] == {}
-    assert result.text() == "accuracy 100.0%"
+    assert score_line(result.to_json()) == "accuracy 100.0%"
 
 
 def test_json_is_plain_and_shown_without_the_outcomes():
@@ -66,5 +66,5 @@ def test_json_is_plain_and_shown_without_the_outcomes():
     assert content["metrics"] == {"accuracy": 0.75}
     assert content["counts"] == {"examples": 4}
     low, high = content["intervals"]["accuracy"]
-    assert shown_values(content) == {"accuracy": f"75.0% ({low:.1%} to {high:.1%})"}
-    assert shown(content) == f"accuracy 75.0% ({low:.1%} to {high:.1%})"
+    assert score_rows(content) == [["accuracy", "75.0%", f"{low:.1%} to {high:.1%}"]]
+    assert score_line(content) == f"accuracy 75.0% ({low:.1%} to {high:.1%})"

@@ -37,15 +37,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         )
 
 
-def add_recipe_options(parser: argparse.ArgumentParser, *wanted: str, without: Sequence[str] = ()) -> None:
+def add_recipe_options(
+    parser: argparse.ArgumentParser, *wanted: str, without: Sequence[str] = (), file: bool = True
+) -> None:
     """Add a recipe file and an option for each wanted setting.
 
     Args:
         parser: the command's parser.
         wanted: sections (`train`) or single settings (`adapter.rank`, `output`).
         without: settings of these sections that the command has no use for.
+        file: add the recipe file as the first argument.
     """
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; every option below overrides it")
+    if file:
+        parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; every option below overrides it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for setting in all_settings():
         section = setting.path.rpartition(".")[0] or setting.path
@@ -69,7 +73,12 @@ def add_options(group: argparse._ArgumentGroup, section: type[Section]) -> None:
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on the command line, by name."""
-    return {name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")}
+    given = {name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")}
+    for setting in all_settings():
+        # One word may be a regular expression, `all-linear` or `none`, where a list is not the only kind.
+        if len(_kinds(setting)) > 1 and isinstance(words := given.get(setting.path), list) and len(words) == 1:
+            given[setting.path] = words[0]
+    return given
 
 
 def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -111,12 +120,7 @@ def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:
         args: parsed arguments.
         path: recipe file to take where none is named.
     """
-    overrides = given_options(args)
-    for setting in all_settings():
-        # One word may be a regular expression, `all-linear` or `none`, where a list is not the only kind.
-        if len(_kinds(setting)) > 1 and len(overrides.get(setting.path) or ()) == 1:
-            overrides[setting.path] = "".join(overrides[setting.path])
-    return load_recipe(args.recipe or path, overrides)
+    return load_recipe(args.recipe or path, given_options(args))
 
 
 def _kinds(setting: Setting) -> tuple[Any, ...]:

@@ -118,10 +118,6 @@ class Scores:
         names = [self.headline, *(name for name in self.metrics if name != self.headline)]
         return {name: self[name] for name in names if name in self.metrics}
 
-    def text(self) -> str:
-        """Return the metrics on one line, with their intervals."""
-        return shown(self.to_json())
-
     def to_json(self) -> dict[str, Any]:
         """Return values, intervals, counts and seconds as plain values, without the outcomes."""
         intervals = {name: self.interval(name) for name in self.metrics}
@@ -144,16 +140,19 @@ class Scores:
         return self.metrics[name]
 
 
-def shown(scores: Mapping[str, Any]) -> str:
-    """Return what `Scores.to_json` returned as one line."""
-    return ", ".join(f"{name} {value}" for name, value in shown_values(scores).items())
+def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Return name, value and 95% interval of each metric as text.
 
-
-def shown_values(scores: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metrics in what `Scores.to_json` returned as text, with their intervals."""
-    texts = {}
+    Args:
+        scores: what `Scores.to_json` returned.
+    """
+    rows = []
     for name, value in scores["metrics"].items():
         form, ends = scores["forms"][name], scores["intervals"].get(name)
-        between = f" ({format(ends[0], form)} to {format(ends[1], form)})" if ends else ""
-        texts[name] = format(value, form) + between
-    return texts
+        rows.append([name, format(value, form), f"{format(ends[0], form)} to {format(ends[1], form)}" if ends else "–"])
+    return rows
+
+
+def score_line(scores: Mapping[str, Any]) -> str:
+    """Return the same on one line."""
+    return ", ".join(f"{name} {value} ({interval})" for name, value, interval in score_rows(scores)).replace(" (–)", "")

@@ -11,9 +11,8 @@ from typing import Any
 
 from evatune.errors import EvaError
 from evatune.files import write_text
-from evatune.tasks.scores import shown_values
-
-FILE_NAME = "run.json"
+from evatune.tasks.scores import score_rows
+from evatune.training.folder import RECORD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,8 @@ class RunRecord:
             rows += [("gradient norm, first step", f"{norm:.3f}")] if norm is not None else []
             rows.append(("training loss", f"{self.losses[0]['loss']:.4f} to {self.losses[-1]['loss']:.4f}"))
         if self.before and self.after:
-            before, after = shown_values(self.before), shown_values(self.after)
-            rows += [
-                (f"held-out {name}, {when}", text)
-                for name in after
-                for when, text in (("before", before[name]), ("after", after[name]))
-            ]
+            for when, scores in (("before", self.before), ("after", self.after)):
+                rows += [(f"held-out {name} {when}", f"{value} ({ends})") for name, value, ends in score_rows(scores)]
         rows += [(f"seconds to {name}", f"{value:.1f}") for name, value in self.seconds.items()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -81,7 +76,7 @@ class RunRecord:
 
     def save(self, directory: str | Path) -> Path:
         """Write `run.json` into a folder."""
-        return write_text(Path(directory) / FILE_NAME, json.dumps(self.to_json(), indent=2) + "\n")
+        return write_text(Path(directory) / RECORD, json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> RunRecord:
@@ -90,9 +85,9 @@ class RunRecord:
         Raises:
             EvaError: the folder holds no record of a finished run.
         """
-        path = Path(directory) / FILE_NAME
+        path = Path(directory) / RECORD
         if not path.is_file():
-            raise EvaError(f"{directory} holds no finished run: it has no {FILE_NAME}.")
+            raise EvaError(f"{directory} holds no finished run: it has no {RECORD}.")
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("first_grad_norm", None)
         return cls(**content)

@@ -19,10 +19,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,13 +35,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.loraplus import loraplus_optimizer
 from evatune.allocation import RankPlan
-from evatune.errors import EvaError
-from evatune.files import check_writable, write_text
+from evatune.files import write_text
 from evatune.hardware import describe_machine
 from evatune.models import save_model
-from evatune.recipe import Recipe, load_recipe
+from evatune.recipe import Recipe
 from evatune.spectra import Spectra
-from evatune.tasks.scores import Scores
+from evatune.tasks.scores import Scores, score_line
 from evatune.tasks.task import Task
 from evatune.training.adalora import FILE_NAME as ADALORA_SCORES
 from evatune.training.adalora import AdaLoraCallback
@@ -55,7 +53,22 @@ from evatune.training.callbacks import (
     LastStepCallback,
     RequireEva,
 )
-from evatune.training.record import FILE_NAME, RunRecord, library_versions
+from evatune.training.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    INITIAL,
+    LOG,
+    MODEL,
+    PLAN,
+    RECORD,
+    SPECTRA,
+    check_output,
+    check_same_recipe,
+    checkpoint_step,
+    last_checkpoint,
+    start_folder,
+)
+from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
     is_interrupted,
     load_base,
@@ -68,13 +81,6 @@ from evatune.training.setup import (
     use_threads,
     uses_bf16,
 )
-
-_RECIPE, _SPECTRA, _PLAN = "recipe.yaml", "spectra", "plan.json"
-_INITIAL, _CHECKPOINTS = "initial_adapter", "checkpoints"
-
-# Settings that may change when a run is resumed: they do not touch the weights.
-_FREE = {"output", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
-_FREE |= {"train.keep_checkpoints", "measure.spectra"}
 
 
 def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
@@ -107,15 +113,15 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
         progress=progress,
         seconds={},
     )
-    if resume and (run.folder / FILE_NAME).is_file():
-        run.check_same_recipe()
+    if resume and (run.folder / RECORD).is_file():
+        check_same_recipe(run.folder, recipe)
         run.say(f"done      {run.folder} is finished; nothing to resume")
         return RunRecord.load(run.folder)
     resume = resume and run.folder.exists()
     if resume:
-        run.check_same_recipe()
+        check_same_recipe(run.folder, recipe)
     else:
-        _check_output(run.folder, overwrite=overwrite)
+        check_output(run.folder, overwrite=overwrite)
     use_threads(recipe)
     return run.execute(resume=resume)
 
@@ -140,19 +146,19 @@ class _Run:
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {self.task.summary()}")
-        if resume and ((self.folder / _INITIAL).is_dir() or self._is_full()):
+        if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
-            adapted = resumed_adapter(recipe, model, self.folder / _INITIAL, task=self.task)
-            checkpoint = _last_checkpoint(self.folder / _CHECKPOINTS, holding=self._in_checkpoints())
+            adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
+            checkpoint = last_checkpoint(self.folder, holding=self._in_checkpoints())
         else:
             adapted, checkpoint = self._new_adapter(model), None
         before = self._before(adapted)
         trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
         if self._is_full():
-            save_model(adapted, self.folder / "model", overwrite=True)
-            self.task.save_processor(self.folder / "model")
+            save_model(adapted, self.folder / MODEL, overwrite=True)
+            self.task.save_processor(self.folder / MODEL)
         else:
-            save_adapter(adapted, self.folder / "adapter", overwrite=True)
+            save_adapter(adapted, self.folder / ADAPTER, overwrite=True)
         after = self._evaluated("after", adapted)
         record = RunRecord(
             recipe=recipe.to_dict(),
@@ -173,18 +179,6 @@ class _Run:
         self.say(f"saved     {self.folder}")
         return record
 
-    def check_same_recipe(self) -> None:
-        """Raise if the folder's run was started with other settings."""
-        path = self.folder / _RECIPE
-        if not path.is_file():
-            raise EvaError(f"{self.folder} holds no run to resume: it has no {_RECIPE}.")
-        old, new = _flat(load_recipe(path).to_dict()), _flat(self.recipe.to_dict())
-        changed = [
-            f"{key} was {old[key]!r} and is {new[key]!r}" for key in old if key not in _FREE and old[key] != new[key]
-        ]
-        if changed:
-            raise EvaError(f"cannot resume {self.folder} with another recipe: {'; '.join(changed)}.")
-
     def _new_adapter(self, model: Any) -> Any:
         """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
         quantize_as_asked(self.recipe, model, self.task.needs(model))
@@ -199,14 +193,14 @@ class _Run:
             )
         self._start_folder(spectra)
         if plan is not None:
-            write_text(self.folder / _PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
+            write_text(self.folder / PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
             ranks = plan.ranks.values()
             self.say(
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
                 f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
         if not self._is_full():
-            save_adapter(adapted, self.folder / _INITIAL, convert=False)
+            save_adapter(adapted, self.folder / INITIAL, convert=False)
         return adapted
 
     def _spectra(self, model: Any) -> Spectra:
@@ -221,18 +215,16 @@ class _Run:
         self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):
             self._start_folder(spectra)
-            self.say(f"saved     {self.folder / _SPECTRA}, what was measured so far")
+            self.say(f"saved     {self.folder / SPECTRA}, what was measured so far")
             raise KeyboardInterrupt
         return spectra
 
     def _start_folder(self, spectra: Spectra | None) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        write_text(self.folder / _RECIPE, self.recipe.to_yaml())
+        start_folder(self.folder, self.recipe)
         if spectra is not None:
-            spectra.save(self.folder / _SPECTRA)
+            spectra.save(self.folder / SPECTRA)
 
-    def _train(self, model: Any, *, checkpoint: str | None) -> tuple[Trainer, int | None]:
+    def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[Trainer, int | None]:
         settings, task = self.recipe.train, self.task
         n_examples = len(task.train)
         if settings.gradient_checkpointing:
@@ -242,7 +234,7 @@ class _Run:
             model.config.use_cache = False
         interrupt = InterruptCallback()
         callbacks: list[TrainerCallback] = [
-            JsonLinesCallback(self.folder / "log.jsonl"),
+            JsonLinesCallback(self.folder / LOG),
             LastStepCallback(),
             interrupt,
         ]
@@ -258,7 +250,7 @@ class _Run:
             model=model,
             args=training_arguments(
                 settings,
-                checkpoints=self.folder / _CHECKPOINTS,
+                checkpoints=self.folder / CHECKPOINTS,
                 n_examples=n_examples,
                 further=task.needs(model).arguments,
             ),
@@ -273,7 +265,7 @@ class _Run:
             trainer.add_callback(
                 EvaluateCallback(lambda: self._evaluate(model), log=trainer.log, every=settings.eval_steps)
             )
-        step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+        step = checkpoint_step(checkpoint) if checkpoint else None
         steps = total_steps(settings, n_examples=n_examples)
         self.say(
             f"train     {steps} steps of {settings.batch_size * settings.gradient_accumulation} examples"
@@ -281,7 +273,7 @@ class _Run:
         )
         set_seed(settings.seed)
         with self._timed("train"), interrupt.listening(), quiet_peft():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted and trainer.state.global_step < steps:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
             raise KeyboardInterrupt
@@ -307,7 +299,7 @@ class _Run:
             scores = self._evaluate(model)
         content = scores.to_json()
         write_text(self.folder / f"{when}.json", json.dumps(content | {"outcomes": scores.outcomes}) + "\n")
-        self.say(f"{when:<10}{scores.text()}")
+        self.say(f"{when:<10}{score_line(content)}")
         return content
 
     def _evaluate(self, model: Any) -> Scores:
@@ -325,12 +317,11 @@ class _Run:
         return not self.recipe.adapter.choice.method.peft_config
 
     def _in_checkpoints(self) -> set[str]:
-        """Return the files without which a checkpoint is not complete: the Trainer writes its state last."""
-        scores = {ADALORA_SCORES} if self.recipe.adapter.choice.method.name == "adalora" else set()
-        return {"trainer_state.json"} | scores
+        """Return the method's files, without which a checkpoint is not complete."""
+        return {ADALORA_SCORES} if self.recipe.adapter.choice.method.name == "adalora" else set()
 
     def _plan(self) -> RankPlan | None:
-        path = self.folder / _PLAN
+        path = self.folder / PLAN
         return RankPlan.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     @contextlib.contextmanager
@@ -340,28 +331,8 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
-def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Check the output folder before any long work; an empty one counts as new, and only a run is overwritten."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    check_writable(folder, overwrite=overwrite, holds=_RECIPE)
-
-
-def _last_checkpoint(folder: Path, *, holding: Collection[str]) -> str | None:
-    """Return the newest complete checkpoint, by the files that are written last."""
-    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in holding)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
 def _printer(progress: bool) -> Callable[[str], None]:
     return (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _count(model: Any, plan: RankPlan | None) -> dict[str, int]:

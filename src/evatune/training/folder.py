@@ -1,0 +1,79 @@
+"""The folder of a run: its files, whether it may be written, and what it may be resumed with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import EvaError
+from evatune.files import check_writable, write_text
+from evatune.recipe import Recipe, load_recipe
+
+RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
+INITIAL, CHECKPOINTS, ADAPTER, MODEL = "initial_adapter", "checkpoints", "adapter", "model"
+
+FREE = {"output", "measure.spectra", "train.threads"}
+FREE |= {f"train.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "keep_checkpoints")}
+"""Settings that may change when a run is resumed: they touch neither weights nor scores."""
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Check the output folder before any long work; an empty one counts as new, and only a run is overwritten."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    check_writable(folder, overwrite=overwrite, holds=RECIPE)
+
+
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Make the folder anew, with the recipe in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_text(folder / RECIPE, recipe.to_yaml())
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Check that a run goes on with the settings that it was started with.
+
+    Raises:
+        EvaError: the folder holds no run, or one with other settings.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise EvaError(f"{folder} holds no run to resume: it has no {RECIPE}.")
+    old, new = _flat(load_recipe(path).to_dict()), _flat(recipe.to_dict())
+    changed = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in old | new
+        if key not in FREE and old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
+
+
+def last_checkpoint(folder: Path, *, holding: Collection[str]) -> Path | None:
+    """Return the newest complete checkpoint of a run.
+
+    Args:
+        folder: the run's folder.
+        holding: files without which a checkpoint is not complete; the Trainer writes its state last.
+    """
+    complete = [
+        path
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if all((path / name).is_file() for name in {"trainer_state.json", *holding})
+    ]
+    return max(complete, key=checkpoint_step) if complete else None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
