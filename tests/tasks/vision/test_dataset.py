@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from evatune.errors import EvaError
+from evatune.tasks import open_task
+from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision import images
-from evatune.tasks.vision.dataset import load_pictures
-from evatune.tasks.vision.images import Preprocessing
 from evatune.tasks.vision.settings import VisionData
 
 
 def load(seed: int = 0, **settings):
-    return load_pictures(VisionData(**settings), Preprocessing(size=8), seed=seed, progress=False)
+    data = VisionData(**{"image_size": 8, "normalization": "imagenet"} | settings)
+    task = open_task("vision", data, model=ModelSettings(name="none"), seed=seed)
+    return task.train, task.held_out
 
 
 def names(pictures) -> list[str]:
@@ -105,4 +107,4 @@ def test_bad_pictures_are_skipped_on_request_and_counted(tmp_path, photos):
         load(train=str(folder))
     train, held_out = load(train=str(folder), bad_images="skip")
     assert len(train) + len(held_out) == 10
-    assert "1 bad ones skipped" in train.summary()
+    assert (train.notes(), held_out.notes()) == (" (1 skipped)", "")

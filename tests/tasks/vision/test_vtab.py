@@ -9,9 +9,9 @@ import pytest
 
 from evatune.errors import EvaError
 from evatune.recipe import load_recipe
+from evatune.tasks import open_task
+from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision import vtab
-from evatune.tasks.vision.dataset import load_pictures
-from evatune.tasks.vision.images import Preprocessing
 from evatune.tasks.vision.settings import VisionData
 from evatune.tasks.vision.sources import Picture, Source
 
@@ -86,8 +86,10 @@ def hub_with(monkeypatch, splits):
     return asked
 
 
-def load(**settings):
-    return load_pictures(VisionData(**settings), Preprocessing(size=8), seed=0, progress=False)
+def load(seed: int = 0, **settings):
+    data = VisionData(**{"image_size": 8, "normalization": "imagenet"} | settings)
+    task = open_task("vision", data, model=ModelSettings(name="none"), seed=seed)
+    return task.train, task.held_out
 
 
 def test_from_the_hub_1000_are_drawn_and_divided_for_the_search(monkeypatch):

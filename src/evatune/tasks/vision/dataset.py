@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from evatune.tasks.vision.images import Checked, Preprocessing, check, decode
 from evatune.tasks.vision.settings import VisionData
 from evatune.tasks.vision.sources import Columns, Picture, Source, has_test_split, read_source
 from evatune.tasks.vision.vtab import N_EXAMPLES, PREFIX, find_task, read_task
+
+Label = int | str
 
 _DRAW_SEED = 0
 """Which pictures belong to a data set does not depend on the seed of a run."""
@@ -35,8 +36,6 @@ class Pictures(Dataset[dict[str, Any]]):
     """Names of the classes 0, 1, ..."""
     preprocessing: Preprocessing
     """How they are resized and normalized."""
-    sources: tuple[str, ...]
-    """Where they come from."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,13 +49,11 @@ class Pictures(Dataset[dict[str, Any]]):
             pixels = torch.from_numpy(self.preprocessing.resize(image).copy())
         return {"pixels": pixels, "label": self.labels[index]}
 
-    def summary(self) -> str:
-        """Return one line: how many pictures, classes, from where, what was done to them."""
-        notes = [f"{count} with {kind}" for kind, count in self.checked.converted.items()]
-        notes += [f"{len(self.checked.skipped)} bad ones skipped"] if self.checked.skipped else []
-        return f"{len(self)} pictures of {len(self.classes)} classes from {', '.join(map(_short, self.sources))}" + (
-            f" ({', '.join(notes)})" if notes else ""
-        )
+    def notes(self) -> str:
+        """Return what was done to pictures so that they could be used, or an empty text."""
+        done = [f"{count} with {kind}" for kind, count in self.checked.converted.items()]
+        done += [f"{len(self.checked.skipped)} skipped"] if self.checked.skipped else []
+        return f" ({', '.join(done)})" if done else ""
 
 
 def collate(rows: Sequence[dict[str, Any]], preprocessing: Preprocessing) -> dict[str, Tensor]:
@@ -67,45 +64,25 @@ def collate(rows: Sequence[dict[str, Any]], preprocessing: Preprocessing) -> dic
     }
 
 
-def load_pictures(
-    data: VisionData, preprocessing: Preprocessing, *, seed: int, progress: bool = True
-) -> tuple[Pictures, Pictures]:
-    """Return the training pictures, in an order that the seed alone decides, and the held-out ones.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The pictures of a task before any is decoded."""
 
-    Args:
-        data: which pictures.
-        preprocessing: how they are resized and normalized.
-        seed: of the order.
-        progress: show a bar on a terminal.
+    train: tuple[Picture, ...]
+    """Pictures to learn from, in an order in which every beginning holds the classes in their shares."""
+    held_out: tuple[Picture, ...]
+    """Pictures to score on, likewise."""
+    classes: tuple[Label, ...]
+    """All classes in their order."""
+
+
+def find_pictures(data: VisionData) -> Found:
+    """Return which pictures are learned and which are held out; it does not depend on the seed of a run.
 
     Raises:
-        EvaError: a source is not there or holds nothing, a picture cannot be decoded, there are less than two classes,
-            or the classes do not fit together.
+        EvaError: a source is not there or holds nothing, there are less than two classes, or the classes of two sources
+            do not fit together.
     """
-    train, held_out, classes = _find(data)
-    train, held_out = _draw(train, len(train), seed=seed), list(held_out)
-    checked = [
-        check(pictures, preprocessing, skip=data.bad_images == "skip", progress=progress)
-        for pictures in (train, held_out)
-    ]
-    names = {label: number for number, label in enumerate(classes)}
-    return tuple(  # type: ignore[return-value]
-        Pictures(
-            checked=found,
-            classes=tuple(map(str, classes)),
-            labels=tuple(names[picture.label] for picture in found.pictures),
-            preprocessing=preprocessing,
-            sources=data.train if not (data.eval and found is checked[1]) else data.eval,
-        )
-        for found in checked
-    )
-
-
-Label = int | str
-
-
-def _find(data: VisionData) -> tuple[list[Picture], list[Picture], tuple[Label, ...]]:
-    """Return training and held-out pictures, drawn and divided but not decoded, and all classes in their order."""
     task = next((name for name in data.train if name.startswith(PREFIX)), None)
     if task is None:
         train, held_out = _read(data.train, data.train_split, data), _read_held_out(data)
@@ -121,7 +98,33 @@ def _find(data: VisionData) -> tuple[list[Picture], list[Picture], tuple[Label, 
         scored = _draw(kept, max(1, round(data.held_out * len(kept))), seed=_DRAW_SEED + 1)
         chosen = {id(picture) for picture in scored}
         kept = [picture for picture in kept if id(picture) not in chosen]
-    return kept, _draw(scored, data.max_eval_examples), classes
+    return Found(train=tuple(kept), held_out=tuple(_draw(scored, data.max_eval_examples)), classes=classes)
+
+
+def check_pictures(
+    pictures: Sequence[Picture],
+    classes: Sequence[Label],
+    preprocessing: Preprocessing,
+    *,
+    skip: bool,
+    progress: bool = True,
+) -> Pictures:
+    """Return pictures as a data set, in their order; see `evatune.tasks.vision.images.check`."""
+    checked = check(pictures, preprocessing, skip=skip, progress=progress)
+    numbers = {label: number for number, label in enumerate(classes)}
+    return Pictures(
+        checked=checked,
+        labels=tuple(numbers[picture.label] for picture in checked.pictures),
+        classes=tuple(map(str, classes)),
+        preprocessing=preprocessing,
+    )
+
+
+def shuffled(pictures: Sequence[Picture], seed: int) -> list[Picture]:
+    """Return pictures in an order that depends on the seed alone."""
+    order = list(pictures)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _read(names: Sequence[str], split: str, data: VisionData) -> list[Source]:
@@ -166,8 +169,7 @@ def _check_known(sources: Sequence[Source], classes: Sequence[Label], otherwise:
 
 def _draw(pictures: Sequence[Picture], limit: int | None, *, seed: int = _DRAW_SEED) -> list[Picture]:
     """Return so many pictures in a random order in which every beginning holds the classes in their shares."""
-    order = list(pictures)
-    random.Random(seed).shuffle(order)
+    order = shuffled(pictures, seed)
     sizes = Counter(picture.label for picture in order)
     seen: Counter[Label] = Counter()
     places = []
@@ -175,7 +177,3 @@ def _draw(pictures: Sequence[Picture], limit: int | None, *, seed: int = _DRAW_S
         seen[picture.label] += 1
         places.append((seen[picture.label] - 0.5) / sizes[picture.label])
     return [order[index] for index in sorted(range(len(order)), key=places.__getitem__)][:limit]
-
-
-def _short(source: str) -> str:
-    return Path(source).name if Path(source).exists() else source

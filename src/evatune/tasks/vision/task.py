@@ -16,12 +16,13 @@ from evatune.files import write_text
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
-from evatune.tasks.vision.dataset import Pictures, collate, load_pictures
+from evatune.tasks.vision.dataset import Found, Pictures, check_pictures, collate, find_pictures, shuffled
 from evatune.tasks.vision.evaluation import evaluate
 from evatune.tasks.vision.images import IMAGENET, Preprocessing
 from evatune.tasks.vision.model import HEAD, ImageClassifier, load_classifier, normalization
 from evatune.tasks.vision.settings import VisionData
 from evatune.tasks.vision.sheet import contact_sheet
+from evatune.tasks.vision.sources import Picture
 
 
 def open_task(data: VisionData, *, model: ModelSettings, seed: int) -> Vision:
@@ -44,22 +45,23 @@ class Vision:
         return Preprocessing(size=self.data.image_size, fit=self.data.fit, mean=mean, std=std)
 
     @cached_property
-    def _splits(self) -> tuple[Pictures, Pictures]:
-        return load_pictures(self.data, self.preprocessing, seed=self.seed)
+    def found(self) -> Found:
+        """Which pictures are learned and which are held out; none is decoded."""
+        return find_pictures(self.data)
 
-    @property
+    @cached_property
     def train(self) -> Pictures:
         """The training pictures."""
-        return self._splits[0]
+        return self._checked(shuffled(self.found.train, self.seed))
 
-    @property
+    @cached_property
     def held_out(self) -> Pictures:
         """The held-out pictures."""
-        return self._splits[1]
+        return self._checked(self.found.held_out)
 
     def load_model(self) -> ImageClassifier:
         """Return the pretrained model with a head for the classes of the training pictures."""
-        return load_classifier(self.source, n_classes=len(self.train.classes), size=self.data.image_size)
+        return load_classifier(self.source, n_classes=len(self.found.classes), size=self.data.image_size)
 
     def needs(self, model: Any) -> Needs:
         """Return what the model needs: its head is new."""
@@ -75,11 +77,11 @@ class Vision:
 
     def preview(self, n: int) -> Preview:
         """Return the first pictures as a contact sheet, with their classes."""
-        pictures = self.train
-        rows = [pictures[index] for index in range(min(n, len(pictures)))]
+        pictures = self._checked(shuffled(self.found.train, self.seed)[:n])
+        rows = [pictures[index] for index in range(len(pictures))]
         content = [
-            {"picture": picture.name, "class": pictures.classes[row["label"]], "learned": "class"}
-            for picture, row in zip(pictures.checked.pictures, rows, strict=False)
+            {"picture": picture.name, "class": pictures.classes[row["label"]]}
+            for picture, row in zip(pictures.checked.pictures, rows, strict=True)
         ]
         pixels = self.preprocessing.restore(self.collate(rows)["pixel_values"])
         size = self.data.image_size
@@ -91,7 +93,11 @@ class Vision:
 
     def summary(self) -> str:
         """Return how many pictures, of how many classes, from where."""
-        return f"{self.train.summary()}; {len(self.held_out)} held out"
+        source = ", ".join(Path(name).name if Path(name).exists() else name for name in self.data.train)
+        return (
+            f"{len(self.train)} pictures of {len(self.train.classes)} classes from {source}{self.train.notes()}, "
+            f"{len(self.held_out)} held out{self.held_out.notes()}"
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return the counts and the pixels for the record."""
@@ -110,3 +116,7 @@ class Vision:
         """Write `preprocessor_config.json`, as transformers reads it, and `classes.json`."""
         write_text(folder / "preprocessor_config.json", json.dumps(self.preprocessing.to_json(), indent=2) + "\n")
         write_text(folder / "classes.json", json.dumps(list(self.train.classes), ensure_ascii=False, indent=2) + "\n")
+
+    def _checked(self, pictures: Sequence[Picture]) -> Pictures:
+        skip = self.data.bad_images == "skip"
+        return check_pictures(pictures, self.found.classes, self.preprocessing, skip=skip)
