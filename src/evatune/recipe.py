@@ -93,6 +93,8 @@ class TrainSettings(Section):
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = number(0.0, low=0)
     """Weight decay of AdamW."""
+    layer_decay: float = number(1.0, above=0, high=1)
+    """Learning rate of a block over that of the next one above, for full fine-tuning; 1 keeps them equal."""
     max_grad_norm: float = number(1.0, low=0)
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -145,6 +147,10 @@ class Recipe(Section):
         if type(self.data) is not wanted:
             raise EvaError(f"data is a {type(self.data).__name__}, but task {self.task!r} needs a {wanted.__name__}.")
         check_kept(self.measure.n_components, self.adapter.rank, self.adapter.rho)
+        if self.train.layer_decay < 1 and "lora+" in self.adapter.choice.options:
+            raise EvaError(
+                f"train.layer_decay is {self.train.layer_decay:g}, but lora+ has rates of its own; leave one out."
+            )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:

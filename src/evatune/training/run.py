@@ -68,6 +68,7 @@ from evatune.training.folder import (
     last_checkpoint,
     start_folder,
 )
+from evatune.training.layerwise import layerwise_optimizer
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
     is_interrupted,
@@ -156,9 +157,9 @@ class _Run:
         trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
         if self._is_full():
             save_model(adapted, self.folder / MODEL, overwrite=True)
-            self.task.save_processor(self.folder / MODEL)
         else:
             save_adapter(adapted, self.folder / ADAPTER, overwrite=True)
+        self.task.save_processor(self.folder / (MODEL if self._is_full() else ADAPTER))
         after = self._evaluated("after", adapted)
         record = RunRecord(
             recipe=recipe.to_dict(),
@@ -280,10 +281,17 @@ class _Run:
         return trainer, step
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer | None:
-        """Return the optimizer of LoRA+, or None for the Trainer's own."""
+        """Return the optimizer of LoRA+ or of layer-wise decay, or None for the Trainer's own."""
+        settings = self.recipe.train
+        if settings.layer_decay < 1:
+            return layerwise_optimizer(
+                model,
+                learning_rate=settings.learning_rate,
+                decay=settings.layer_decay,
+                weight_decay=settings.weight_decay,
+            )
         if "lora+" not in self.recipe.adapter.choice.options:
             return None
-        settings = self.recipe.train
         return loraplus_optimizer(
             model,
             learning_rate=settings.learning_rate,

@@ -102,6 +102,24 @@ def test_other_methods_are_one_word_away(recipe, method):
         assert json.loads((saved / "classes.json").read_text()) == ["blue", "red"]
 
 
+def test_full_fine_tuning_with_layer_wise_decay(recipe):
+    """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
+    train = {"steps": 1, "learning_rate": 1e-3, "layer_decay": 0.5, "schedule": "constant", "warmup_ratio": 0.0}
+    wanted = recipe(adapter={"method": "full"}, train=train)
+    finetune(wanted, progress=False)
+    old = load_file(Path(wanted.model.name) / "model.safetensors")
+    new = load_file(Path(wanted.output) / "model" / "model.safetensors")
+    moved = {name: (new[name] - old[name]).abs().max().item() for name in old}
+    assert moved["layernorm.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["encoder.layer.1.mlp.fc1.weight"] == pytest.approx(5e-4, rel=1e-2)
+    assert moved["encoder.layer.0.mlp.fc1.weight"] == pytest.approx(2.5e-4, rel=1e-2)
+
+
+def test_layer_decay_beside_lora_plus_is_refused(recipe):
+    with pytest.raises(EvaError, match=r"train\.layer_decay is 0\.75, but lora\+ has rates of its own"):
+        recipe(adapter={"method": "lora+lora+"}, train={"layer_decay": 0.75})
+
+
 def test_scores_on_the_first_pictures_only(photos, tiny_vit):
     task = open_photos(photos, tiny_vit)
     model = task.load_model().train()
