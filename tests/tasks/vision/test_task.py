@@ -17,6 +17,7 @@ from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.tasks import open_task
 from evatune.tasks.settings import ModelSettings
+from evatune.tasks.vision.classify import Classifier
 from evatune.tasks.vision.model import load_classifier
 from evatune.tasks.vision.settings import VisionData
 from evatune.training import finetune
@@ -79,6 +80,23 @@ def test_the_adapter_loads_with_plain_peft_head_included(recipe, tiny_vit, photo
     model = PeftModel.from_pretrained(base, str(Path(wanted.output) / "adapter"))
     scores = open_photos(photos, tiny_vit).evaluate(model, progress=False)
     assert scores.to_json()["metrics"] == pytest.approx(record.after["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["eva", "full"])
+def test_new_pictures_are_classified(recipe, photos, method):
+    wanted = recipe(
+        adapter={"method": method}, data={"fit": "crop"}, train={"learning_rate": 2e-2 if method == "eva" else 1e-3}
+    )
+    finetune(wanted, progress=False)
+    classifier = Classifier.load(Path(wanted.output) / ("model" if method == "full" else "adapter"))
+    answers = classifier([photos / "red" / "00.png", str(photos / "blue" / "00.png")], batch_size=1)
+    assert [next(iter(answer)) for answer in answers] == ["red", "blue"]
+    assert [sum(answer.values()) for answer in answers] == pytest.approx([1.0, 1.0])
+    assert classifier.preprocessing.fit == "crop"
+    with pytest.raises(EvaError, match=r"nowhere\.png is not there\."):
+        classifier(["nowhere.png"])
+    with pytest.raises(EvaError, match=r"holds no trained image classifier: it has no classes\.json"):
+        Classifier.load(wanted.output)
 
 
 def test_methods_and_seeds_begin_with_equal_heads(tiny_vit, photos):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,13 @@ class Preprocessing:
             content |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": self.size}}
             content |= {"do_center_crop": True, "crop_size": side}
         return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
+        """Restore what `to_json` returned."""
+        fit: Literal["stretch", "crop"] = "crop" if content.get("do_center_crop") else "stretch"
+        side = content["crop_size" if fit == "crop" else "size"]["height"]
+        return cls(size=side, fit=fit, mean=tuple(content["image_mean"]), std=tuple(content["image_std"]))
 
 
 def decode(content: Content) -> tuple[Image.Image, str | None]:

@@ -16,6 +16,7 @@ from evatune.files import write_text
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
+from evatune.tasks.vision.classify import CLASSES, PIXELS
 from evatune.tasks.vision.dataset import Found, Pictures, check_pictures, collate, find_pictures, shuffled
 from evatune.tasks.vision.evaluation import evaluate
 from evatune.tasks.vision.images import IMAGENET, Preprocessing
@@ -114,8 +115,10 @@ class Vision:
 
     def save_processor(self, folder: Path) -> None:
         """Write `preprocessor_config.json`, as transformers reads it, and `classes.json`."""
-        write_text(folder / "preprocessor_config.json", json.dumps(self.preprocessing.to_json(), indent=2) + "\n")
-        write_text(folder / "classes.json", json.dumps(list(self.train.classes), ensure_ascii=False, indent=2) + "\n")
+        write_text(folder / PIXELS, json.dumps(self.preprocessing.to_json(), indent=2) + "\n")
+        write_text(
+            folder / CLASSES, json.dumps(list(map(str, self.found.classes)), ensure_ascii=False, indent=2) + "\n"
+        )
 
     def _checked(self, pictures: Sequence[Picture]) -> Pictures:
         skip = self.data.bad_images == "skip"
