@@ -13,6 +13,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from evatune.cli.main import main
 from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.tasks import open_task
@@ -21,6 +22,7 @@ from evatune.tasks.vision.classify import Classifier
 from evatune.tasks.vision.model import load_classifier
 from evatune.tasks.vision.settings import VisionData
 from evatune.training import finetune
+from evatune.training.callbacks import InterruptCallback
 
 
 @pytest.fixture
@@ -159,6 +161,42 @@ def test_preview_is_a_contact_sheet(photos, tiny_vit):
     assert "seen at 28 x 28" in preview.text
 
 
+def test_photos_need_no_recipe(photos, tiny_vit, tmp_path, capsys):
+    data = ["--task", "vision", "--model", str(tiny_vit), "--data", str(photos), "--image-size", "28"]
+    short = ["--steps", "2", "--rank", "2", "--max-batches", "2", "--output", str(tmp_path / "run")]
+    assert main(["finetune", *data, *short, "--precision", "fp32"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["metrics"] == pytest.approx(record["after"]["metrics"], rel=1e-5)
+    assert main(["preview", *data, "--save", str(tmp_path / "sheet.png")]) == 0
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(recipe, monkeypatch):
+    whole = recipe("whole", train={"steps": 6})
+    finetune(whole, progress=False)
+    monkeypatch.setattr(InterruptCallback, "on_step_end", _interrupt_at_step_3)
+    parts = recipe("parts", train={"steps": 6})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parts, progress=False)
+    monkeypatch.undo()
+    record = finetune(parts, resume=True, progress=False)
+    assert record.resumed_from == 3
+    one, other = (load_file(Path(r.output) / "adapter" / "adapter_model.safetensors") for r in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _interrupt_at_step_3(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        self.interrupted = True
+        control.should_save = control.should_training_stop = True
+
+
 def test_settings_of_another_task_are_refused(recipe):
-    with pytest.raises(EvaError, match="data"):
+    with pytest.raises(
+        EvaError, match=r"'data' of task 'vision' has no setting 'max_length'; it belongs to task generation"
+    ):
         recipe(data={"max_length": 100})
