@@ -12,6 +12,11 @@ from pathlib import Path
 from evatune.errors import EvaError
 
 
+def user_cache() -> Path:
+    """Return the folder for what can be made again: `EVATUNE_CACHE`, by default `~/.cache/evatune`."""
+    return Path(os.environ.get("EVATUNE_CACHE") or "~/.cache/evatune").expanduser()
+
+
 def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | None = None) -> Path:
     """Check that `path` can become a new file or folder, before any long work is done for it.
 

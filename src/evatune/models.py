@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evatune.errors import EvaError, near_misses
-from evatune.files import replace_folder
+from evatune.files import replace_folder, user_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -72,6 +72,19 @@ def load_model(
         )
     model.name_or_path = model.config._name_or_path = os.fspath(name_or_path)
     return model.eval()
+
+
+def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
+    """Return the configuration of a pretrained model; the arguments are those of `load_model`.
+
+    Raises:
+        EvaError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    source = _find(name_or_path, None, dtype=None, revision=revision)
+    with _explained(name_or_path, "configuration"):
+        return AutoConfig.from_pretrained(source, revision=revision)
 
 
 def load_tokenizer(
@@ -152,7 +165,7 @@ class _Gguf:
         """Return the folder of the dequantized copy, made now if needed; with `dtype` None any copy will do."""
         stat = self.path.stat()
         key = hashlib.sha256(f"{self.path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("EVATUNE_CACHE") or "~/.cache/evatune").expanduser() / "gguf"
+        cache = user_cache() / "gguf"
         folders = {name: cache / f"{self.path.stem}-{key}-{name}" for name in _DTYPES}
         for name, folder in folders.items():
             if dtype in (name, None) and (folder / "config.json").is_file():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evatune.errors import EvaError, near_misses
+from evatune.files import user_cache
 from evatune.methods import Choice, check_train_a, parse_method
 from evatune.settings import (
     Adapter,
@@ -419,7 +420,7 @@ def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(value: Any) -> Any:
-    """Return the value with ${VARIABLES} of the environment filled in."""
+    """Return the value with ${VARIABLES} of the environment filled in; `EVATUNE_CACHE` always has a value."""
     if isinstance(value, dict):
         return {key: _expand(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -427,9 +428,11 @@ def _expand(value: Any) -> Any:
     if not isinstance(value, str):
         return value
 
+    known = {**os.environ, "EVATUNE_CACHE": str(user_cache())}
+
     def fill(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
+        if match[1] not in known:
             raise EvaError(f"{value!r} needs the environment variable {match[1]}; set it or override the path.")
-        return os.environ[match[1]]
+        return known[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", fill, value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from evatune.errors import EvaError, near_misses
 from evatune.settings import Section
+from evatune.tasks.control.settings import ControlData
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision.settings import VisionData
@@ -56,6 +57,13 @@ DOMAINS: dict[str, Domain] = {
         metric="accuracy",
         higher_is_better=True,
         home="evatune.tasks.vision.task",
+    ),
+    "control": Domain(
+        idea="a Decision Transformer acts in simulated environments",
+        settings=ControlData,
+        metric="success",
+        higher_is_better=True,
+        home="evatune.tasks.control.task",
     ),
 }
 """All domains by the word that stands after `task:` in a recipe."""

@@ -7,12 +7,14 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +101,24 @@ def collect(
     make_environment(wanted[0]).close()  # what is missing on this machine is told before processes start
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [{"name": name, "folder": folder, "episodes": episodes, "noise": noise, "seed": seed} for name in wanted]
+    one = partial(_collect_one, folder=folder, episodes=episodes, noise=noise, seed=seed)
     results: dict[str, Collected] = {}
     errors: list[EvaError] = []
-    if processes == 1 or len(jobs) == 1:
-        outcomes = (lambda job=job: _collect_one(**job) for job in jobs)  # type: ignore[misc]
-    else:
-        # A fork would copy threads of libraries in an unknown state.
-        pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
-        futures = [pool.submit(_collect_one, **job) for job in jobs]
-        outcomes = (future.result for future in as_completed(futures))
-    for outcome in outcomes:
-        try:
-            result = outcome()
-        except EvaError as error:
-            errors.append(error)
-        else:
-            results[result.environment] = result
-            tell(result)
+    with contextlib.ExitStack() as stack:
+        outcomes: Iterable[Callable[[], Collected]] = [partial(one, name) for name in wanted]
+        if processes > 1 and len(wanted) > 1:
+            # A fork would copy threads of libraries in an unknown state.
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(wanted)), mp_context=spawn))
+            outcomes = (future.result for future in as_completed([pool.submit(one, name) for name in wanted]))
+        for outcome in outcomes:
+            try:
+                result = outcome()
+            except EvaError as error:
+                errors.append(error)
+            else:
+                results[result.environment] = result
+                tell(result)
     if errors:
         raise EvaError(" ".join(str(error) for error in errors))
     return [results[name] for name in wanted]
@@ -131,7 +133,7 @@ def _collect_one(name: str, *, folder: Path, episodes: int, noise: float, seed: 
         done = _progress(final)
         if done and (done["seed"], done["noise"]) != (seed, noise):
             raise EvaError(
-                f"{final} was collected with seed {done['seed']} and noise {done['noise']:g}, not seed {seed} and noise "
+                f"{final} was collected with seed {done['seed']} and noise {done['noise']:g}, not {seed} and "
                 f"{noise:g}; choose another folder."
             )
         if done and len(done["returns"]) >= episodes:
@@ -155,7 +157,9 @@ def _grow(folder: Path, name: str, *, episodes: int, noise: float, seed: int) ->
         if progress["attempts"] >= HOPELESS and not progress["returns"]:
             break
         with quiet():
-            played = _play(environment, name, seed=episode_seed(seed, progress["attempts"], stream="train"), noise=noise)
+            played = _play(
+                environment, name, seed=episode_seed(seed, progress["attempts"], stream="train"), noise=noise
+            )
         progress["attempts"] += 1
         if played is not None:
             waiting.append(played)
@@ -166,8 +170,8 @@ def _grow(folder: Path, name: str, *, episodes: int, noise: float, seed: int) ->
     environment.close()
     if not progress["returns"]:
         raise EvaError(
-            f"the scripted policy of {name} never succeeded in {progress['attempts']} attempts with noise {noise:g}, so "
-            "no data set was written; use less noise."
+            f"the scripted policy of {name} never succeeded in {progress['attempts']} attempts with noise {noise:g}, "
+            "so no data set was written; use less noise."
         )
     _write(folder, environment, waiting, progress)
     return progress

@@ -80,7 +80,8 @@ def scripted_policy(name: str) -> Any:
     _metaworld()
     from metaworld.policies import ENV_POLICY_MAP
 
-    return ENV_POLICY_MAP[name]()
+    policies: Any = ENV_POLICY_MAP
+    return policies[name]()
 
 
 def picture(environment: gymnasium.Env) -> np.ndarray:
@@ -125,9 +126,12 @@ def _wrapped(inner: Any, name: str) -> gymnasium.Env:
     class MetaWorld(gymnasium.Wrapper):
         """Seeds by `reset(seed=...)`, ends after 200 steps, and returns float32 and little else."""
 
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_SIZE,), np.float32)
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
         environment_name = name
+
+        def __init__(self) -> None:
+            super().__init__(inner)
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_SIZE,), np.float32)
+            self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
 
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
             if seed is not None:
@@ -142,7 +146,7 @@ def _wrapped(inner: Any, name: str) -> gymnasium.Env:
             ended = self._steps == EPISODE_STEPS
             return observation.astype(np.float32), float(reward), False, ended, {"success": info["success"] > 0}
 
-    return MetaWorld(inner)
+    return MetaWorld()
 
 
 @contextlib.contextmanager

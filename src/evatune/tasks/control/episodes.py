@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,7 +57,11 @@ def load_episodes(source: str | Path, *, limit: int | None = None) -> list[Episo
     source = Path(source).expanduser()
     if not source.is_dir():
         raise EvaError(f"there is no folder of episodes {source}.")
-    folders = [source] if (source / _METADATA).is_file() else sorted(path.parent.parent for path in source.glob(f"*/{_METADATA}"))
+    folders = (
+        [source]
+        if (source / _METADATA).is_file()
+        else sorted(path.parent.parent for path in source.glob(f"*/{_METADATA}"))
+    )
     files = sorted(path for path in source.iterdir() if path.suffix in (".npz", ".pkl"))
     if not folders and not files:
         raise EvaError(f"{source} holds no episodes: neither Minari data sets nor .npz or .pkl files.")
@@ -77,7 +80,9 @@ def _read(path: Path, *, limit: int | None) -> list[Episode]:
     except EvaError:
         raise
     except Exception as error:  # h5py, zipfile and pickle fail in many ways on a file that was cut short
-        raise EvaError(f"cannot read {path}: {' '.join(str(error).split()).rstrip('.')}; it may be cut short.") from error
+        raise EvaError(
+            f"cannot read {path}: {' '.join(str(error).split()).rstrip('.')}; it may be cut short."
+        ) from error
 
 
 def _minari(path: Path) -> Iterator[Episode]:
@@ -92,7 +97,12 @@ def _minari(path: Path) -> Iterator[Episode]:
     indices = range(storage.total_episodes)
     for facts, content in zip(storage.get_episode_metadata(indices), storage.get_episodes(indices), strict=True):
         yield _episode(
-            path, name, content["observations"][: len(content["rewards"])], content["actions"], content["rewards"], seed=facts.get("seed")
+            path,
+            name,
+            content["observations"][: len(content["rewards"])],
+            content["actions"],
+            content["rewards"],
+            seed=facts.get("seed"),
         )
 
 
@@ -103,11 +113,15 @@ def _transitions(path: Path) -> Iterator[Episode]:
     for the environment. What follows the last `done` is an episode cut short, and left out.
     """
     (name,) = environment_names([path.stem])
-    content = _ArraysOnly.load(path) if path.suffix == ".pkl" else dict(np.load(path, allow_pickle=False))
+    if path.suffix == ".pkl":
+        with path.open("rb") as file:
+            content = vars(_ArraysOnly(file).load())
+    else:
+        content = dict(np.load(path, allow_pickle=False))
     rows = {key: np.asarray(content[key]) for key in ("observations", "actions", "rewards", "dones")}
     rows = {key: array.reshape(len(array), -1) for key, array in rows.items()}
     start = 0
-    for end in np.flatnonzero(rows["dones"][:, 0]) + 1:
+    for end in (np.flatnonzero(rows["dones"][:, 0]) + 1).tolist():
         part = {key: array[start:end] for key, array in rows.items()}
         yield _episode(path, name, part["observations"], part["actions"], part["rewards"])
         start = end
@@ -144,7 +158,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Reads the arrays of a pickled replay buffer; nothing else of the file is imported or run."""
 
     # What NumPy's arrays are rebuilt with, under the names of NumPy 1 and 2. None of them runs code from the file.
-    _REBUILD = {"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"}
+    _REBUILD = frozenset({"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"})
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in self._REBUILD:
@@ -152,8 +166,3 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         return _Inert
-
-    @classmethod
-    def load(cls, path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            return vars(pickle.Unpickler.load(cls(file)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.utils import ModelOutput
 
 
@@ -82,6 +82,8 @@ class DecisionTransformer(GPT2PreTrainedModel):
     """
 
     config_class = DecisionTransformerConfig
+    state_mean: Tensor
+    state_scale: Tensor
 
     def __init__(self, config: DecisionTransformerConfig) -> None:
         super().__init__(config)
@@ -119,7 +121,6 @@ class DecisionTransformer(GPT2PreTrainedModel):
             attention_mask: (b, k), 1 for steps and 0 for padding, which stands after them; None if there is none.
         """
         config = self.config
-        n_windows, n_steps = states.shape[:2]
         tokens = [
             self.embed_return(returns_to_go[..., None] / config.return_scale),
             self.embed_state((states - self.state_mean) / self.state_scale),
@@ -135,8 +136,13 @@ class DecisionTransformer(GPT2PreTrainedModel):
         hidden = self.transformer(
             inputs_embeds=self.embed_norm(tokens_bkth).flatten(1, 2), attention_mask=mask
         ).last_hidden_state
-        at_states = hidden.unflatten(1, (n_steps, n_tokens))[:, :, 1]
+        at_states = hidden.unflatten(1, (states.shape[1], n_tokens))[:, :, 1]
         predicted = self.action_head(at_states)
         errors = (predicted.float() - actions).square().mean(-1)
         weights = torch.ones_like(errors) if attention_mask is None else attention_mask.to(errors.dtype)
         return DecisionTransformerOutput(loss=(errors * weights).sum() / weights.sum(), actions=predicted)
+
+
+# What the Auto classes know, `evatune.models` can load.
+AutoConfig.register(DecisionTransformerConfig.model_type, DecisionTransformerConfig, exist_ok=True)
+AutoModel.register(DecisionTransformerConfig, DecisionTransformer, exist_ok=True)

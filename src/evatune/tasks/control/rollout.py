@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ N_ENVIRONMENTS = 32
 """Environments that step side by side; one that is made takes 0.3 s and some 10 MB."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
     """How one episode went."""
 
@@ -27,6 +28,8 @@ class Outcome:
     """Whether the environment reported success in one of the steps."""
     total_return: float
     """Sum of the rewards."""
+    actions: np.ndarray
+    """(T, 4): what was done."""
 
 
 def roll_out(
@@ -35,7 +38,7 @@ def roll_out(
     targets: Mapping[str, float],
     *,
     context: int,
-    tell: Callable[[int], None] = lambda n: None,
+    tell: Callable[[int], Any] = lambda n: None,
 ) -> list[Outcome]:
     """Let a Decision Transformer act.
 
@@ -44,7 +47,7 @@ def roll_out(
         seeds: of the goal positions, one an episode, by environment.
         targets: the return that is asked for, by environment.
         context: steps that the model looks back.
-        tell: called with the number of steps that were just taken, summed over environments.
+        tell: called with the number of episodes that have just ended.
 
     Returns:
         One outcome for each seed, environment after environment.
@@ -59,7 +62,7 @@ def roll_out(
     outcomes: dict[tuple[str, int], Outcome] = {}
     with quiet():
         vector = gymnasium.vector.SyncVectorEnv(
-            [lambda name=name: make_environment(name) for name in places],
+            [partial(make_environment, name) for name in places],
             autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
         )
         try:
@@ -68,21 +71,26 @@ def roll_out(
                 jobs = [waiting[name].pop(0) if waiting[name] else None for name in places]
                 chosen = [job[1] if job else seeds[name][-1] for job, name in zip(jobs, places, strict=True)]
                 wanted = np.array([targets[name] for name in places], np.float32)
-                successes, returns = _play(model, vector, chosen, wanted, context=context, tell=tell)
-                for name, job, success, total in zip(places, jobs, successes, returns, strict=True):
+                played = _play(model, vector, chosen, wanted, context=context)
+                for name, job, success, total, actions in zip(places, jobs, *played, strict=True):
                     if job:
                         outcomes[name, job[0]] = Outcome(
-                            environment=name, seed=job[1], success=bool(success), total_return=float(total)
+                            environment=name,
+                            seed=job[1],
+                            success=bool(success),
+                            total_return=float(total),
+                            actions=actions,
                         )
+                tell(sum(job is not None for job in jobs))
         finally:
             vector.close()
     return [outcomes[name, index] for name, wanted in seeds.items() for index in range(len(wanted))]
 
 
 def _play(
-    model: Any, vector: Any, seeds: list[int], targets: np.ndarray, *, context: int, tell: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Play one episode in each environment; return successes and returns."""
+    model: Any, vector: Any, seeds: list[int], targets: np.ndarray, *, context: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Play one episode in each environment; return successes, returns and actions."""
     n, steps = vector.num_envs, EPISODE_STEPS
     states, actions = np.zeros((n, steps, STATE_SIZE), np.float32), np.zeros((n, steps, ACTION_SIZE), np.float32)
     rewards, to_go = np.zeros((n, steps), np.float32), np.zeros((n, steps), np.float32)
@@ -102,8 +110,7 @@ def _play(
         actions[:, step] = act(model, batch)
         observations, rewards[:, step], _, _, info = vector.step(actions[:, step])
         successes |= np.asarray(info["success"], bool)
-        tell(n)
-    return successes, rewards.sum(1)
+    return successes, rewards.sum(1), actions
 
 
 @torch.no_grad()

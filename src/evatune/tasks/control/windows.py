@@ -28,6 +28,10 @@ class Windows(Sequence[dict[str, np.ndarray]]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def episode(self, index: int) -> Episode:
+        """Return the episode that a window is of."""
+        return self.episodes[int(self._ends[index][0])]
+
     def __getitem__(self, index: Any) -> Any:
         number, last = (int(value) for value in self._ends[index])
         steps = slice(max(0, last + 1 - self.context), last + 1)
@@ -43,9 +47,7 @@ class Windows(Sequence[dict[str, np.ndarray]]):
 
 def padded(rows: Sequence[dict[str, np.ndarray]], *, context: int) -> dict[str, Tensor]:
     """Return windows as one batch of `context` steps, padded behind, with an attention mask."""
-    batch = {
-        name: np.zeros((len(rows), context, *first.shape[1:]), first.dtype) for name, first in rows[0].items()
-    }
+    batch = {name: np.zeros((len(rows), context, *first.shape[1:]), first.dtype) for name, first in rows[0].items()}
     mask = np.zeros((len(rows), context), np.int64)
     for number, row in enumerate(rows):
         for name, values in row.items():

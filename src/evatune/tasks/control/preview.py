@@ -1,0 +1,73 @@
+"""Showing training examples: windows as the model sees them, and a filmstrip of their episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evatune.errors import EvaError
+from evatune.tasks.control.episodes import Episode
+from evatune.tasks.control.filmstrip import frames, sheet
+from evatune.tasks.task import Preview
+
+LEARNED = ("⟦", "⟧")
+"""What stands around the learned parts."""
+
+N_PICTURES, N_STEPS_SHOWN = 8, 3
+"""Pictures of an episode, and steps of a window, the last ones."""
+
+
+def preview(examples: Sequence[tuple[Episode, Mapping[str, np.ndarray]]]) -> Preview:
+    """Return windows as text and their episodes as a filmstrip, where episodes have a seed and this machine can draw.
+
+    Args:
+        examples: an episode and a window of it each.
+    """
+    content = [_example(episode, window) for episode, window in examples]
+    text = "\n\n".join(_shown(number, example) for number, example in enumerate(content, 1))
+    try:
+        picture = _strip([episode for episode, _ in examples])
+    except EvaError as error:
+        return Preview(text=f"{text}\n\nno pictures: {error}", content=content)
+    return Preview(text=text, content=content, picture=picture)
+
+
+def _example(episode: Episode, window: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "environment": episode.environment,
+        "seed": episode.seed,
+        "return": episode.total_return,
+        **{name: values.tolist() for name, values in window.items()},
+    }
+
+
+def _shown(number: int, example: Mapping[str, Any]) -> str:
+    steps = example["timesteps"]
+    left, right = LEARNED
+    lines = [
+        f"── example {number}: {example['environment']}, steps {steps[0]} to {steps[-1]} of an episode of return "
+        f"{example['return']:.0f}, all actions learned {left} {right}"
+    ]
+    for index in range(max(0, len(steps) - N_STEPS_SHOWN), len(steps)):
+        state = " ".join(f"{value:.2f}" for value in example["states"][index])
+        action = " ".join(f"{value:.2f}" for value in example["actions"][index])
+        lines += [
+            f"step {steps[index]}: return-to-go {example['returns_to_go'][index]:.1f} · state {state}",
+            f"  action {left}{action}{right} · reward {example['rewards'][index]:.2f}",
+        ]
+    return "\n".join(lines)
+
+
+def _strip(episodes: Sequence[Episode]) -> bytes:
+    for episode in episodes:
+        if episode.seed is None:
+            raise EvaError(f"the episodes of {episode.environment} do not say which seed they began with.")
+    rows, titles = [], []
+    for episode in episodes:
+        steps = np.linspace(0, len(episode) - 1, N_PICTURES).astype(int).tolist()
+        assert episode.seed is not None
+        rows.append(frames(episode.environment, seed=episode.seed, actions=episode.actions, steps=steps))
+        titles.append(f"{episode.environment}, return {episode.total_return:.0f}, steps {', '.join(map(str, steps))}")
+    return sheet(rows, titles)
