@@ -17,7 +17,7 @@ from evatune.cli.options import HelpFormatter
 from evatune.errors import EvaError, near_misses
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
-COMMANDS = ("preview", "measure", "plan", "init", "finetune", "evaluate", "generate", "methods")
+COMMANDS = ("collect", "preview", "measure", "plan", "init", "finetune", "evaluate", "generate", "methods")
 
 
 def build_parser() -> argparse.ArgumentParser:

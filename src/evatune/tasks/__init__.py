@@ -7,7 +7,9 @@ only `evatune.tasks.task.Task`. To add a domain, write a folder with its `data:`
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evatune.errors import EvaError, near_misses
@@ -18,7 +20,7 @@ from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision.settings import VisionData
 
 if TYPE_CHECKING:
-    from evatune.tasks.task import Task
+    from evatune.tasks.task import Preview, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Domain:
     """Whether a larger headline number is a better one."""
     home: str
     """The module that has `open_task(data, *, model, seed)`."""
+    collects: bool = False
+    """Whether the home can also make training data; it has `collect(data, *, folder, processes, say)` then."""
     head: str | None = None
     """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
     `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
@@ -64,6 +68,7 @@ DOMAINS: dict[str, Domain] = {
         metric="success",
         higher_is_better=True,
         home="evatune.tasks.control.task",
+        collects=True,
     ),
 }
 """All domains by the word that stands after `task:` in a recipe."""
@@ -96,3 +101,28 @@ def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> T
         EvaError: there is no such domain, or no such model.
     """
     return importlib.import_module(find_domain(name).home).open_task(data, model=model, seed=seed)
+
+
+def collect(
+    name: str, data: Section, *, folder: str | Path, processes: int = 1, say: Callable[[str], None] = lambda _: None
+) -> Preview:
+    """Make the training data of a task and keep them in a folder.
+
+    Args:
+        name: a key of `DOMAINS`.
+        data: the settings of its `data:` section.
+        folder: holds the data; what is there already is kept and added to.
+        processes: how many work side by side.
+        say: gets lines on what is going on.
+
+    Returns:
+        What was made, as text and as plain values.
+
+    Raises:
+        EvaError: there is no such domain, it makes no data, or making them failed.
+    """
+    domain = find_domain(name)
+    if not domain.collects:
+        able = ", ".join(other for other, row in DOMAINS.items() if row.collects)
+        raise EvaError(f"task {name!r} reads its training data and cannot make them; tasks that can: {able}.")
+    return importlib.import_module(domain.home).collect(data, folder=folder, processes=processes, say=say)

@@ -65,7 +65,7 @@ class Collected:
         return self.episodes / self.attempts
 
 
-def collect(
+def collect_episodes(
     names: Iterable[str],
     folder: str | Path,
     *,

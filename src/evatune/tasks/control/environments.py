@@ -58,6 +58,8 @@ def make_environment(name: str, *, render: bool = False, size: int = 240) -> gym
     metaworld = _metaworld()
     options: dict[str, Any] = {}
     if render:
+        if os.environ.get("MUJOCO_GL", "").lower() in ("disable", "disabled", "off", "false", "0"):
+            raise EvaError("MUJOCO_GL=disable forbids drawing; set MUJOCO_GL to egl or osmesa, whichever is installed.")
         options = {"render_mode": "rgb_array", "camera_name": "corner2", "width": size, "height": size}
     with quiet():
         inner = metaworld.ALL_V3_ENVIRONMENTS[name](**options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from evatune.errors import EvaError
 from evatune.files import user_cache
 from evatune.models import load_config, load_model
-from evatune.tasks.control.collecting import collect
+from evatune.tables import text_table
+from evatune.tasks.control.collecting import collect_episodes
 from evatune.tasks.control.environments import ACTION_SIZE, EPISODE_STEPS, STATE_SIZE, episode_seed
 from evatune.tasks.control.episodes import Episode, load_episodes
 from evatune.tasks.control.filmstrip import write_video
@@ -51,6 +52,27 @@ def open_task(data: ControlData, *, model: ModelSettings, seed: int) -> Control:
     return Control(data=data, source=model, seed=seed)
 
 
+def collect(data: ControlData, *, folder: str | Path, processes: int, say: Callable[[str], None]) -> Preview:
+    """Collect the episodes that `data` asks for; see `evatune.tasks.collect`."""
+    collected = collect_episodes(
+        data.train,
+        folder,
+        episodes=data.episodes,
+        noise=data.noise,
+        seed=data.episode_seed,
+        processes=processes,
+        tell=lambda one: say(f"collected {one.environment}: {one.episodes} episodes in {one.attempts} attempts"),
+    )
+    rows = [
+        [one.environment, one.episodes, f"{one.success_rate:.1%}", f"{one.mean_return:.1f}", f"{one.best_return:.1f}"]
+        for one in collected
+    ]
+    return Preview(
+        text=text_table(["environment", "episodes", "success of the policy", "mean return", "best return"], rows),
+        content=[{**asdict(one), "success_rate": one.success_rate} for one in collected],
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """Episodes for a Decision Transformer; see `evatune.tasks.task.Task`."""
@@ -67,7 +89,7 @@ class Control:
         scripted = environment_names(name for name in data.train if not Path(name).expanduser().is_dir())
         if scripted:
             collected = user_cache() / "episodes" / f"noise-{data.noise:g}-seed-{data.episode_seed}"
-            collect(scripted, collected, episodes=data.episodes, noise=data.noise, seed=data.episode_seed)
+            collect_episodes(scripted, collected, episodes=data.episodes, noise=data.noise, seed=data.episode_seed)
             folders += [collected / name for name in scripted]
         return [episode for folder in folders for episode in load_episodes(folder, limit=data.episodes)]
 

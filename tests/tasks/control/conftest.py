@@ -1,0 +1,47 @@
+"""Episodes made of numbers, and one small data set of real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evatune.tasks.control.episodes import Episode
+from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
+
+needs_metaworld = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="Meta-World is missing")
+
+
+def episode(*, steps: int = 12, seed: int = 0, name: str = "reach-v3") -> Episode:
+    """An episode of random numbers."""
+    chance = np.random.default_rng(seed)
+    return Episode(
+        environment=name,
+        states=chance.standard_normal((steps, 39)).astype(np.float32),
+        actions=chance.uniform(-1, 1, (steps, 4)).astype(np.float32),
+        rewards=chance.uniform(0, 10, steps).astype(np.float32),
+        seed=seed,
+    )
+
+
+def tiny_model(*, seed: int = 0, **options: object) -> DecisionTransformer:
+    """A Decision Transformer of two layers with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": 6}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return DecisionTransformer(DecisionTransformerConfig(**{**sizes, **dropout, **options})).eval()
+
+
+@pytest.fixture(scope="session")
+def reach_episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three episodes of `reach-v3`."""
+    if importlib.util.find_spec("metaworld") is None:
+        pytest.skip("Meta-World is missing")
+    from evatune.tasks.control.collecting import collect_episodes
+
+    folder = tmp_path_factory.mktemp("episodes")
+    collect_episodes(["reach"], folder, episodes=3, noise=0.1, seed=0)
+    return folder
