@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +13,35 @@ import torch
 from evatune.tasks.control.episodes import Episode
 from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
 
-needs_metaworld = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="Meta-World is missing")
+
+@pytest.fixture(scope="session")
+def new_episode() -> Callable[..., Episode]:
+    """A function that makes an episode of random numbers."""
+
+    def build(*, steps: int = 12, seed: int = 0) -> Episode:
+        chance = np.random.default_rng(seed)
+        return Episode(
+            environment="reach-v3",
+            states=chance.standard_normal((steps, 39)).astype(np.float32),
+            actions=chance.uniform(-1, 1, (steps, 4)).astype(np.float32),
+            rewards=chance.uniform(0, 10, steps).astype(np.float32),
+            seed=seed,
+        )
+
+    return build
 
 
-def episode(*, steps: int = 12, seed: int = 0, name: str = "reach-v3") -> Episode:
-    """An episode of random numbers."""
-    chance = np.random.default_rng(seed)
-    return Episode(
-        environment=name,
-        states=chance.standard_normal((steps, 39)).astype(np.float32),
-        actions=chance.uniform(-1, 1, (steps, 4)).astype(np.float32),
-        rewards=chance.uniform(0, 10, steps).astype(np.float32),
-        seed=seed,
-    )
+@pytest.fixture(scope="session")
+def new_model() -> Callable[..., DecisionTransformer]:
+    """A function that makes a Decision Transformer of two layers with random weights, in evaluation mode."""
 
+    def build(**options: object) -> DecisionTransformer:
+        torch.manual_seed(0)
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": 6}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return DecisionTransformer(DecisionTransformerConfig(**{**sizes, **dropout, **options})).eval()
 
-def tiny_model(*, seed: int = 0, **options: object) -> DecisionTransformer:
-    """A Decision Transformer of two layers with random weights, in evaluation mode."""
-    torch.manual_seed(seed)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": 6}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return DecisionTransformer(DecisionTransformerConfig(**{**sizes, **dropout, **options})).eval()
+    return build
 
 
 @pytest.fixture(scope="session")

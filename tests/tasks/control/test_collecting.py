@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from evatune.tasks.control import collecting
 from evatune.tasks.control.collecting import collect_episodes
 from evatune.tasks.control.environments import make_environment
 from evatune.tasks.control.episodes import Episode, load_episodes
-from tests.tasks.control.conftest import needs_metaworld
 
-pytestmark = needs_metaworld
+pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
 def same(ours: list[Episode], theirs: list[Episode]) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from evatune.errors import EvaError
 from evatune.tasks.control.environments import EPISODE_STEPS, episode_seed, make_environment, picture, scripted_policy
-from tests.tasks.control.conftest import needs_metaworld
+
+needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
 def test_training_and_evaluation_never_share_a_seed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
-from tests.tasks.control.conftest import tiny_model
+
+Build = Callable[..., DecisionTransformer]
 
 
 def batch(*, valid: tuple[int, ...] = (6, 3, 1), steps: int = 6, seed: int = 0) -> dict[str, Tensor]:
@@ -26,17 +28,17 @@ def batch(*, valid: tuple[int, ...] = (6, 3, 1), steps: int = 6, seed: int = 0) 
     }
 
 
-def test_the_loss_is_that_of_the_steps_that_are_there() -> None:
+def test_the_loss_is_that_of_the_steps_that_are_there(new_model: Build) -> None:
     content = batch()
-    output = tiny_model()(**content)
+    output = new_model()(**content)
     errors = (output.actions.double() - content["actions"].double()).square()
     kept = [errors[number, :n] for number, n in enumerate((6, 3, 1))]
     assert output.loss.item() == pytest.approx(torch.cat(kept).mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["states", "actions", "rewards", "returns_to_go"])
-def test_padding_is_never_looked_at(name: str) -> None:
-    model, content = tiny_model(), batch()
+def test_padding_is_never_looked_at(new_model: Build, name: str) -> None:
+    model, content = new_model(), batch()
     before = model(**content)
     padding = content["attention_mask"] == 0
     content[name] = content[name].clone()
@@ -49,8 +51,8 @@ def test_padding_is_never_looked_at(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "first_changed"), [("states", 2), ("returns_to_go", 2), ("actions", 3), ("rewards", 3)]
 )
-def test_an_action_is_predicted_from_what_came_before_it(name: str, first_changed: int) -> None:
-    model, content = tiny_model(), batch(valid=(6,))
+def test_an_action_is_predicted_from_what_came_before_it(new_model: Build, name: str, first_changed: int) -> None:
+    model, content = new_model(), batch(valid=(6,))
     before = model(**content).actions
     content[name] = content[name].clone()
     content[name][:, 2] += 3
@@ -58,22 +60,22 @@ def test_an_action_is_predicted_from_what_came_before_it(name: str, first_change
     assert changed.tolist() == [step >= first_changed for step in range(6)]
 
 
-def test_three_tokens_a_step_know_no_rewards() -> None:
-    model, content = tiny_model(reward_tokens=False), batch(valid=(6,))
+def test_three_tokens_a_step_know_no_rewards(new_model: Build) -> None:
+    model, content = new_model(reward_tokens=False), batch(valid=(6,))
     assert model.config.n_positions == 18
     before = model(**content).actions
     assert torch.equal(model(**content | {"rewards": content["rewards"] + 5}).actions, before)
 
 
-def test_the_time_step_is_an_option() -> None:
-    plain, timed, content = tiny_model(), tiny_model(time_steps=20), batch(valid=(6,))
+def test_the_time_step_is_an_option(new_model: Build) -> None:
+    plain, timed, content = new_model(), new_model(time_steps=20), batch(valid=(6,))
     later = content | {"timesteps": content["timesteps"] + 7}
     assert torch.equal(plain(**content).actions, plain(**later).actions)
     assert not torch.equal(timed(**content).actions, timed(**later).actions)
 
 
-def test_states_are_standardized_inside() -> None:
-    model, content = tiny_model(), batch(valid=(6,))
+def test_states_are_standardized_inside(new_model: Build) -> None:
+    model, content = new_model(), batch(valid=(6,))
     before = model(**content).actions
     model.state_mean.fill_(3.0)
     model.state_scale.fill_(2.0)
@@ -87,8 +89,8 @@ def test_the_paper_s_size_has_its_parameters() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(12e6, rel=0.1)
 
 
-def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:
-    model, content = tiny_model(), batch()
+def test_it_is_saved_and_loaded_whole(new_model: Build, tmp_path: Path) -> None:
+    model, content = new_model(), batch()
     model.state_mean.fill_(0.5)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
@@ -97,8 +99,8 @@ def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:
     assert torch.equal(loaded(**content).actions, model(**content).actions)
 
 
-def test_bfloat16_autocast_and_gradient_checkpointing() -> None:
-    model, content = tiny_model(), batch()
+def test_bfloat16_autocast_and_gradient_checkpointing(new_model: Build) -> None:
+    model, content = new_model(), batch()
     exact = model(**content).loss
     model.train()
     model.gradient_checkpointing_enable()

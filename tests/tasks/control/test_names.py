@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from evatune.errors import EvaError
 from evatune.tasks.control.names import CW10, MT40, environment_names
-from tests.tasks.control.conftest import needs_metaworld
+
+needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
 def test_groups_split_fifty_environments() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,10 @@ from torch import Tensor
 
 from evatune.tasks.control import rollout
 from evatune.tasks.control.environments import episode_seed, make_environment, quiet, scripted_policy
+from evatune.tasks.control.model import DecisionTransformer
 from evatune.tasks.control.rollout import roll_out
-from tests.tasks.control.conftest import needs_metaworld, tiny_model
 
-pytestmark = needs_metaworld
+pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
 class Scripted(torch.nn.Module):
@@ -66,9 +68,11 @@ def test_the_model_sees_the_last_steps_and_what_is_left_of_the_return() -> None:
     assert last["actions"][0, :-1].any(-1).all()
 
 
-def test_episodes_side_by_side_go_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_side_by_side_go_as_each_alone(
+    new_model: Callable[..., DecisionTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seeds, targets = {"reach-v3": [1, 2, 3], "push-v3": [4]}, {"reach-v3": 1500.0, "push-v3": 1000.0}
-    model, told = tiny_model(), []
+    model, told = new_model(), []
     monkeypatch.setattr(rollout, "EPISODE_STEPS", 20)
     monkeypatch.setattr(rollout, "N_ENVIRONMENTS", 4)
     together = roll_out(model, seeds, targets, context=3, tell=told.append)

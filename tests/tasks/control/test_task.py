@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,20 @@ from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.tasks import open_task
 from evatune.tasks.control.environments import make_environment
+from evatune.tasks.control.model import DecisionTransformer
 from evatune.tasks.control.settings import ControlData
 from evatune.tasks.control.task import Control
 from evatune.tasks.settings import ModelSettings
 from evatune.training import finetune
-from tests.tasks.control.conftest import needs_metaworld, tiny_model
 
-pytestmark = needs_metaworld
+pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory, new_model: Callable[..., DecisionTransformer]) -> Path:
     """A folder with a tiny Decision Transformer."""
     folder = tmp_path_factory.mktemp("decision-transformer")
-    tiny_model().save_pretrained(folder)
+    new_model().save_pretrained(folder)
     return folder
 
 
@@ -178,4 +180,3 @@ def test_a_run_without_adapter_trains_a_new_model_whole(reach_episodes: Path, tm
     assert model.config.context == 4
     assert model.state_scale.min() >= np.float32(0.02)
     assert model.state_scale.max() < 1
-

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
 
+from evatune.tasks.control.episodes import Episode
 from evatune.tasks.control.windows import Windows, padded, state_statistics
-from tests.tasks.control.conftest import episode
-
-EPISODES = [episode(steps=9, seed=1), episode(steps=4, seed=2)]
 
 
-def test_every_step_ends_one_window() -> None:
-    windows = Windows(EPISODES, context=3, seed=0)
+@pytest.fixture
+def episodes(new_episode: Callable[..., Episode]) -> list[Episode]:
+    """An episode of nine steps and one of four."""
+    return [new_episode(steps=9, seed=1), new_episode(steps=4, seed=2)]
+
+
+def test_every_step_ends_one_window(episodes: list[Episode]) -> None:
+    windows = Windows(episodes, context=3, seed=0)
     ends = {(id(windows.episode(index)), int(windows[index]["timesteps"][-1])) for index in range(len(windows))}
-    assert ends == {(id(one), step) for one in EPISODES for step in range(len(one))}
+    assert ends == {(id(one), step) for one in episodes for step in range(len(one))}
     assert len(windows) == 13
 
 
-def test_a_window_holds_the_steps_before_its_end() -> None:
-    windows = Windows(EPISODES, context=3, seed=0)
+def test_a_window_holds_the_steps_before_its_end(episodes: list[Episode]) -> None:
+    windows = Windows(episodes, context=3, seed=0)
     for index in range(len(windows)):
         row, one = windows[index], windows.episode(index)
         last = int(row["timesteps"][-1])
@@ -31,16 +38,16 @@ def test_a_window_holds_the_steps_before_its_end() -> None:
             np.testing.assert_allclose(to_go, one.rewards[step:].astype(np.float64).sum(), rtol=1e-5)
 
 
-def test_the_order_depends_on_the_seed_alone() -> None:
+def test_the_order_depends_on_the_seed_alone(episodes: list[Episode]) -> None:
     def order(seed: int) -> list[int]:
-        windows = Windows(EPISODES, context=3, seed=seed)
+        windows = Windows(episodes, context=3, seed=seed)
         return [int(windows[index]["timesteps"][-1]) for index in range(len(windows))]
 
     assert order(0) == order(0) != order(1)
 
 
-def test_padding_stands_behind_and_is_masked() -> None:
-    windows = Windows(EPISODES[1:], context=3, seed=0)
+def test_padding_stands_behind_and_is_masked(episodes: list[Episode]) -> None:
+    windows = Windows(episodes[1:], context=3, seed=0)
     rows = [windows[index] for index in range(len(windows))]
     batch = padded(rows, context=3)
     assert batch["states"].shape == (4, 3, 39)
@@ -53,11 +60,11 @@ def test_padding_stands_behind_and_is_masked() -> None:
     assert all(batch[name].dtype == torch.float32 for name in ("states", "actions", "rewards", "returns_to_go"))
 
 
-def test_statistics_have_a_floor() -> None:
-    for one in (still := [episode(steps=50, seed=3)]):
-        one.states[:, 5] = 2.0
-    mean, scale = state_statistics(still, floor=0.1)
-    states = still[0].states.astype(np.float64)
+def test_statistics_have_a_floor(new_episode: Callable[..., Episode]) -> None:
+    still = new_episode(steps=50)
+    still.states[:, 5] = 2.0
+    mean, scale = state_statistics([still], floor=0.1)
+    states = still.states.astype(np.float64)
     np.testing.assert_allclose(mean.numpy(), states.mean(0), atol=1e-6)
     assert scale[5] == np.float32(0.1)
     np.testing.assert_allclose(scale[:5].numpy(), states.std(0)[:5], rtol=1e-5)
