@@ -218,7 +218,7 @@ def test_only_what_differs_is_written_and_what_the_user_wrote_for_these_layers_g
 def test_targets_without_rank_are_excluded_and_parameters_left_unnamed():
     config = LoraConfig(r=4, target_modules=["a", "b"], target_parameters=["up", "down"], rank_pattern={"b": 3})
     plan = plan_of(m__a=(8, 8), m__b=(0, 0.0), m__up=(4, 8), m__down=(0, 0.0))
-    planned = planned_config(config, plan, parameters=["m.up", "m.down"])
+    planned = planned_config(config, plan, parameters={"m.up": "m.up", "m.down": "m.down"})
     assert planned.exclude_modules == r"m\.b"  # PEFT would look for a module of the parameter's name
     assert planned.target_parameters == ["m.up"]
     assert planned.rank_pattern == {r"^m\.a": 8}

@@ -269,10 +269,17 @@ def test_fused_experts_with_rank_zero_lose_their_adapter(lora, run_causal, token
     check_read_again(model, PeftModel.from_pretrained(mixture(), tmp_path).eval(), run_causal, token_batches)
 
 
-def test_a_matrix_among_target_parameters_is_refused(lora, token_batches):
-    model = lora(mixture(), target_modules=[], target_parameters=["q_proj.weight"])
-    with pytest.raises(EvaError, match=r"q_proj\.weight' is one matrix .* target_modules instead"):
-        evatune.initialize(model, token_batches)
+def test_the_weight_of_a_layer_among_target_parameters_starts_as_the_layer_would(lora, token_batches):
+    plans, matrices = [], []
+    for settings in ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, {"target_modules": ["q_proj"]}):
+        model = lora(mixture(), **settings)
+        plans.append(evatune.initialize(model, token_batches))
+        layers = find_adapter(model, "default")[2]
+        matrices.append({name: factors_of(layer, "default")[0].down_weight for name, layer in layers.items()})
+    assert plans[0] == plans[1]
+    assert list(matrices[0]) == list(matrices[1]) == list(plans[0].ranks)
+    for name, matrix in matrices[0].items():
+        torch.testing.assert_close(matrix, matrices[1][name])
 
 
 class Block(nn.Module):

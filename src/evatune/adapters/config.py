@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -23,22 +23,29 @@ def configured(pattern: Mapping[str, Any] | None, name: str, *, default: Any) ->
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def planned_config(config: LoraConfig, plan: RankPlan, *, parameters: Collection[str] = ()) -> LoraConfig:
+def planned_config(config: LoraConfig, plan: RankPlan, *, parameters: Mapping[str, str] | None = None) -> LoraConfig:
     """Return a copy of `config` from which PEFT rebuilds exactly the layers, ranks and alphas of `plan`.
 
     Patterns for modules that the plan does not know, `target_modules` and what was excluded before are kept. The
     copy says `init_lora_weights=True`, which every loader accepts; the tensors that it stands beside are loaded anyway.
-    PEFT excludes modules only, so of `parameters`, the targets that are no modules, those with an adapter are named.
+
+    Args:
+        config: of the adapter as PEFT made it.
+        plan: ranks and alphas of its layers by name.
+        parameters: the layers that PEFT takes for parameters, and the names of these. PEFT excludes modules only, so
+            all parameters that keep an adapter are named.
     """
+    parameters = parameters or {}
     planned = copy.copy(config)  # the original may be the caller's, for a second model
-    ranks = {name: rank for name, rank in plan.ranks.items() if rank > 0}
-    alphas = {name: plan.alphas[name] for name in ranks}
-    planned.rank_pattern = _pattern(config.rank_pattern, ranks, default=config.r, known=plan.ranks)
-    planned.alpha_pattern = _pattern(config.alpha_pattern, alphas, default=config.lora_alpha, known=plan.ranks)
-    without = [name for name in plan.ranks if name not in ranks and name not in parameters]
+    ranks = {parameters.get(name, name): rank for name, rank in plan.ranks.items() if rank > 0}
+    alphas = {parameters.get(name, name): plan.alphas[name] for name, rank in plan.ranks.items() if rank > 0}
+    known = [parameters.get(name, name) for name in plan.ranks]
+    planned.rank_pattern = _pattern(config.rank_pattern, ranks, default=config.r, known=known)
+    planned.alpha_pattern = _pattern(config.alpha_pattern, alphas, default=config.lora_alpha, known=known)
+    without = [name for name, rank in plan.ranks.items() if rank == 0 and name not in parameters]
     planned.exclude_modules = _exclude(config.exclude_modules, without)
     if parameters:
-        planned.target_parameters = [name for name in ranks if name in parameters]
+        planned.target_parameters = [key for name, key in parameters.items() if plan.ranks.get(name, 1) > 0]
     planned.init_lora_weights = True
     planned.eva_config = None
     return planned

@@ -182,9 +182,9 @@ def check_form(name: str, layer: LoraLayer) -> None:
                 f"{name!r} is a convolution with dilation={base.dilation}, which PEFT's adapter does not have; "
                 "leave this module out with exclude_modules."
             )
-    if isinstance(layer, ParamWrapper) and layer.num_experts == 1:
+    if isinstance(layer, ParamWrapper) and type(base).__name__ == "Conv1D":
         raise EvaError(
-            f"{name!r} is one matrix and not the weights of several experts; "
+            f"{name!r} is stored as (in_features, out_features), of which PEFT takes one for the other; "
             "name its module in target_modules instead of target_parameters."
         )
 

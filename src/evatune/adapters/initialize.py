@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from evatune.activations import measure
 from evatune.activations.processes.sharded_models import sharding_of
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
-from evatune.adapters.lora import check_layers, find_adapter, remove_layer, write_layer
+from evatune.adapters.lora import check_layers, find_adapter, remove_layer, wrapped_parameters, write_layer
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
 from evatune.initialization import eva
@@ -101,8 +100,9 @@ def initialize(
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
     _warn_of_eva_config(config, rho=rho, whiten=whiten)
 
-    ranks = {name: configured(config.rank_pattern, name, default=config.r) for name in layers}
-    alphas = {name: configured(config.alpha_pattern, name, default=config.lora_alpha) for name in layers}
+    keys = {name: name for name in layers} | wrapped_parameters(layers)
+    ranks = {name: configured(config.rank_pattern, key, default=config.r) for name, key in keys.items()}
+    alphas = {name: configured(config.alpha_pattern, key, default=config.lora_alpha) for name, key in keys.items()}
     if isinstance(batches_or_spectra, Spectra):
         spectra = batches_or_spectra
     else:
@@ -141,8 +141,7 @@ def apply_plan(peft_model: Any, plan: RankPlan, *, down: Mapping[str, Tensor], a
         adapter_name: the adapter.
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
-    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
-    planned = planned_config(config, plan, parameters=parameters)
+    planned = planned_config(config, plan, parameters=wrapped_parameters(layers))
     for name, layer in layers.items():
         if plan.ranks[name] == 0:
             remove_layer(model, name, adapter_name)
@@ -235,7 +234,7 @@ def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
 
 def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the options that make `measure` learn what the plan will need, of these targets and no others."""
-    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    parameters = [name for name, key in wrapped_parameters(layers).items() if name == key]
     options: dict[str, Any] = {
         "target_modules": "|".join(re.escape(name) for name in layers if name not in parameters),
         "target_parameters": parameters,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -52,15 +52,29 @@ def find_adapter(peft_model: Any, adapter_name: str) -> tuple[PeftModel, LoraCon
     brought: set[int] = set()
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.r and id(module) not in brought:
-            layers[_base_name(path, module)] = module
+            layers[base_name(path, module)] = module
             brought.update(id(part) for part in layers_of(module)[1:])
     return model, config, layers
 
 
-def _base_name(path: str, layer: LoraLayer) -> str:
-    """Return the name that a layer, or the parameter that it wraps, has in the base model."""
+def base_name(path: str, layer: Any) -> str:
+    """Return the name that a PEFT layer, or the parameter that it wraps, has in the base model.
+
+    The weight of a linear layer goes by the name of the layer, whichever of them PEFT has wrapped.
+    """
     name = path.replace("._orig_mod", "").replace(".base_layer", "")
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+    if not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), nn.Linear):
+        return name
+    return f"{name}.{layer.parameter_name}"
+
+
+def wrapped_parameters(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+    """Return the layers that PEFT adapts as parameters (`target_parameters`), and the names that it has for these."""
+    return {
+        name: name if name.endswith(f".{layer.parameter_name}") else f"{name}.{layer.parameter_name}"
+        for name, layer in layers.items()
+        if isinstance(layer, ParamWrapper)
+    }
 
 
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
@@ -170,7 +184,7 @@ def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
     path, layer = next(
         (path, module)
         for path, module in base.named_modules()
-        if isinstance(module, LoraLayer) and _base_name(path, module) == name
+        if isinstance(module, LoraLayer) and base_name(path, module) == name
     )
     for part in layers_of(layer):
         for attribute in {*part.adapter_layer_names, *part.other_param_names, "lora_variant"}:

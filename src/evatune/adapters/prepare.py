@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
 from evatune.activations.gradients import Loss
+from evatune.activations.layers.heads import find_heads
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.preserve import preserved_random_state
 from evatune.adapters import starts
-from evatune.adapters.attach import quiet_peft
 from evatune.adapters.base_change import copy_weights, take_out
 from evatune.adapters.factors import factors_of
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.lora import find_adapter
 from evatune.adapters.starts import Preparation
+from evatune.adapters.wrap import wrap
 from evatune.errors import EvaError
 from evatune.methods import Choice, check_train_a, parse_method
 from evatune.spectra import Spectra
@@ -118,17 +118,21 @@ def prepare(
     rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
     targets = find_targets(model, rules)
     _check_targets(choice, targets, rank)
+    heads = [
+        name
+        for name, is_new in find_heads(model).items()
+        if is_new
+        and not rules.excludes(name)
+        and not any(t.name == name or t.name.startswith(f"{name}.") for t in targets)
+    ]
     config = _config(
         choice,
-        targets,
         r=rank,
         lora_alpha=lora_alpha,
         dropout=lora_dropout,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
         total_steps=total_steps,
         block_size=block_size,
-        modules_to_save=modules_to_save,
+        modules_to_save=[*dict.fromkeys([*(modules_to_save or ()), *heads])] or None,
         task_type=task_type,
         seed=seed,
     )
@@ -159,8 +163,8 @@ def prepare(
             )
             finish = getattr(starts, choice.method.start)(preparation, **choice.method.options)
         with _restored_on_failure(model, originals):
-            with quiet_peft(), _peft_errors(choice), _quiet_corrections():
-                peft_model: Any = get_peft_model(model, config)
+            with _peft_errors(choice), _quiet_corrections():
+                peft_model: Any = wrap(model, config, targets)
             if finish is not None:
                 finish(peft_model)
             if originals:
@@ -257,16 +261,13 @@ def _check_targets(choice: Choice, targets: Sequence[TargetModule], rank: int) -
             )
 
 
-def _config(choice: Choice, targets: Sequence[TargetModule], **given: Any) -> Any:
-    """Return the PEFT configuration of a method."""
+def _config(choice: Choice, **given: Any) -> Any:
+    """Return the PEFT configuration of a method, whose targets `wrap` writes into it."""
     method, rank = choice.method, given["r"]
-    common = {name: given[name] for name in ("target_modules", "exclude_modules", "modules_to_save", "task_type")}
-    common = {name: list(value) if isinstance(value, tuple | set) else value for name, value in common.items()}
+    common = {name: given[name] for name in ("modules_to_save", "task_type")}
     with _peft_errors(choice):
         if method.peft_config == "VeraConfig":
-            return peft.VeraConfig(
-                r=rank, vera_dropout=given["dropout"], projection_prng_key=given["seed"], **_named(common, targets)
-            )
+            return peft.VeraConfig(r=rank, vera_dropout=given["dropout"], projection_prng_key=given["seed"], **common)
         if method.peft_config == "BOFTConfig":
             return peft.BOFTConfig(
                 boft_block_size=given["block_size"], boft_n_butterfly_factor=2, boft_dropout=given["dropout"], **common
@@ -288,18 +289,12 @@ def _config(choice: Choice, targets: Sequence[TargetModule], **given: Any) -> An
         )
 
 
-def _named(common: dict[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
-    """Return the settings for a configuration that knows no `exclude_modules`."""
-    excluded = common.pop("exclude_modules")
-    if excluded:
-        common["target_modules"] = "|".join(re.escape(target.name) for target in targets)
-    return common
-
-
 @contextlib.contextmanager
 def _peft_errors(choice: Choice) -> Iterator[None]:
     try:
         yield
+    except EvaError:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         raise EvaError(f"PEFT cannot do {choice.name!r} here: {str(error).splitlines()[0]}") from error
 

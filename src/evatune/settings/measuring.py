@@ -27,7 +27,7 @@ class Targets(Section):
     exclude_modules: str | Sequence[str] | None = None
     """Names or name endings of modules, or a regular expression for them, that stay without adapter."""
     layers_to_transform: int | Sequence[int] | None = None
-    """Only the layers with these numbers, where `target_modules` are names."""
+    """Only the layers with these numbers, where `target_modules` are names or `all-linear`."""
     layers_pattern: str | Sequence[str] | None = None
     """Name of the list of layers, where it is not the first numbered one."""
     target_parameters: Sequence[str] | None = None

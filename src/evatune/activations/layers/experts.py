@@ -14,6 +14,7 @@ completes its own directions at random. In both cases it counts with the varianc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,8 @@ class ExpertsType(LayerType):
     def features(self, module: Any) -> tuple[int, int] | None:
         """Return the widths of the inputs and of the outputs of all experts together, (E d, E o)."""
         shape = whole_shape(getattr(module, self.parameter_name))
+        if len(shape) == 2:  # one matrix, such as a router's
+            return shape[1], shape[0]
         if len(shape) != 3:
             return None
         n_experts, n_out, n_in = shape
@@ -68,7 +71,7 @@ class ExpertsType(LayerType):
         """Yield the rows of every expert."""
         args, kwargs, autocast = entering
         args, kwargs = _counted(args, kwargs, masks, in_decoder=in_decoder)
-        watched = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        watched = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)}
         with autocast, _written_out(module), _Products(watched) as products:
             module.forward(*args, **kwargs)
         found = products.rows.get(self.parameter_name)
@@ -78,21 +81,34 @@ class ExpertsType(LayerType):
                 "leave it out of target_parameters."
             )
         self._are_hidden_states |= next(iter(products.rows), None) == self.parameter_name
-        parameter = watched[self.parameter_name]
+        n_experts = self._n_experts(module)
         features = self.features(module)
         assert features is not None
-        empty = parameter.new_empty(0, features[0] // len(parameter))
-        yield [torch.cat((found or {}).get(number) or [empty]) for number in range(len(parameter))]
+        width = features[0] // n_experts
+        for rows_nd in itertools.chain.from_iterable((found or {}).values()):
+            if rows_nd.shape[1] != width:
+                raise EvaError(
+                    f"takes {width} features in each expert as it is stored, but {rows_nd.shape[1]} enter: set "
+                    f"is_transposed=True on the {type(module).__name__} if it stores (experts, in, out), or leave it "
+                    "out of target_parameters."
+                )
+        empty = watched[self.parameter_name].new_empty(0, width)
+        yield [torch.cat((found or {}).get(number) or [empty]) for number in range(n_experts)]
 
     def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> StackedPCA:
         """Return a stack with one part for each expert."""
-        n_experts = len(getattr(module, self.parameter_name))
+        n_experts = self._n_experts(module)
         features = self.features(module)
         assert features is not None
         widths = [features[0] // n_experts] * n_experts
         return StackedPCA(n_components, widths=widths, new_pca=make, alike=self._are_hidden_states)
 
+    def _n_experts(self, module: Any) -> int:
+        shape = whole_shape(getattr(module, self.parameter_name))
+        return shape[0] if len(shape) == 3 else 1
 
+
+_CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.contiguous}
 _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 
 
@@ -106,18 +122,30 @@ class _Products(TorchFunctionMode):
     def __init__(self, watched: dict[str, Tensor]) -> None:
         super().__init__()
         self.watched = watched
+        self._copies: list[tuple[str, Tensor]] = []
         self.rows: dict[str, dict[int, list[Tensor]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and len(args) >= 2:
             self._keep(args[0], args[1])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _CASTS:
+            self._follow(args[0], result)
+        return result
+
+    def _follow(self, before: Tensor, after: Tensor) -> None:
+        """Take a parameter in another dtype, as routers multiply by, for the parameter itself."""
+        self._copies += [(name, after) for name, parameter in self.watched.items() if before is parameter is not after]
 
     def _keep(self, rows: Tensor, weight: Tensor) -> None:
-        for name, parameter in self.watched.items():
+        for name, parameter in [*self.watched.items(), *self._copies]:
             if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
                 continue
             experts = self.rows.setdefault(name, {})
+            if parameter.ndim == 2:
+                if weight.numel() == parameter.numel():
+                    experts.setdefault(0, []).append(rows.detach().reshape(-1, rows.shape[-1]))
+                return
             first = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
             if weight.ndim == 2 and weight.numel() == parameter[0].numel():
                 experts.setdefault(first, []).append(rows.detach().reshape(-1, rows.shape[-1]))

@@ -1,42 +1,72 @@
-"""Which modules are targets, by the rules of PEFT's `LoraConfig`, on bare and on already wrapped models."""
+"""Which modules a setting means: found once, here, for measuring, for PEFT and for every method.
+
+The settings have the names and the meaning that they have in PEFT's `LoraConfig`, with these differences, each of which
+either turns silence into an error or makes PEFT's own rule hold for every model:
+
+- "all-linear" means every linear map of the model but its heads (`evatune.activations.layers.heads`): linear layers,
+  `nn.MultiheadAttention`, the fused experts of a mixture and the router before them;
+- a name in `target_modules` or `exclude_modules` that matches nothing is an error;
+- fused experts are also matched by the names that their parts have as layers of their own: `gate_proj`, `up_proj`,
+  `w1`, `w3` (together), `down_proj`, `w2`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType
+from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType, whole_shape
 from evatune.activations.layers.attention import AttentionType
 from evatune.activations.layers.convolution import ConvolutionType
 from evatune.activations.layers.experts import ExpertsType
+from evatune.activations.layers.heads import find_heads
 from evatune.errors import EvaError, near_misses
 from evatune.settings import Targets
 
 ALL_LINEAR = "all-linear"
-CLASSIFIER_NAMES = ("score", "classifier")
 LAYER_TYPES: tuple[LayerType, ...] = (LINEAR, EmbeddingType(), ConvolutionType(), AttentionType())
 """All kinds of modules that can be measured."""
+
+FORMER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("w2",),),
+}
+"""By the name of a fused parameter: the layers that it replaced, under each set of names that they had."""
 
 
 class TargetRules(Targets):
     """The settings that say which modules get an adapter, with the meaning that PEFT's `LoraConfig` gives them."""
 
+    @property
+    def all_linear(self) -> bool:
+        """Whether the targets are all linear maps of the model."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
     def match(self, name: str) -> bool:
         """Tell whether the module of this name is a target."""
+        return not self.excludes(name) and self.includes(name)
+
+    def excludes(self, name: str) -> bool:
+        """Tell whether `exclude_modules` leaves this name out."""
         excluded = self.exclude_modules
-        if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
+        if not excluded:
             return False
+        return bool(re.fullmatch(excluded, name)) if isinstance(excluded, str) else _ends_with(name, excluded)
+
+    def includes(self, name: str) -> bool:
+        """Tell whether the other settings mean this name."""
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, name) is not None
         if name in self.target_modules:
             return True
-        return _ends_with(name, self.target_modules) and self._match_layer(name)
+        return _ends_with(name, self.target_modules) and self.in_layers(name)
 
-    def _match_layer(self, name: str) -> bool:
+    def in_layers(self, name: str) -> bool:
+        """Tell whether this name belongs to one of the layers that are to be adapted."""
         wanted = self.layers_to_transform
         if wanted is None or (not isinstance(wanted, int) and not wanted):
             return True
@@ -60,6 +90,58 @@ class TargetModule:
     """Width of its output."""
     layer: LayerType = LINEAR
     """How its input becomes rows."""
+    parameter: str | None = None
+    """Name of the parameter in that module, where the target is one of its parameters and not the module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A module, or a parameter that stands for a module, that a setting may mean."""
+
+    name: str
+    module: nn.Module
+    parameter: str | None = None
+    others: tuple[str, ...] = ()
+    """Further names that mean it."""
+    inside: str | None = None
+    """The attention module that uses its weight and never calls it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.others)
+
+    def is_linear_map(self) -> bool:
+        """Tell whether "all-linear" means it."""
+        if self.inside is not None or _returns_more(self.module):
+            return False
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self.module.in_proj_weight is not None
+        return self.parameter is not None or LINEAR.features(self.module) is not None
+
+    def target(self) -> TargetModule:
+        if self.inside is not None:
+            raise EvaError(
+                f"target {self.name!r} is never called: nn.MultiheadAttention uses its weight alone, and an adapter "
+                f"there has no effect; target {self.inside!r} instead, or name it in exclude_modules."
+            )
+        for layer in LAYER_TYPES if self.parameter is None else (ExpertsType(self.parameter),):
+            try:
+                features = layer.features(self.module)
+            except EvaError as error:
+                raise EvaError(f"target {self.name!r} is {error}") from None
+            if features is not None:
+                return TargetModule(
+                    name=self.name,
+                    module=self.module,
+                    in_features=features[0],
+                    out_features=features[1],
+                    layer=layer,
+                    parameter=self.parameter,
+                )
+        raise EvaError(
+            f"target {self.name!r} is a {type(self.module).__name__}, which has no matrix that EVA can measure; "
+            "leave it out of target_modules or name it in exclude_modules."
+        )
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -86,54 +168,103 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
         At least one target.
 
     Raises:
-        EvaError: nothing matches (with the nearest names), or something matches that cannot be measured.
+        EvaError: nothing matches, or a name that matches nothing (with the nearest names), or something matches that
+            cannot be measured.
     """
     base = unwrap(model)
-    candidates = dict(_adaptable(base))
-    order = {id(module): number for number, module in enumerate(candidates.values())}
-    uncalled = {
-        f"{name}.out_proj": name for name, module in candidates.items() if isinstance(module, nn.MultiheadAttention)
-    }
-    linear = [name for name, module in candidates.items() if LINEAR.features(module) and name not in uncalled]
-    if isinstance(rules.target_modules, str) and rules.target_modules.lower() == ALL_LINEAR:
-        heads = _head_names(base)
-        names = [name for name in linear if name not in heads]
-        rules = replace(rules, target_modules=tuple(names), layers_to_transform=None, layers_pattern=None)
-    matched = {name: module for name, module in candidates.items() if rules.match(name)}
-    parameters = _parameters(candidates, rules.target_parameters or ())
+    modules = dict(_adaptable(base))
+    candidates = list(_candidates(modules))
+    if rules.all_linear:
+        heads = tuple(find_heads(base))
+        possible = [item for item in candidates if item.is_linear_map() and not _is_part(item.name, heads)]
+        matched = [item for item in possible if not any(map(rules.excludes, item.names)) and rules.in_layers(item.name)]
+    else:
+        if isinstance(rules.target_modules, str) and rules.layers_to_transform is not None:
+            raise EvaError(
+                f"layers_to_transform={rules.layers_to_transform!r} goes with names or 'all-linear', not with the "
+                f"regular expression {rules.target_modules!r}; put the numbers into the expression."
+            )
+        matched = [
+            item
+            for item in candidates
+            if not any(map(rules.excludes, item.names)) and any(map(rules.includes, item.names))
+        ]
+    parameters = _parameters(modules, rules)
     if not matched and (rules.target_modules or not parameters):
-        raise EvaError(_nothing_matches(rules, linear))
-    targets = [
-        _target(name, module, inside=uncalled.get(name))
-        for name, module in matched.items()
-        if uncalled.get(name) not in matched  # the attention module brings its output projection with it
-    ]
-    return sorted([*targets, *parameters], key=lambda target: order[id(target.module)])
+        raise EvaError(_nothing_matches(rules, candidates))
+    _check_names(rules, candidates, matched)
+    taken = {item.name for item in matched}
+    targets = [item.target() for item in matched if item.inside not in taken]  # attention brings its output projection
+    order = {id(module): number for number, module in enumerate(modules.values())}
+    further = [target for target in parameters if target.name not in taken]
+    return sorted([*targets, *further], key=lambda target: order[id(target.module)])
 
 
-def _parameters(candidates: Mapping[str, nn.Module], wanted: Sequence[str]) -> list[TargetModule]:
-    """Return the parameters that match one of the wanted names or name endings as targets."""
+def _candidates(modules: Mapping[str, nn.Module]) -> Iterator[_Candidate]:
+    """Yield all modules, with the matrices of fused experts and routers in the place of their modules."""
+    attention = {f"{name}.out_proj": name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    routers = {router: matrix for name, m in modules.items() for router, matrix in _routers(name, m, modules)}
+    for name, module in modules.items():
+        fused = _fused(module)
+        for parameter in fused:
+            former = (old for names in FORMER_NAMES.get(parameter, ()) for old in names)
+            others = (name, *(f"{name}.{old}" for old in former))
+            yield _Candidate(name=f"{name}.{parameter}", module=module, parameter=parameter, others=others)
+        if name in routers:
+            yield _Candidate(name=f"{name}.{routers[name]}", module=module, parameter=routers[name], others=(name,))
+        elif not fused:
+            yield _Candidate(name=name, module=module, inside=attention.get(name))
+
+
+def _returns_more(module: nn.Module) -> bool:
+    """Tell whether a router is a linear layer that returns more than its product, which PEFT cannot wrap."""
+    is_plain = type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and not is_plain and "Router" in type(module).__name__
+
+
+def _fused(module: nn.Module) -> list[str]:
+    """Return the parameters in which a module holds the weights of all its experts.
+
+    `is_transposed` says in which order, and marks such modules: transformers sets it, and PEFT reads it.
+    """
+    if not isinstance(getattr(module, "is_transposed", None), bool):
+        return []
+    return [name for name, value in module.named_parameters(recurse=False) if len(whole_shape(value)) == 3]
+
+
+def _routers(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Yield the routers beside a module of fused experts, no linear layers themselves, and the name of their matrix."""
+    parent = name.rpartition(".")[0]
+    fused = _fused(module)
+    for other, sibling in modules.items() if fused else ():
+        if other.rpartition(".")[0] != parent or LINEAR.features(sibling) or _fused(sibling):
+            continue
+        for parameter, value in sibling.named_parameters(recurse=False):
+            shape = whole_shape(value)
+            if len(shape) == 2 and shape[0] == whole_shape(getattr(module, fused[0]))[0]:
+                yield other, parameter
+
+
+def _parameters(modules: Mapping[str, nn.Module], rules: TargetRules) -> list[TargetModule]:
+    """Return the parameters that match one of `target_parameters` as targets."""
     targets, used = [], set()
+    wanted = rules.target_parameters or ()
     known: dict[str, None] = {}
-    for module_name, module in candidates.items():
+    for module_name, module in modules.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}"
-            if parameter.ndim == 3:
+            if len(whole_shape(parameter)) == 3:
                 known[".".join(name.rsplit(".", 2)[-2:])] = None
             endings = {ending for ending in wanted if name == ending or name.endswith(f".{ending}")}
-            if not endings:
+            if not endings or rules.excludes(name) or rules.excludes(module_name):
                 continue
-            layer = ExpertsType(parameter_name)
-            features = layer.features(module)
-            if features is None:
+            used |= endings
+            if len(whole_shape(parameter)) not in (2, 3) or LINEAR.features(module):
                 raise EvaError(
-                    f"parameter {name!r} of shape {tuple(parameter.shape)} does not hold the weights of several "
+                    f"parameter {name!r} of shape {whole_shape(parameter)} does not hold the weights of several "
                     "experts; name its module in target_modules instead of target_parameters."
                 )
-            used |= endings
-            targets.append(
-                TargetModule(name=name, module=module, in_features=features[0], out_features=features[1], layer=layer)
-            )
+            targets.append(_Candidate(name=name, module=module, parameter=parameter_name).target())
     missing = [ending for ending in wanted if ending not in used]
     if missing:
         raise EvaError(
@@ -141,28 +272,6 @@ def _parameters(candidates: Mapping[str, nn.Module], wanted: Sequence[str]) -> l
             f"its fused experts are {', '.join(list(known)[:12]) or 'none'}."
         )
     return targets
-
-
-def _target(name: str, module: nn.Module, *, inside: str | None) -> TargetModule:
-    """Return a matched module as a target; `inside` names the attention module that it is a part of."""
-    if inside is not None:
-        raise EvaError(
-            f"target {name!r} is never called: nn.MultiheadAttention uses its weight alone, and an adapter there has "
-            f"no effect; target {inside!r} instead, or name it in exclude_modules."
-        )
-    for layer in LAYER_TYPES:
-        try:
-            features = layer.features(module)
-        except EvaError as error:
-            raise EvaError(f"target {name!r} is {error}") from None
-        if features is not None:
-            return TargetModule(
-                name=name, module=module, in_features=features[0], out_features=features[1], layer=layer
-            )
-    raise EvaError(
-        f"target {name!r} is a {type(module).__name__}, which has no matrix that EVA can measure; "
-        "leave it out of target_modules or name it in exclude_modules."
-    )
 
 
 def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -185,25 +294,80 @@ def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _head_names(base: nn.Module) -> set[str]:
-    """Return the names of the output head, which "all-linear" leaves out: it is new, or as wide as the vocabulary."""
-    get_output = getattr(base, "get_output_embeddings", None)
-    head = get_output() if get_output else None
-    heads = [head] if head is not None else [getattr(base, name, None) for name in CLASSIFIER_NAMES][:2]
-    roots = {id(head) for head in heads if head is not None}
-    names = [name for name, module in base.named_modules() if id(module) in roots]
-    return {
-        name for name, _ in base.named_modules() if any(name == root or name.startswith(root + ".") for root in names)
-    }
+def _check_names(rules: TargetRules, candidates: Sequence[_Candidate], matched: Sequence[_Candidate]) -> None:
+    """Check that every name and number in the settings means something.
+
+    Raises:
+        EvaError: one does not.
+    """
+    names = [name for item in candidates for name in item.names]
+    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    settings = {"target_modules": rules.target_modules, "exclude_modules": rules.exclude_modules}
+    for setting, value in settings.items():
+        if isinstance(value, str):
+            if setting == "exclude_modules" and value and not any(re.fullmatch(value, name) for name in names):
+                raise EvaError(f"{setting}={value!r} matches no module of the model; correct it or leave it out.")
+            continue
+        for wanted in value or ():
+            if not any(_ends_with(name, [wanted]) for name in names):
+                hint = near_misses(wanted.rsplit(".", 1)[-1], leaves)
+                raise EvaError(
+                    f"{wanted!r} in {setting} matches no module of the model{hint}; correct it or leave it out."
+                )
+    if rules.exclude_modules and not isinstance(rules.exclude_modules, str):
+        for wanted in rules.exclude_modules:
+            inside = [item for item in matched if not _ends_with(item.name, [wanted]) and _has_part(item.name, wanted)]
+            if inside:
+                raise EvaError(
+                    f"{wanted!r} in exclude_modules names a part of the model and not a target, and leaves nothing "
+                    f"inside it out, such as {inside[0].name!r}; write the regular expression "
+                    f"'(.*\\.)?{re.escape(wanted)}\\..*' instead."
+                )
+    numbers = rules.layers_to_transform
+    for number in [numbers] if isinstance(numbers, int) else numbers or ():
+        one = TargetRules(layers_to_transform=number, layers_pattern=rules.layers_pattern)
+        if not any(one.in_layers(item.name) for item in matched):
+            raise EvaError(f"layers_to_transform={numbers!r}: no target is in a layer with the number {number}.")
+    if not isinstance(rules.target_modules, str):
+        _check_former_names(rules, matched)
+
+
+def _check_former_names(rules: TargetRules, matched: Sequence[_Candidate]) -> None:
+    """Check that what is one parameter now is named whole."""
+    for item in matched:
+        if item.parameter is None or _named(rules, (item.name, item.name.removesuffix(f".{item.parameter}"))):
+            continue
+        for parts in FORMER_NAMES.get(item.parameter, ()):
+            stem = item.name.removesuffix(item.parameter)
+            given = [part for part in parts if _named(rules, (f"{stem}{part}",))]
+            if given and len(given) < len(parts):
+                missing = next(part for part in parts if part not in given)
+                raise EvaError(
+                    f"target_modules names {given[0]!r} without {missing!r}, but {item.name!r} holds both in one "
+                    f"parameter; name both, or exclude {stem.rstrip('.')!r}."
+                )
+
+
+def _named(rules: TargetRules, names: Iterable[str]) -> bool:
+    return any(_ends_with(name, rules.target_modules) for name in names)
+
+
+def _is_part(name: str, of: Iterable[str]) -> bool:
+    return any(name == whole or name.startswith(f"{whole}.") for whole in of)
+
+
+def _has_part(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}"
 
 
 def _ends_with(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _nothing_matches(rules: TargetRules, names: Sequence[str]) -> str:
+def _nothing_matches(rules: TargetRules, candidates: Sequence[_Candidate]) -> str:
     wanted = [rules.target_modules] if isinstance(rules.target_modules, str) else list(rules.target_modules)
-    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    linear = [item.name for item in candidates if item.is_linear_map()]
+    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)
     hints = "".join(near_misses(name.rsplit(".", 1)[-1], leaves) for name in wanted[:1])
     shown = ", ".join(wanted[:3]) + (", …" if len(wanted) > 3 else "")
     limits = [

@@ -1,0 +1,85 @@
+"""Putting a PEFT adapter on exactly the targets that were found, and nowhere else.
+
+PEFT resolves names once more by rules of its own: a name in a list also means every module whose name ends with it,
+lists are condensed, and for mixtures of experts some names are taken for those of an earlier release of transformers.
+So PEFT gets names, never a pattern of the user, and what it wrapped is compared with what was found.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from evatune.activations.layers.targets import TargetModule
+from evatune.adapters.attach import quiet_peft
+from evatune.adapters.lora import base_name
+from evatune.errors import EvaError
+
+
+def wrap(model: Any, config: Any, targets: Sequence[TargetModule]) -> PeftModel:
+    """Put an adapter on exactly these targets of a model.
+
+    Args:
+        model: the base model; it is changed in place, as PEFT does, also where an error is raised half-way.
+        config: a PEFT configuration; the names of the targets are written into it.
+        targets: what to adapt.
+
+    Raises:
+        EvaError: PEFT would adapt, or has adapted, other modules.
+    """
+    _write_names(config, model, targets)
+    with quiet_peft():
+        peft_model: Any = get_peft_model(model, config)
+    found = [
+        base_name(path, module)
+        for path, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer) and not path.endswith(".base_layer.out_proj")
+    ]
+    wanted = [target.name for target in targets]
+    for names, others, what in ((wanted, set(found), "left out"), (found, set(wanted), "adapted")):
+        if other := [name for name in names if name not in others]:
+            raise EvaError(
+                f"PEFT {what} {other[0]!r} against the settings ({len(other)} modules in all); "
+                f"{'it is trained whole, or ' if what == 'left out' else ''}name it in exclude_modules."
+            )
+    return peft_model
+
+
+def _write_names(config: Any, model: nn.Module, targets: Sequence[TargetModule]) -> None:
+    names = [target.name for target in targets if target.parameter is None]
+    parameters = [target.name for target in targets if target.parameter is not None]
+    misread = _misread(config, model, {name.rpartition(".")[2] for name in names})
+    parameters += [f"{name}.weight" for name in names if name.rpartition(".")[2] in misread]
+    names = [name for name in names if name.rpartition(".")[2] not in misread]
+    endings = {ending for name, _ in model.named_modules() if name not in names for ending in _endings(name)}
+    alone = not endings.intersection(names)
+    config.target_modules = names if alone else "|".join(map(re.escape, names))
+    if parameters:
+        config.target_parameters = parameters
+
+
+def _endings(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[number:]) for number in range(1, len(parts)))
+
+
+def _misread(config: PeftConfig, model: nn.Module, leaves: Iterable[str]) -> set[str]:
+    """Return the last parts of names that PEFT would take for those of experts or routers of this model."""
+    found = set()
+    for leaf in leaves:
+        one: Any = copy.copy(config)
+        one.target_modules, one.target_parameters = {f"any.{leaf}"}, None
+        try:
+            convert_peft_config_for_transformers(one, model=model, conversions=None)
+        except ValueError:  # only a part of a fused matrix
+            found.add(leaf)
+        else:
+            found |= set() if one.target_modules == {f"any.{leaf}"} else {leaf}
+    return found
