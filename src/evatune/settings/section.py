@@ -1,8 +1,8 @@
 """`Section`: frozen dataclasses that convert and check their fields, and describe them by the text under each.
 
 A field is a string, a number with a range, a choice (`Literal`), true or false, a list of strings or numbers, a mapping
-from names to numbers, or one of these or none. Values come from Python, from YAML or from the command line, so a number
-may also be given as a string.
+from names to numbers or strings, or one of these or none. Values come from Python, from YAML or from the command line,
+so a number may also be given as a string.
 """
 
 from __future__ import annotations
@@ -189,9 +189,13 @@ def convert(value: Any, kind: Any, name: str, *, splits_names: bool = False, amo
     if origin in _LISTS:
         return _list(value, typing.get_args(kind)[0], wrong)
     if origin is Mapping:
+        if _is_list(value) and all(isinstance(item, str) and "=" in item for item in value):
+            value = dict(item.split("=", 1) for item in value)  # as the command line writes it
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise wrong
-        return {key: convert(item, typing.get_args(kind)[1], f"{name} of {key!r}") for key, item in value.items()}
+        item_kind = typing.get_args(kind)[1]
+        items = {key: str(item) if item_kind is str and type(item) is int else item for key, item in value.items()}
+        return {key: convert(item, item_kind, f"{name} of {key!r}") for key, item in items.items()}
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
         return value.lower() in ("true", "yes")
     if kind in (int, float):

@@ -17,6 +17,7 @@ from evatune.settings import Section
 from evatune.tasks.control.settings import ControlData
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.settings import ModelSettings
+from evatune.tasks.understanding.settings import UnderstandingData
 from evatune.tasks.vision.settings import VisionData
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ DOMAINS: dict[str, Domain] = {
         higher_is_better=False,
         home="evatune.tasks.generation.task",
         head="causal-lm",
+    ),
+    "understanding": Domain(
+        idea="a language model learns the classes of texts",
+        settings=UnderstandingData,
+        metric="accuracy",
+        higher_is_better=True,
+        home="evatune.tasks.understanding.task",
+        head="sequence-classification",
     ),
     "vision": Domain(
         idea="a vision model learns the classes of pictures",

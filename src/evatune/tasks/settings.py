@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,3 +55,12 @@ class DataSettings(Section):
     """Keep this many training examples, drawn with the seed."""
     max_eval_examples: int | None = number(200, low=1)
     """Keep this many held-out examples, drawn with the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings(DataSettings):
+    """Data that are rows of text in tables."""
+
+    columns: Mapping[str, str] | None = None
+    """What the source calls the columns that are wanted, for example `prompt: question`; in a .csv or .tsv file without
+    header a column is a number, from 1 on."""

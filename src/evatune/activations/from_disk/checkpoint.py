@@ -200,10 +200,10 @@ class _ConversionRules:
         """Read tensors, convert them and put them into the model in the dtype that it has."""
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from evatune.models import _no_progress_bars
+        from evatune.models.calls import no_progress_bars
 
         config = LoadStateDictConfig(weight_mapping=self._mapping, device_map={"": device})
-        with _no_progress_bars():
+        with no_progress_bars():
             self._loading.convert_and_load_state_dict_in_model(model, stored, config)
 
 

@@ -27,13 +27,14 @@ def model_folder(model: str | os.PathLike[str], *, revision: str | None = None, 
     """
     from huggingface_hub import snapshot_download
 
-    from evatune.models import _explained, _find
+    from evatune.models.calls import explained
+    from evatune.models.sources import find_source
 
-    found = _find(model, None, dtype=None, revision=revision)
+    found = find_source(model, None, dtype=None, revision=revision)
     if isinstance(found, Path):
         return found
     patterns = ["*.json", "*.py", *(["*.safetensors"] if weights else [])]
-    with _explained(found, "model"):
+    with explained(found, "model"):
         return Path(snapshot_download(found, revision=revision, allow_patterns=patterns))
 
 
@@ -41,9 +42,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the configuration of the model in a folder."""
     from transformers import AutoConfig
 
-    from evatune.models import _explained
+    from evatune.models.calls import explained
 
-    with _explained(folder, "configuration"):
+    with explained(folder, "configuration"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -72,7 +73,8 @@ def empty_model(
     import transformers
     from accelerate import init_empty_weights
 
-    from evatune.models import _CLASSES, _check_choice
+    from evatune.models.calls import check_choice
+    from evatune.models.loading import HEADS
 
     if getattr(config, "quantization_config", None):
         raise EvaError(
@@ -84,8 +86,8 @@ def empty_model(
     names = getattr(config, "architectures", None) or []
     with context or init_empty_weights(include_buffers=False):
         if task is not None:
-            _check_choice("task", task, _CLASSES)
-            auto = getattr(transformers, _CLASSES[task])
+            check_choice("task", task, HEADS)
+            auto = getattr(transformers, HEADS[task])
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
         elif names and hasattr(transformers, names[0]):
             model = getattr(transformers, names[0])._from_config(config)
@@ -93,6 +95,6 @@ def empty_model(
             raise EvaError(
                 f"the configuration names {names[0] if names else 'no architecture'!r}"
                 f"{near_misses(names[0], dir(transformers)) if names else ''}, which transformers does not have; "
-                f"give task, one of {', '.join(_CLASSES)}."
+                f"give task, one of {', '.join(HEADS)}."
             )
     return model.eval()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evatune.settings import number
-from evatune.tasks.settings import DataSettings
+from evatune.tasks.settings import RowSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationData(DataSettings):
+class GenerationData(RowSettings):
     """The training data and the held-out data: prompts and completions, conversations, or plain text."""
 
     format: Literal["auto", "commonsense", "gsm8k", "metamath", "completion", "messages", "text"] = "auto"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evatune.models import load_model, load_tokenizer
+from evatune.tasks.examples import Examples
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
-from evatune.tasks.generation.examples import Examples, load_examples
+from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.generation.formats import Example
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
@@ -50,7 +51,7 @@ class Generation:
         )
 
     @cached_property
-    def examples(self) -> Examples:
+    def examples(self) -> Examples[Example]:
         """The training examples as text."""
         return self._load(self.data.train, limit=self.data.max_train_examples, split=self.data.train_split)
 
@@ -60,10 +61,10 @@ class Generation:
         return self._encoded(self.examples)
 
     @cached_property
-    def held_out(self) -> Examples:
+    def held_out(self) -> Examples[Example]:
         """The held-out examples as text."""
         if not self.data.eval:
-            return Examples(items=(), sources=(), dropped=0)
+            return Examples()
         return self._load(self.data.eval, limit=self.data.max_eval_examples, split=self.data.eval_split)
 
     def load_model(self) -> Any:
@@ -129,7 +130,7 @@ class Generation:
             examples, self.tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt
         )
 
-    def _load(self, sources: Sequence[str], *, limit: int | None, split: str) -> Examples:
+    def _load(self, sources: Sequence[str], *, limit: int | None, split: str) -> Examples[Example]:
         return load_examples(
             sources,
             limit=limit,
@@ -138,4 +139,5 @@ class Generation:
             seed=self.seed,
             tokenizer=self.tokenizer,
             hub_config=self.data.hub_config,
+            columns=self.data.columns,
         )

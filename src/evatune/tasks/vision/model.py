@@ -180,7 +180,7 @@ def load_classifier(settings: ModelSettings, *, n_classes: int, size: int) -> Im
         dtype=settings.dtype,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
-        task="base",
+        head="base",
     )
     classifier = ImageClassifier(getattr(model, "vision_model", model), n_classes=n_classes, size=size)
     head = Path(settings.name).expanduser() / _HEAD_FILE

@@ -1,0 +1,44 @@
+"""Calling transformers: its long errors in one sentence, its progress bars silent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from evatune.errors import EvaError, near_misses
+
+
+def check_choice(what: str, value: str, known: dict[str, Any]) -> None:
+    """Raise an `EvaError` unless `value` is one of the known ones."""
+    if value not in known:
+        raise EvaError(f"{what} is {value!r}, but must be one of {', '.join(known)}{near_misses(str(value), known)}.")
+
+
+@contextlib.contextmanager
+def explained(name: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn the many-line errors of a failed load into one sentence."""
+    try:
+        yield
+    except (EvaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file fails in any way: KeyError, SafetensorError, tokenizers' own Exception
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EvaError(f"cannot load the {what} of {os.fspath(name)!r}: {reason.rstrip('.')}.") from error
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silence the progress bars of transformers (a bar for loading weights that takes no time)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,105 @@
+"""Loading pretrained models and their tokenizers: from a hub, a folder, a GGUF file or a Python package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evatune.models.calls import check_choice, explained, no_progress_bars
+from evatune.models.sources import DTYPES, find_source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HEADS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "base": "AutoModel",
+}
+"""Transformers' class by the head that a model is loaded with; `base` has none."""
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = "causal-lm",
+    labels: Sequence[str] | None = None,
+) -> PreTrainedModel:
+    """Load a pretrained model, in evaluation mode.
+
+    A GGUF file is dequantized once; the result stays in the user's cache (`EVATUNE_CACHE`, by default
+    `~/.cache/evatune`), so that the next load takes a second.
+
+    Args:
+        name_or_path: hub id, local folder, path that ends in `.gguf`, or `package:NAME` for the one model inside an
+            installed Python package: a `.gguf` file, or a folder with `config.json`.
+        gguf_file: name of a GGUF file inside the folder or hub repository.
+        dtype: `float32`, `bfloat16` or `float16`.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run Python code that comes with a hub model.
+        head: `causal-lm`, `seq2seq-lm`, `sequence-classification`, `image-classification` or `base` (no head).
+        labels: names of the classes, for a head that classifies; it is new, and random, where the model has none for
+            as many classes.
+
+    Returns:
+        A transformers model whose `name_or_path` is `name_or_path` as given.
+
+    Raises:
+        EvaError: there is no such model, or an argument is not one of the known values.
+    """
+    import transformers
+
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("head", head, HEADS)
+    source = find_source(name_or_path, gguf_file, dtype=dtype, revision=revision)
+    loader = getattr(transformers, HEADS[head])
+    classes: dict[str, Any] = {}
+    if labels is not None:
+        classes["id2label"] = dict(enumerate(labels))
+        classes["label2id"] = {label: number for number, label in enumerate(labels)}
+        classes["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
+    with explained(name_or_path, "model"), no_progress_bars():
+        model = loader.from_pretrained(
+            source, dtype=DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code, **classes
+        )
+    model.name_or_path = model.config._name_or_path = os.fspath(name_or_path)
+    return model.eval()
+
+
+def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
+    """Return the configuration of a pretrained model; the arguments are those of `load_model`.
+
+    Raises:
+        EvaError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    source = find_source(name_or_path, None, dtype=None, revision=revision)
+    with explained(name_or_path, "configuration"):
+        return AutoConfig.from_pretrained(source, revision=revision)
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a pretrained model; the arguments are those of `load_model`.
+
+    Raises:
+        EvaError: there is no such model, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(name_or_path, gguf_file, dtype=None, revision=revision)
+    with explained(name_or_path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -1,0 +1,102 @@
+"""Examples from the rows of several sources, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+from evatune.errors import EvaError
+from evatune.tasks.rows import Row, read_rows
+
+Item = TypeVar("Item")
+Convert = Callable[[Row], Item | None]
+"""Makes an example of a row, or None where the row has no answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Sequence[Item], Generic[Item]):
+    """Examples in their seeded order."""
+
+    items: tuple[Item, ...] = ()
+    """The examples."""
+    sources: tuple[str, ...] = ()
+    """Where they come from."""
+    dropped: int = 0
+    """Rows left out because they have no answer."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        return self.items[index]
+
+    def summary(self) -> str:
+        """Return one line: how many examples, from where, how many rows were dropped."""
+        dropped = f" ({self.dropped:,} without an answer dropped)" if self.dropped else ""
+        return f"{len(self):,} examples from {_short_names(self.sources)}{dropped}"
+
+
+def gather(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    converter: Callable[[Row, str], Convert[Item]],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    split: str = "train",
+    hub_config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Examples[Item]:
+    """Read examples and put them into a random order that depends on the seed alone.
+
+    Args:
+        sources: files, which are mixed, or a hub data set id; see `read_rows`.
+        converter: is given the first row of a source and its name, and returns what makes examples of its rows.
+        limit: keep the first so many of the shuffled examples.
+        seed: of the order.
+        split: split of a hub data set.
+        hub_config: configuration of a hub data set.
+        columns: see `read_rows`.
+
+    Returns:
+        The examples; rows without an answer are dropped and counted.
+
+    Raises:
+        EvaError: a source is missing or unreadable, a row does not fit, or no example is left.
+    """
+    names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    items: list[Item] = []
+    dropped = 0
+    for name in names:
+        convert: Convert[Item] | None = None
+        for where, row in read_rows(name, split=split, hub_config=hub_config, columns=columns):
+            convert = convert or converter(row, name)
+            try:
+                example = convert(row)
+            except EvaError as error:
+                raise EvaError(f"{where}: {error}") from None
+            if example is None:
+                dropped += 1
+            else:
+                items.append(example)
+    if not items:
+        rows = "1 row" if dropped == 1 else f"{dropped} rows"
+        raise EvaError(f"{', '.join(names) or 'the data'} holds no usable example ({rows} without an answer).")
+    random.Random(seed).shuffle(items)
+    return Examples(items=tuple(items[:limit]), sources=tuple(names), dropped=dropped)
+
+
+def _short_names(sources: Sequence[str]) -> str:
+    """Return the names of files for one line: without folders, unless two files share a name."""
+    names: list[Any] = [Path(source).name for source in sources]
+    return ", ".join(
+        name if names.count(name) == 1 else str(Path(Path(source).parent.name) / name)
+        for source, name in zip(sources, names, strict=True)
+    )

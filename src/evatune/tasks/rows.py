@@ -1,0 +1,197 @@
+"""Rows of data sets: from JSON, CSV and Parquet files or from a hub, each with the words by which errors call it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import EvaError, near_misses
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of the files that can be read."""
+
+Row = dict[str, Any]
+
+
+def read_rows(
+    name: str, *, split: str = "train", hub_config: str | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one source, each with the place where it stands, for errors.
+
+    Args:
+        name: a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set id. Quotes mean nothing in a .tsv file.
+        split: split of a hub data set.
+        hub_config: configuration of a hub data set.
+        columns: what the source calls the columns that are wanted: wanted name -> its name. Numbers, from 1 on, mean
+            that a .csv or .tsv file has no header.
+
+    Raises:
+        EvaError: there is no such source, or it cannot be read; the sentence names the line.
+    """
+    columns = columns or {}
+    for where, row in _source(name, split=split, hub_config=hub_config, has_header=not _numbered(columns)):
+        for wanted, column in columns.items():
+            if column not in row:
+                raise EvaError(f"{where} has no column {column!r}{near_misses(column, row)}; it has {_listed(row)}.")
+            row = row | {wanted: row[column]}
+        yield where, row
+
+
+def _source(name: str, *, split: str, hub_config: str | None, has_header: bool) -> Iterator[tuple[str, Row]]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise EvaError(f"cannot read {path}: its ending must be one of {', '.join(SUFFIXES)}.")
+        try:
+            yield from _READERS[path.suffix](path, has_header=has_header)
+        except OSError as error:
+            raise EvaError(f"cannot read {path}: {error.strerror or error}.") from error
+    elif path.is_dir():
+        found = sorted(child.name for child in path.iterdir() if child.suffix in SUFFIXES)
+        raise EvaError(f"{path} is a folder; name its files one by one (there are: {_listed(found) or 'none'}).")
+    elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise EvaError(f"there is no data file {path}{near_misses(path.name, siblings)}.")
+    else:
+        yield from _hub_rows(name, split=split, hub_config=hub_config)
+
+
+def _jsonl_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = _parsed(line, where=where)
+        if not isinstance(row, dict):
+            raise EvaError(f"{where} is not a JSON object.")
+        yield where, row
+
+
+def _json_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
+    content = _parsed("".join(line for _, line in _lines(path)), where=str(path))
+    rows = next(iter(content.values()), None) if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise EvaError(f"{path} must hold a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise EvaError(f"{path} must hold a list of objects, and item {number} is a {type(row).__name__}.")
+        yield f"{path}, item {number}", row
+
+
+def _csv_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    reader = csv.reader((line for _, line in _lines(path)), **form)
+    names: list[str] | None = None
+    with _long_fields():
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise EvaError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
+            if names is None:
+                names = values if has_header else [str(number) for number in range(1, len(values) + 1)]
+                if has_header:
+                    continue
+            where = f"{path}, line {reader.line_num}"
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise EvaError(f"{where} has {len(values)} fields, and the first line has {len(names)}.")
+            yield where, dict(zip(names, values, strict=True))
+
+
+def _parquet_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise EvaError(f"reading {path} needs the Python package pyarrow; run: pip install pyarrow.") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise EvaError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tuple[str, Row]]:
+    try:
+        import datasets
+    except ImportError:
+        raise EvaError(
+            f"there is no data file {name}, and a hub data set needs the Python package datasets; "
+            "run: pip install 'evatune[hub]'."
+        ) from None
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, hub_config, split=split), start=1):
+            yield f"{name}, {split} row {number}", row
+    except EvaError:
+        raise
+    except Exception as error:  # the hub client raises errors of many libraries
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EvaError(
+            f"there is no data file {name}, and it cannot be loaded from a hub: {reason.rstrip('.')}."
+        ) from error
+
+
+_READERS: dict[str, Callable[..., Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file in UTF-8, with their numbers; a byte order mark is skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise EvaError(
+                    f"{path}, line {number} is not UTF-8 text (byte 0x{line[error.start]:02x}); convert the file."
+                ) from None
+
+
+def _parsed(text: str, *, where: str) -> Any:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if ", line " in where else f"line {error.lineno}, column {error.colno}"
+        raise EvaError(f"{where} is not JSON: {error.msg} at {place}.") from None
+    except RecursionError:
+        raise EvaError(f"{where} is not JSON that can be read: it is nested too deeply.") from None
+    if "\\ud" in text.lower():  # an escape may be half of a character, which no tokenizer can take
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise EvaError(
+                f"{where} holds half of a surrogate pair, which is no text; repair or drop the row."
+            ) from None
+    return content
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let CSV fields be as long as they are; Python's limit is 131,072 characters."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _numbered(columns: Mapping[str, str]) -> bool:
+    return bool(columns) and all(column.isdigit() for column in columns.values())
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names))

@@ -1,0 +1,37 @@
+"""Gathering examples: where mistakes stand, and what is printed of sources."""
+
+from __future__ import annotations
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.tasks.examples import Examples, gather
+
+
+def converter(row, source):
+    def convert(row):
+        if row["n"] == "bad":
+            raise EvaError("n is bad.")
+        return None if row["n"] is None else row["n"]
+
+    return convert
+
+
+def test_mistakes_in_a_row_name_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "bad"}\n')
+    with pytest.raises(EvaError, match=r"a\.jsonl, line 2: n is bad\."):
+        gather(tmp_path / "a.jsonl", converter)
+
+
+def test_rows_without_an_answer_are_dropped_with_a_count(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": null}\n{"n": 2}\n')
+    found = gather(tmp_path / "a.jsonl", converter)
+    assert (sorted(found), found.dropped) == ([1, 2], 1)
+    (tmp_path / "a.jsonl").write_text('{"n": null}\n')
+    with pytest.raises(EvaError, match=r"holds no usable example \(1 row without an answer\)"):
+        gather(tmp_path / "a.jsonl", converter)
+
+
+def test_files_of_one_name_are_told_apart():
+    found = Examples(items=(1, 2), sources=("data/easy/train.json", "data/hard/train.json", "more.json"))
+    assert found.summary() == "2 examples from easy/train.json, hard/train.json, more.json"

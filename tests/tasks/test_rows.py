@@ -1,0 +1,81 @@
+"""Rows of files: every kind, columns by other names, and mistakes that name their line."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.tasks.rows import read_rows
+
+
+def rows(path, **options):
+    return [row for _, row in read_rows(str(path), **options)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    for name, text in (("a.csv", "text,label\nhi,1\n"), ("a.jsonl", '{"text": "hi", "label": "1"}\n')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert rows(tmp_path / name) == [{"text": "hi", "label": "1"}]
+
+
+def test_csv_fields_may_be_long_and_hold_lines(tmp_path):
+    limit = csv.field_size_limit()
+    long = "word " * 40_000
+    (tmp_path / "a.csv").write_text(f'text,label\n"one\ntwo",1\n"{long}",2\n')
+    assert rows(tmp_path / "a.csv") == [{"text": "one\ntwo", "label": "1"}, {"text": long, "label": "2"}]
+    assert csv.field_size_limit() == limit
+
+
+def test_quotes_mean_nothing_in_tsv(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"so" it goes\t0\n"not closed\t1\n')
+    assert [row["text"] for row in rows(tmp_path / "a.tsv")] == ['"so" it goes', '"not closed']
+
+
+def test_columns_by_other_names_and_by_number(tmp_path):
+    (tmp_path / "a.tsv").write_text("good film\t1\nbad film\t0\n")
+    assert rows(tmp_path / "a.tsv", columns={"text": "1", "label": "2"})[1] == {
+        "1": "bad film",
+        "2": "0",
+        "text": "bad film",
+        "label": "0",
+    }
+    (tmp_path / "a.jsonl").write_text('{"q": "why?", "a": "so"}\n')
+    (row,) = rows(tmp_path / "a.jsonl", columns={"prompt": "q", "completion": "a"})
+    assert (row["prompt"], row["completion"]) == ("why?", "so")
+    with pytest.raises(EvaError, match=r"a\.jsonl, line 1 has no column 'qq' \(did you mean 'q'.*it has q, a"):
+        rows(tmp_path / "a.jsonl", columns={"prompt": "qq"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": }\n', r"line 2 is not JSON: Expecting value at column 7\."),
+        ("a.jsonl", b'{"a": 1}\n\n"x"\n', "line 3 is not a JSON object"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2 is not UTF-8 text \(byte 0xff\); convert the file"),
+        ("a.jsonl", b'{"a": "\\ud83d"}\n', "line 1 holds half of a surrogate pair"),
+        ("a.json", b'[{"a": 1},\n 2]', "must hold a list of objects, and item 2 is a int"),
+        ("a.json", b'[{"a": 1},\n }]', r"a\.json is not JSON: .* at line 2, column 2"),
+        ("a.json", b"3", "must hold a list of objects"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, and the first line has 2"),
+        ("a.csv", b'a,b\n1,"2\n', "line 2 is not CSV: unexpected end of data"),
+        ("a.csv", b"a,b\n1,\xe9\n", "line 2 is not UTF-8 text"),
+    ],
+)
+def test_mistakes_name_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaError, match=message):
+        rows(tmp_path / name)
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"a": "\U0001f600"}) + "\n")
+    assert rows(tmp_path / "a.jsonl") == [{"a": "\U0001f600"}]
+
+
+def test_each_row_says_where_it_stands(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    path = tmp_path / "a.jsonl"
+    assert [where for where, _ in read_rows(str(path))] == [f"{path}, line 1", f"{path}, line 3"]
