@@ -162,7 +162,7 @@ class Control:
         """Return the pretrained model, or a new one, which standardizes states as the training episodes need it."""
         source, config = self.source, self.config
         if not source.name.startswith("new:"):
-            model: Any = load_model(source.name, dtype=source.dtype, revision=source.revision, task="base")
+            model: Any = load_model(source.name, dtype=source.dtype, revision=source.revision, head="base")
             return model
         model = DecisionTransformer(config)
         mean, scale = state_statistics(self.episodes, floor=SMALLEST_SCALE)
