@@ -174,11 +174,13 @@ class TimmLike(nn.Module):
 def timm(monkeypatch):
     made = []
 
-    def create_model(name, *, pretrained, num_classes, img_size=224, global_pool="avg"):
-        made.append((name, pretrained, num_classes, img_size, global_pool))
-        if name != "vit_tiny":
+    def create_model(name, *, pretrained, num_classes, **options):
+        made.append((name, pretrained, num_classes, options))
+        if name == "convnet" and options:
+            raise TypeError("ConvNet.__init__() got an unexpected keyword argument 'img_size'")
+        if name not in ("vit_tiny", "convnet"):
             raise RuntimeError(f"Unknown model ({name})\nand much more")
-        return TimmLike(img_size)
+        return TimmLike(options.get("img_size", 42))
 
     config = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     fake = SimpleNamespace(create_model=create_model, get_pretrained_cfg=lambda name: config)
@@ -189,10 +191,12 @@ def timm(monkeypatch):
 def test_timm_models(timm):
     settings = ModelSettings(name="timm/vit_tiny")
     model = load_classifier(settings, n_classes=3, size=28)
-    assert timm[-1] == ("vit_tiny", True, 0, 28, "token")
+    assert timm[-1] == ("vit_tiny", True, 0, {"img_size": 28})
     assert (model.layout.class_tokens, model.layout.registers, model.layout.patches) == (1, 2, 4)
     assert model(pixel_values=torch.randn(2, 3, 28, 28)).logits.shape == (2, 3)
     assert normalization(settings) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    load_classifier(ModelSettings(name="timm/convnet"), n_classes=3, size=42)
+    assert timm[-1] == ("convnet", True, 0, {})
     with pytest.raises(EvaError, match=r"timm cannot make 'vit_tine': Unknown model \(vit_tine\)\.$"):
         load_classifier(ModelSettings(name="timm/vit_tine"), n_classes=3, size=28)
     with pytest.raises(EvaError, match="timm model is not saved whole"):

@@ -61,8 +61,8 @@ class TokenLayout:
 class ImageClassifier(nn.Module):
     """A backbone and a linear head.
 
-    The head reads what the backbone gives for the whole picture: its pooled output where that is pretrained, else its
-    class token, else the mean of its tokens.
+    The head reads what the backbone gives for the whole picture: its pooled output where that is pretrained (the class
+    token of DINOv2), else its class token, else the mean of its tokens.
 
     Args:
         backbone: a vision model of transformers, or of timm without its classifier; it is taken over.
@@ -213,9 +213,10 @@ def normalization(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[flo
 def _timm_model(settings: ModelSettings, size: int) -> Any:
     timm, name = _timm(), _timm_name(settings.name)
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-        if any(hasattr(model, token) for token in _CLASS_TOKENS):  # the head reads the class token, the size is free
-            model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, global_pool="token")
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+        except TypeError:  # convolutional models take every size, and no such argument
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub client raises errors of many libraries
         raise EvaError(f"timm cannot make {name!r}: {str(error).splitlines()[0].rstrip('.')}.") from error
     model.name_or_path = settings.name
