@@ -98,7 +98,7 @@ def test_check_names_and_counts_bad_pictures():
     assert [picture.name for picture in checked.pictures] == ["picture 0", "picture 2"]
     assert len(checked.skipped) == 7
     assert checked.skipped["picture 1"] == "is no picture"
-    assert checked.converted == {"one channel": 2}
+    assert checked.converted == {"one channel": ["picture 0", "picture 2"]}
     assert checked.pixels.shape == (2, 8, 8, 3)
 
 

@@ -195,6 +195,17 @@ def _interrupt_at_step_3(self, args, state, control, **kwargs):
         control.should_save = control.should_training_stop = True
 
 
+def test_the_record_counts_and_names_what_was_converted(tmp_path, tiny_vit):
+    for name, colour in (("dark", 0), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(9):
+            Image.new("L", (16, 16), colour).save(tmp_path / name / f"{number}.png")
+    facts = open_photos(tmp_path, tiny_vit).facts()
+    assert facts["converted"]["one channel"]["count"] == facts["train"] == 14
+    assert len(facts["converted"]["one channel"]["first"]) == 5
+    assert all(Path(name).is_file() for name in facts["converted"]["one channel"]["first"])
+
+
 def test_settings_of_another_task_are_refused(recipe):
     with pytest.raises(
         EvaError, match=r"'data' of task 'vision' has no setting 'max_length'; it belongs to task generation"

@@ -51,7 +51,7 @@ class Pictures(Dataset[dict[str, Any]]):
 
     def notes(self) -> str:
         """Return what was done to pictures so that they could be used, or an empty text."""
-        done = [f"{count} with {kind}" for kind, count in self.checked.converted.items()]
+        done = [f"{len(names)} with {kind}" for kind, names in self.checked.converted.items()]
         done += [f"{len(self.checked.skipped)} skipped"] if self.checked.skipped else []
         return f" ({', '.join(done)})" if done else ""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,8 +161,8 @@ class Checked:
     """All of them resized, (n, S, S, 3) bytes; None if that is more than `CACHE_BYTES`."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Names of the bad ones, and why."""
-    converted: dict[str, int] = field(default_factory=dict)
-    """How many had one channel, 16 bits, transparency, ..."""
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    """Names of those that had one channel, 16 bits, transparency, ..."""
 
 
 def check(
@@ -192,7 +191,7 @@ def check(
     good: list[Picture] = []
     pixels: list[np.ndarray] = []
     bad: dict[str, str] = {}
-    converted: Counter[str] = Counter()
+    converted: dict[str, list[str]] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         looks = pool.map(lambda picture: _either(look, picture), pictures)
         hidden = None if progress else True
@@ -203,9 +202,10 @@ def check(
                 bad[picture.name] = str(reason)
                 continue
             good.append(picture)
-            converted.update([seen[1]] if seen[1] else [])
             if seen[0] is not None:
                 pixels.append(seen[0])
+            if seen[1] is not None:
+                converted.setdefault(seen[1], []).append(picture.name)
     if bad and (not skip or not good):
         named = "; ".join(f"{name} {reason}" for name, reason in list(bad.items())[:_NAMED])
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
@@ -217,7 +217,7 @@ def check(
         pictures=tuple(good),
         pixels=torch.from_numpy(np.stack(pixels)) if pixels else None,
         skipped=bad,
-        converted=dict(converted.most_common()),
+        converted=converted,
     )
 
 

@@ -25,6 +25,9 @@ from evatune.tasks.vision.settings import VisionData
 from evatune.tasks.vision.sheet import contact_sheet
 from evatune.tasks.vision.sources import Picture
 
+_NAMED = 5
+"""Pictures of a kind that a record names."""
+
 
 def open_task(data: VisionData, *, model: ModelSettings, seed: int) -> Vision:
     """Return the task; see `evatune.tasks.open_task`."""
@@ -107,7 +110,10 @@ class Vision:
             "train": len(self.train),
             "held_out": len(self.held_out),
             "classes": {name: sizes[number] for number, name in enumerate(self.train.classes)},
-            "converted": self.train.checked.converted,
+            "converted": {
+                kind: {"count": len(names), "first": names[:_NAMED]}
+                for kind, names in self.train.checked.converted.items()
+            },
             "skipped": self.train.checked.skipped | self.held_out.checked.skipped,
             "normalization": {"mean": list(self.preprocessing.mean), "std": list(self.preprocessing.std)},
             "measured_tokens": self.data.measure_tokens,
