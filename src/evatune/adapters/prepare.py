@@ -48,6 +48,7 @@ def prepare(
     gradient_batches: int = 8,
     loss: Loss | None = None,
     block_size: int = 4,
+    bias: str = "none",
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
     keep_base: bool = True,
@@ -81,6 +82,7 @@ def prepare(
         gradient_batches: how many batches lora-ga, lora-one and eva-grad take gradients of.
         loss: computes the loss of a batch from model and batch, where the model's own does not do.
         block_size: BOFT's block size.
+        bias: "all" trains and saves the biases of the whole model too, which changes the base model.
         modules_to_save: further modules that are trained and saved whole, such as a new head.
         task_type: PEFT's task type.
         keep_base: keep the base weights that a method changes in main memory, so that `unload` can put them back.
@@ -132,6 +134,7 @@ def prepare(
         dropout=lora_dropout,
         total_steps=total_steps,
         block_size=block_size,
+        bias=bias,
         modules_to_save=[*dict.fromkeys([*(modules_to_save or ()), *heads])] or None,
         task_type=task_type,
         seed=seed,
@@ -264,7 +267,7 @@ def _check_targets(choice: Choice, targets: Sequence[TargetModule], rank: int) -
 def _config(choice: Choice, **given: Any) -> Any:
     """Return the PEFT configuration of a method, whose targets `wrap` writes into it."""
     method, rank = choice.method, given["r"]
-    common = {name: given[name] for name in ("modules_to_save", "task_type")}
+    common = {name: given[name] for name in ("modules_to_save", "task_type", "bias")}
     with _peft_errors(choice):
         if method.peft_config == "VeraConfig":
             return peft.VeraConfig(r=rank, vera_dropout=given["dropout"], projection_prng_key=given["seed"], **common)

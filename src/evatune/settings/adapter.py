@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from evatune.settings.measuring import Planning, Ranking, Targets
 from evatune.settings.section import Section, number, same_as
@@ -24,6 +25,8 @@ class Adapter(Targets, Ranking, Start):
     lora_alpha: float = same_as(Planning, "lora_alpha")
     lora_dropout: float = number(0.0, low=0, below=1)
     """Share of the adapter's inputs that is zeroed in training."""
+    bias: Literal["none", "all"] = "none"
+    """Train all biases of the model too, and save them with the adapter; they are not taken off with it."""
     block_size: int = number(4, low=1)
     """Size of the blocks of BOFT."""
 

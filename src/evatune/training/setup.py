@@ -150,6 +150,8 @@ def new_adapter(
         metric=settings.metric,
         budget=settings.budget,
         train_a=settings.train_a,
+        bias=settings.bias,
+        block_size=settings.block_size,
         total_steps=total_steps,
         gradient_batches=recipe.measure.gradient_batches,
         loss=_autocast_loss if uses_bf16(recipe.train) else None,

@@ -26,7 +26,7 @@ def test_appendix_d(name):
         assert train.layer_decay == 0.75
     else:
         assert recipe.adapter.rank in vtab.RANKS
-        assert recipe.adapter.target_modules == "all-linear"
+        assert (recipe.adapter.target_modules, recipe.adapter.bias) == ("all-linear", "all")
 
 
 def test_every_run_of_the_plan_fits_the_recipe():

@@ -109,6 +109,23 @@ def test_methods_and_seeds_begin_with_equal_heads(tiny_vit, photos):
     assert torch.equal(*heads)
 
 
+@pytest.mark.parametrize("method", ["eva", "pissa", "vera"])
+def test_biases_are_trained_and_saved_on_request(recipe, tiny_vit, photos, method):
+    wanted = recipe(adapter={"method": method, "bias": "all"}, train={"steps": 4})
+    record = finetune(wanted, progress=False)
+    saved = Path(wanted.output) / "adapter"
+    base = load_classifier(ModelSettings(name=str(tiny_vit)), n_classes=2, size=28)
+    old = {name: tensor.clone() for name, tensor in base.named_parameters() if name.endswith(".bias")}
+    new = load_file(saved / "adapter_model.safetensors")
+    for name in old:
+        stored = [key for key in new if key.replace(".base_layer", "").endswith(f"model.{name}")]
+        assert stored, name
+        assert any(not torch.equal(new[key], old[name]) for key in stored), name
+    model = PeftModel.from_pretrained(base, str(saved))
+    scores = open_photos(photos, tiny_vit).evaluate(model, progress=False)
+    assert scores["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "full", "eva+dora", "pissa"])
 def test_other_methods_are_one_word_away(recipe, method):
     wanted = recipe(adapter={"method": method}, train={"steps": 2})
