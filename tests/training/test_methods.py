@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch,
     resumed = finetune(halved, progress=False, resume=True)
     assert resumed.resumed_from == 2
     assert resumed.losses[-1]["loss"] == pytest.approx(whole.losses[-1]["loss"], rel=1e-5)
-    assert resumed.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-5)
+    assert resumed.after["metrics"]["loss"] == pytest.approx(whole.after["metrics"]["loss"], rel=1e-5)
 
 
 def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
@@ -168,7 +168,7 @@ def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
     assert [step for step, _ in steps] == list(range(10))
     kept = sum(sum(mask) for mask in config["rank_pattern"].values())
     assert kept <= 4 * 14  # from 8 * 14 down to the budget
-    assert record.after["loss"] < record.before["loss"]
+    assert record.after["metrics"]["loss"] < record.before["metrics"]["loss"]
 
 
 @pytest.mark.parametrize("step", [2, 6, 11], ids=["before cutting", "while cutting", "after the last cut"])
