@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from evatune.errors import EvaError
 
@@ -73,6 +76,24 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """Return plain values as JSON; what is not finite becomes null, since JSON has no word for it."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> Path:
+    """Write plain values as a JSON file; see `json_text` and `write_bytes`."""
+    return write_text(path, json_text(content, indent=indent) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -102,6 +102,8 @@ class TrainSettings(Section):
     """`bf16` is autocast; `auto` uses it where this machine computes it fast."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
+    allow_nonfinite: bool = False
+    """Skip steps whose loss or gradient is not finite, instead of ending the run."""
     logging_steps: int = number(5, low=1)
     """Log every so many steps."""
     eval_steps: int | None = number(None, low=1)

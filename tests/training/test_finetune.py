@@ -19,6 +19,7 @@ from evatune.spectra import Spectra
 from evatune.tasks.generation import encoding
 from evatune.training import RequireEva, RunRecord, finetune
 from evatune.training import run as run_module
+from evatune.training.trainer import TaskTrainer
 
 
 @pytest.fixture
@@ -63,12 +64,12 @@ class InterruptAt(TrainerCallback):
 
 
 def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    class Interrupted(Trainer):
+    class Interrupted(TaskTrainer):
         def train(self, *args, **kwargs):
             self.add_callback(InterruptAt(step))
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "Trainer", Interrupted)
+    monkeypatch.setattr(run_module, "TaskTrainer", Interrupted)
 
 
 def test_run_writes_what_it_promises(recipe):

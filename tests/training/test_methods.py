@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import evatune
 from evatune.adapters.adalora import allocator_state, restore_allocator
@@ -30,6 +30,7 @@ from evatune.training.setup import (
     open_recipe,
     quantize_as_asked,
 )
+from evatune.training.trainer import TaskTrainer
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
     not importlib.util.find_spec("bitsandbytes"), reason="qlora needs bitsandbytes: pip install evatune[qlora]"
@@ -125,13 +126,13 @@ class InterruptAt(TrainerCallback):
 def interrupt(wanted: Recipe, monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
     """Run until a step, as if Ctrl-C was pressed in it."""
 
-    class Interrupted(Trainer):
+    class Interrupted(TaskTrainer):
         def train(self, *args, **kwargs):
             self.add_callback(InterruptAt(step))
             return super().train(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Trainer", Interrupted)
+        patch.setattr(run_module, "TaskTrainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(wanted, progress=False)
 
@@ -221,7 +222,7 @@ def test_adalora_scores_of_another_adapter_are_refused(tiny_model):
 def test_loraplus_has_a_higher_rate_for_b(recipe, monkeypatch):
     groups = []
 
-    class Watched(Trainer):
+    class Watched(TaskTrainer):
         def train(self, *args, **kwargs):
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             for group in self.optimizer.param_groups:
@@ -230,7 +231,7 @@ def test_loraplus_has_a_higher_rate_for_b(recipe, monkeypatch):
                 )
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "Trainer", Watched)
+    monkeypatch.setattr(run_module, "TaskTrainer", Watched)
     train = {"learning_rate": 1e-3, "lora_plus_ratio": 4, "weight_decay": 0.1}
     finetune(recipe("lora+", train=train), progress=False)
     assert [group for group in groups if group[2]] == [(1e-3, 0.1, {"lora_A"}), (4e-3, 0.1, {"lora_B"})]

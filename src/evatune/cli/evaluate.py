@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 from evatune.cli.options import add_recipe_options, answer, given_options, recipe_from, say
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.errors import EvaError
-    from evatune.files import check_writable, write_text
+    from evatune.files import check_writable, write_json
     from evatune.tables import text_table
     from evatune.tasks.scores import score_rows
     from evatune.training.evaluation import evaluate, saved_run
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     scores = evaluate(recipe, adapter=adapter, limit=args.limit)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
     if args.save:
-        write_text(args.save, json.dumps(content | {"outcomes": scores.outcomes}) + "\n")
+        write_json(args.save, content | {"outcomes": scores.outcomes})
         say(f"saved     {args.save}")
     counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
     table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.adapters.attach import save_adapter
-    from evatune.files import check_writable, write_text
+    from evatune.files import check_writable, write_json
     from evatune.spectra import Spectra
     from evatune.training.setup import (
         is_interrupted,
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     folder = save_adapter(adapted, recipe.output, overwrite=args.overwrite)
     content = plan.to_json() if plan else {}
     if plan:
-        write_text(folder / "plan.json", json.dumps(content, indent=2) + "\n")
+        write_json(folder / "plan.json", content, indent=2)
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     uniform = (
         f"{recipe.adapter.method}: rank {recipe.adapter.rank} on {len(adapted.targeted_module_names)} targets, "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from evatune import __version__
 from evatune.cli.options import HelpFormatter
 from evatune.errors import EvaError, near_misses
+from evatune.files import json_text
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
 COMMANDS = ("collect", "preview", "measure", "plan", "init", "finetune", "evaluate", "generate", "methods")
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(args: argparse.Namespace, message: str) -> int:
     print(f"evatune: {message}", file=sys.stderr)
     if args.json:
-        print(json.dumps({"error": message}))
+        print(json_text({"error": message}))
     return 1
 
 

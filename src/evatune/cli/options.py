@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import shutil
 import sys
@@ -13,6 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from evatune.files import json_text
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
 from evatune.settings import Section, field_docs
 from evatune.tasks import DOMAINS
@@ -136,4 +136,4 @@ def say(text: str) -> None:
 
 def answer(args: argparse.Namespace, *, text: str, content: Any) -> None:
     """Print the result: as text, or with `--json` as one object."""
-    print(json.dumps(content) if args.json else text)
+    print(json_text(content) if args.json else text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from evatune.cli.options import add_options, answer, given_options, say
 from evatune.settings import Planning
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from evatune.files import check_writable, write_text
+    from evatune.files import check_writable, write_json
     from evatune.spectra import Spectra
 
     settings = Planning(**given_options(args))
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     spectra = Spectra.load(args.spectra)
     plan = spectra.plan(settings=settings)
     if args.save:
-        say(f"saved     {write_text(args.save, json.dumps(plan.to_json(), indent=2) + chr(10))}")
+        say(f"saved     {write_json(args.save, plan.to_json(), indent=2)}")
     if args.plot:
         plan.plot(args.plot)
         say(f"drew      {args.plot}")

@@ -22,8 +22,18 @@ def total_steps(settings: TrainSettings, *, n_examples: int) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(batches_in_epoch / settings.gradient_accumulation)))
 
 
+def warmup_steps(settings: TrainSettings, *, n_steps: int) -> int:
+    """Return the number of steps in which the learning rate rises."""
+    return math.ceil(settings.warmup_ratio * n_steps)
+
+
 def training_arguments(
-    settings: TrainSettings, *, checkpoints: Path, n_examples: int, further: Mapping[str, Any] | None = None
+    settings: TrainSettings,
+    *,
+    checkpoints: Path,
+    n_examples: int,
+    evaluates: bool = False,
+    further: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """Return the Trainer's arguments.
 
@@ -31,6 +41,7 @@ def training_arguments(
         settings: the recipe's training section.
         checkpoints: folder for checkpoints.
         n_examples: training examples.
+        evaluates: there are held-out data, which are evaluated as often as the settings say.
         further: arguments that the task needs otherwise.
     """
     steps = total_steps(settings, n_examples=n_examples)
@@ -40,8 +51,6 @@ def training_arguments(
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "optim": "adamw_torch",
@@ -50,10 +59,12 @@ def training_arguments(
         "logging_strategy": "steps",
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,  # the first gradient norm is part of the record
+        "logging_nan_inf_filter": settings.allow_nonfinite,  # without those of skipped steps
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
         "save_total_limit": settings.keep_checkpoints,
-        "eval_strategy": "no",  # the task evaluates, see evatune.tasks
+        "eval_strategy": "steps" if settings.eval_steps and evaluates else "no",
+        "eval_steps": settings.eval_steps,
         "report_to": "none",  # the callbacks are added one by one, see evatune.training.run
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from evatune.files import write_text
-from evatune.tasks.scores import Scores
+from evatune.files import json_text, write_text
 
 
 class RequireEva(TrainerCallback):
@@ -62,13 +60,13 @@ class JsonLinesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the file with what the checkpoint remembers."""
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+        write_text(self.path, "".join(json_text(entry) + "\n" for entry in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the newest entry."""
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(json_text(state.log_history[-1]) + "\n")
 
 
 class ConsoleCallback(TrainerCallback):
@@ -115,25 +113,6 @@ class ConsoleCallback(TrainerCallback):
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
-
-
-class EvaluateCallback(TrainerCallback):
-    """Evaluate held-out data every so many steps.
-
-    Args:
-        evaluate: returns the scores; each metric is logged with `eval_` before its name.
-        log: the Trainer's own `log`.
-        every: steps between two evaluations.
-    """
-
-    def __init__(self, evaluate: Callable[[], Scores], *, log: Callable[[dict[str, float]], None], every: int) -> None:
-        self.evaluate, self.log, self.every = evaluate, log, every
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate if it is time; the end of training is evaluated anyway."""
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            scores = self.evaluate()
-            self.log({f"eval_{name}": value for name, value in scores.numbers().items()})
 
 
 class LastStepCallback(TrainerCallback):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
-from evatune.files import write_text
+from evatune.files import write_json
 from evatune.tasks.scores import score_rows
 from evatune.training.folder import RECORD
 
@@ -76,7 +76,7 @@ class RunRecord:
 
     def save(self, directory: str | Path) -> Path:
         """Write `run.json` into a folder."""
-        return write_text(Path(directory) / RECORD, json.dumps(self.to_json(), indent=2) + "\n")
+        return write_json(Path(directory) / RECORD, self.to_json(), indent=2)
 
     @classmethod
     def load(cls, directory: str | Path) -> RunRecord:

@@ -24,18 +24,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.loraplus import loraplus_optimizer
 from evatune.allocation import RankPlan
-from evatune.files import write_text
+from evatune.files import write_json
 from evatune.hardware import describe_machine
 from evatune.models import save_model
 from evatune.recipe import Recipe
@@ -47,7 +48,6 @@ from evatune.training.adalora import AdaLoraCallback
 from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
     ConsoleCallback,
-    EvaluateCallback,
     InterruptCallback,
     JsonLinesCallback,
     LastStepCallback,
@@ -82,6 +82,7 @@ from evatune.training.setup import (
     use_threads,
     uses_bf16,
 )
+from evatune.training.trainer import FiniteGradientCallback, TaskTrainer
 
 
 def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
@@ -194,7 +195,7 @@ class _Run:
             )
         self._start_folder(spectra)
         if plan is not None:
-            write_text(self.folder / PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
+            write_json(self.folder / PLAN, plan.to_json(), indent=2)
             ranks = plan.ranks.values()
             self.say(
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
@@ -225,7 +226,7 @@ class _Run:
         if spectra is not None:
             spectra.save(self.folder / SPECTRA)
 
-    def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[Trainer, int | None]:
+    def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[TaskTrainer, int | None]:
         settings, task = self.recipe.train, self.task
         n_examples = len(task.train)
         if settings.gradient_checkpointing:
@@ -235,6 +236,7 @@ class _Run:
             model.config.use_cache = False
         interrupt = InterruptCallback()
         callbacks: list[TrainerCallback] = [
+            FiniteGradientCallback(skip=settings.allow_nonfinite),
             JsonLinesCallback(self.folder / LOG),
             LastStepCallback(),
             interrupt,
@@ -247,25 +249,25 @@ class _Run:
             from torch.utils.tensorboard import SummaryWriter
 
             callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
-        trainer = Trainer(
+        trainer = TaskTrainer(
+            settings=settings,
+            score=partial(self._evaluate, model) if len(task.held_out) else None,
             model=model,
             args=training_arguments(
                 settings,
                 checkpoints=self.folder / CHECKPOINTS,
                 n_examples=n_examples,
+                evaluates=len(task.held_out) > 0,
                 further=task.needs(model).arguments,
             ),
             train_dataset=task.train,
+            eval_dataset=task.held_out,
             data_collator=task.collate,
             callbacks=callbacks,
             optimizers=(self._optimizer(model), None),
         )
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
-        if settings.eval_steps and len(task.held_out):
-            trainer.add_callback(
-                EvaluateCallback(lambda: self._evaluate(model), log=trainer.log, every=settings.eval_steps)
-            )
         step = checkpoint_step(checkpoint) if checkpoint else None
         steps = total_steps(settings, n_examples=n_examples)
         self.say(
@@ -306,7 +308,7 @@ class _Run:
         with self._timed("evaluate"):
             scores = self._evaluate(model)
         content = scores.to_json()
-        write_text(self.folder / f"{when}.json", json.dumps(content | {"outcomes": scores.outcomes}) + "\n")
+        write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
         self.say(f"{when:<10}{score_line(content)}")
         return content
 

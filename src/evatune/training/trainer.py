@@ -1,0 +1,104 @@
+"""Transformers' `Trainer` for a task: its scores, a schedule whose first step trains, and an end where numbers end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evatune.errors import EvaError
+from evatune.recipe import TrainSettings
+from evatune.tasks.scores import Scores
+from evatune.training.arguments import warmup_steps
+from evatune.training.schedule import scheduler
+
+
+class TaskTrainer(Trainer):
+    """A `Trainer` that scores held-out data by the task, and ends or skips a step whose numbers are not finite.
+
+    Args:
+        settings: the recipe's section `train`.
+        score: returns the scores of the model as it is; None where nothing is held out.
+        options: arguments of `Trainer`.
+    """
+
+    def __init__(self, *, settings: TrainSettings, score: Callable[[], Scores] | None, **options: Any) -> None:
+        self.settings, self.score = settings, score
+        super().__init__(**options)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the learning rate's schedule, whose first step has a rate already."""
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            assert chosen is not None
+            self.lr_scheduler = scheduler(
+                chosen,
+                n_steps=num_training_steps,
+                n_warmup=warmup_steps(self.settings, n_steps=num_training_steps),
+                schedule=self.settings.schedule,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the scores; after the last step `finetune` takes them anyway."""
+        if self.score is None or self.state.global_step >= self.state.max_steps:
+            return {}
+        numbers = {f"eval_{name}": value for name, value in self.score().numbers().items()}
+        self.log(numbers)
+        return numbers
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log numbers; those that are not finite, of steps that were skipped, are left out."""
+        super().log({name: value for name, value in logs.items() if math.isfinite(value)}, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute loss and gradients of a batch.
+
+        Raises:
+            EvaError: the loss is not finite, and such steps are not to be skipped.
+        """
+        loss = super().training_step(model, *args, **kwargs)
+        if not self.settings.allow_nonfinite and not torch.isfinite(loss):
+            raise EvaError(_not_finite("loss", float(loss), step=self.state.global_step + 1))
+        return loss
+
+
+class FiniteGradientCallback(TrainerCallback):
+    """End the run, or skip the step, where the gradient is not finite; the weights have not moved then.
+
+    Args:
+        skip: go on without the step.
+    """
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the norm of all gradients.
+
+        Raises:
+            EvaError: it is not finite, and such steps are not to be skipped.
+        """
+        model: nn.Module = kwargs["model"]
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))  # clips nothing
+        if math.isfinite(norm):
+            return
+        if not self.skip:
+            raise EvaError(_not_finite("gradient's norm", norm, step=state.global_step + 1))
+        model.zero_grad(set_to_none=True)  # an optimizer leaves weights without gradient alone
+
+
+def _not_finite(what: str, value: float, *, step: int) -> str:
+    return (
+        f"the {what} of step {step} is {value:g}, so the run ends before that step changes the weights; take a smaller "
+        "learning rate or precision fp32, or skip such steps (--allow-nonfinite)."
+    )
