@@ -114,6 +114,20 @@ def test_defect_5_vision_batches(build, batches_for, observe, quiet):
         seen.check(name, spectra[name])
 
 
+def test_positions_of_ones_own_choice(build, batches_for, observe, quiet):
+    """Every fourth token of a picture, which no mask in a batch of pictures could tell."""
+    model, batches = build("vit"), batches_for("vit")
+
+    def chosen(batch):
+        return (torch.arange(17) % 4 == 0).expand(len(batch["pixel_values"]), -1)
+
+    spectra = measure(model, batches, row_mask=chosen, **quiet)
+    seen = observe(model, batches, spectra, select=lambda name, batch: chosen(batch))
+    assert {s.n_rows for s in spectra.inputs.values()} == {3 * 6 * 5}
+    for name in spectra:
+        seen.check(name, spectra[name])
+
+
 def test_defect_4_the_label_mask_is_obeyed(build, batches_for, observe, quiet):
     model, batches = build("llama"), batches_for("llama")
     spectra = measure(model, batches, use_label_mask=True, **quiet)

@@ -31,6 +31,7 @@ from evatune.settings import Measuring, Planning, Stopping, takes
 from evatune.spectra import Spectra
 
 Forward = Callable[[nn.Module, Any], Any]
+RowMask = Callable[[Any], torch.Tensor]
 
 
 @takes(Measuring)
@@ -39,6 +40,7 @@ def measure(
     batches: Iterable[Any],
     *,
     forward: Forward | None = None,
+    row_mask: RowMask | None = None,
     progress: bool = True,
     settings: Measuring | None = None,
     **options: Any,
@@ -54,6 +56,8 @@ def measure(
         model: a torch model, bare or wrapped by PEFT (adapters are switched off while measuring).
         batches: any iterable of mappings, tensors or tuples that start with one of these; gone through once.
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
+        row_mask: returns which positions of a batch count, (B, T), instead of what its masks say; activations of any
+            other leading shape count whole.
         progress: show a bar on standard error.
         settings: all options in one object; the options below change it.
         options: see the list below.
@@ -117,6 +121,8 @@ def measure(
     ):
         measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
         masks_of = partial(RowMasks.of, encoder_decoder=encoder_decoder, use_label_mask=settings.use_label_mask)
+        if row_mask is not None:
+            masks_of = partial(_given_mask, row_mask)
         # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
         ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
         prepare = ours if forward is None else partial(_given_call, forward, model)
@@ -165,6 +171,10 @@ def _call(model: nn.Module, base: nn.Module, batch: Any, *, keep_labels: bool) -
     """Return the call of a model, of which `base` is the inside, with a batch."""
     args, kwargs = forward_arguments(base, batch, keep_labels=keep_labels)
     return partial(model, *args, **kwargs)
+
+
+def _given_mask(row_mask: RowMask, batch: Any) -> RowMasks:
+    return RowMasks(encoder_bt=row_mask(batch).bool())
 
 
 def _given_call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], Any]:

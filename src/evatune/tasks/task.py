@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +26,8 @@ class Needs:
     """Modules that are new: trained and saved whole, never measured, and without an adapter."""
     without_adapter: tuple[str, ...] = ()
     """Further modules that stay frozen and without an adapter."""
+    row_mask: Callable[[Any], Tensor] | None = None
+    """Returns which positions of a batch are measured, (B, T); None goes by the batch's own masks."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers' `TrainingArguments` that differ from what `training/` gives."""
 

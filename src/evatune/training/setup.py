@@ -63,11 +63,13 @@ def measure_recipe(
         task: has the training data.
         progress: show a bar, if standard error is a terminal.
     """
+    needs = task.needs(model)
     return measure(
         model,
         batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        row_mask=needs.row_mask,
         settings=recipe.measuring,
-        exclude_modules=without_adapter(recipe, task.needs(model)),
+        exclude_modules=without_adapter(recipe, needs),
         progress=progress and sys.stderr.isatty(),
     )
 
@@ -136,6 +138,7 @@ def new_adapter(
             options["max_batches"] = recipe.measure.max_batches
         elif spectra is None:
             options |= {"max_batches": recipe.measure.max_batches, "center": recipe.measure.center, "progress": False}
+            options |= {"row_mask": needs.row_mask}
     set_seed(recipe.train.seed)
     adapted = prepare(
         model,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,9 @@ class Vision:
         return load_classifier(self.source, n_classes=len(self.found.classes), size=self.data.image_size)
 
     def needs(self, model: Any) -> Needs:
-        """Return what the model needs: its head is new."""
-        return Needs(heads=(HEAD,))
+        """Return what the model needs: its head is new, and some tokens may not be measured."""
+        kind = self.data.measure_tokens
+        return Needs(heads=(HEAD,), row_mask=None if kind == "all" else partial(_rows, model.layout.mask(kind)))
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return pictures as a batch of normalized pixels and labels."""
@@ -129,3 +130,8 @@ class Vision:
     def _checked(self, pictures: Sequence[Picture]) -> Pictures:
         skip = self.data.bad_images == "skip"
         return check_pictures(pictures, self.found.classes, self.preprocessing, skip=skip)
+
+
+def _rows(mask_t: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mask of the tokens of one picture for all of a batch, (B, T)."""
+    return mask_t.expand(len(batch["pixel_values"]), -1)
