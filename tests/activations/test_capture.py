@@ -1,10 +1,11 @@
-"""Shared inputs by identity, repeated calls, experts, and the early end of the forward pass."""
+"""Shared inputs by identity, repeated calls, experts, and what is left out behind the last target."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from evatune import EvaError, EvaWarning, measure
 
@@ -167,25 +168,19 @@ def test_equal_memory_read_in_another_order_is_another_input(observe, quiet):
     assert [t.input for t in spectra.targets.values()] == ["a", "b"]
 
 
-def test_once_the_number_of_calls_has_changed_passes_run_to_their_end(batches, observe, quiet):
-    """The third pass begins as the probe did and goes on where the probe had ended."""
-    times = [1, 0, 2, 1]
-    count = [0]
+def test_a_pass_that_goes_on_after_the_last_known_call_is_made_again(batches, observe, quiet):
+    """The third pass begins as the first one did and goes on where that had ended."""
+    times = {float(x[0, 0]): n for x, n in zip(batches, [1, 0, 2, 1], strict=True)}
 
     def run(m, x):
-        n = times[count[0] % 4]
-        count[0] += 1
+        n = times[float(x[0, 0])]
         y = torch.tanh(m.a(x))
         if n > 0:
             y = m.b(y)
         y = m.c(torch.tanh(y))
         return m.b(torch.tanh(y)) if n > 1 else y
 
-    seen = observe(Net("abc", run), batches, "abc", forward=lambda model, batch: model(batch))
-    count[0] = 0
-    spectra = measure(Net("abc", run), batches, target_modules=list("abc"), **quiet)
-    for name in "abc":
-        seen.check(name, spectra[name])
+    check("abc", run, batches, observe, quiet)
 
 
 def test_targets_that_appear_late_and_share_do_not_drop_what_was_measured(batches, observe, quiet):
@@ -215,25 +210,70 @@ def test_inputs_given_by_name_are_seen(batches, observe, quiet):
 
 
 def count_calls(module):
+    """Return a list that gets, for every call of a module, whether it had values to compute with."""
     calls = []
-    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.register_forward_pre_hook(lambda module, args: calls.append(not isinstance(args[0], FakeTensor)))
     return calls
 
 
-def test_the_head_runs_in_the_probe_pass_only(build, batches_for, quiet):
+@pytest.fixture
+def unpadded(batches_for):
+    return [{"input_ids": batch["input_ids"]} for batch in batches_for("llama", 5)]
+
+
+def test_the_head_is_computed_in_the_first_pass_only(build, unpadded, quiet):
     model = build("llama")
-    head, last = count_calls(model.lm_head), count_calls(model.model.layers[-1].mlp.down_proj)
-    first = count_calls(model.model.layers[0].mlp)
-    measure(model, batches_for("llama", 5), **quiet)
-    assert (len(first), len(last), len(head)) == (5, 5, 1)
+    head, first = count_calls(model.lm_head), count_calls(model.model.layers[0].mlp)
+    measure(model, unpadded, **quiet)
+    assert (sum(first), sum(head), len(head)) == (5, 1, 5)
 
 
-def test_a_pass_ends_at_the_last_target(build, batches_for, quiet):
+def test_nothing_is_computed_after_the_last_target(build, unpadded, quiet):
     model = build("llama")
     later = count_calls(model.model.layers[1])
-    spectra = measure(model, batches_for("llama", 5), target_modules=["layers.0.self_attn.q_proj"], **quiet)
-    assert len(later) == 1, "in the probe pass"
+    spectra = measure(model, unpadded, target_modules=["layers.0.self_attn.q_proj"], **quiet)
+    assert (sum(later), len(later)) == (1, 5)
     assert spectra["model.layers.0.self_attn.q_proj"].n_batches == 5
+
+
+def test_what_the_model_keeps_of_its_last_pass_has_no_part_in_the_next(batches, observe, quiet):
+    """A value kept behind the last target would be without values in the next pass."""
+
+    def run(m, x):
+        state = getattr(m, "state", None)
+        y = m.a(x if state is None or state.shape != x.shape else x + state)
+        m.state = torch.tanh(y)
+        return y
+
+    check("a", run, batches, observe, quiet)
+
+
+def test_a_model_that_asks_for_a_value_behind_the_last_target_is_computed_whole(batches, observe, quiet):
+    whole = []
+
+    def run(m, x):
+        y = m.b(torch.tanh(m.a(x)))
+        whole.append(float(y.sum()))
+        return y
+
+    check("ab", run, batches, observe, quiet)
+    assert len(whole) == 4 + 4  # plain hooks, and each pass that was measured
+
+
+def test_what_is_changed_in_place_behind_the_last_target_stays_as_it_is(batches, quiet):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(D, D)
+            self.register_buffer("kept", torch.zeros(D))
+
+        def forward(self, x):
+            self.kept.mul_(0).add_(self.a(x).mean(0).detach())
+            return self.kept
+
+    model = Counting()
+    measure(model, batches, target_modules=["a"], **quiet)
+    assert type(model.kept) is torch.Tensor and model.kept.isfinite().all()
 
 
 def test_a_head_that_is_a_target_is_measured(build, batches_for, observe, quiet):

@@ -1,82 +1,88 @@
-"""Hooks that hand the input of every target to a consumer, once per tensor, and end the pass after the last one."""
+"""Hooks that hand over what enters the targets of a model, and leave out what follows the last one.
+
+A pass is needed only up to the last input. Which call is the last cannot be known while the model runs: another batch
+may call it once more. So a pass is not cut off. From the last call that earlier passes had, the module gets a tensor
+without values (`FakeTensor`): it and all that follows, the head above all, know their shapes and compute nothing. Where
+another target is called after that, or a model asks for a value, the pass is made again as a whole, and so are all
+passes to come. What was handed over is not handed over again.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evatune.activations.layer_type import LayerType
 from evatune.activations.layers.targets import TargetModule
-from evatune.activations.sharing import SeenTensors
+from evatune.activations.sharing import SharedInputs
+from evatune.errors import EvaError
 
-Consumer = Callable[[str, Any], None]
+Watcher = Callable[[str, int, Any], None]
 
 
-class _LastInputSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Every input of this pass was handed over; what remains of the model is not needed."""
+class _MoreCallsError(Exception):
+    """A target is called after what was taken for the last call."""
 
 
 class Capture:
     """Hooks on the targets of a model, for as long as the `with` block lasts.
 
-    The first pass is the probe: it runs to the end and learns which targets share their inputs, and which input comes
-    last. From then on only the first target of each shared input is hooked, and every pass ends where the last of them
-    was entered, so that neither the head nor the loss is computed. Targets that the probe did not reach (experts that
-    got no token) stay hooked, each for itself, and all passes run to the end then. They also do so from the moment on
-    that a pass calls the targets another number of times than the probe did.
-
     Args:
+        model: the model that is called.
         targets: what to hook.
-        consumer: takes the name of the first target of a shared input, and the input.
-        to_the_end: let every pass run to its end, because its output is wanted.
-        unbroken: let no pass end before its end, whatever happens in the hooks, because other processes take part in
-            it: what they raise is raised after the pass.
+        shared: gets every call of a target.
+        to_the_end: compute every pass to its end, because its output is wanted, or because the caller's own code runs
+            in it, which must not meet tensors without values.
+        unbroken: as `to_the_end`; and let no pass end before its end, whatever happens in the hooks, because other
+            processes take part in it: what they raise is raised after the pass.
 
     Attributes:
-        input_of: for every target reached so far, the key of its input: the name of the first target that got it.
         broken: an unbroken pass has ended in the middle all the same, because the model itself failed.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         targets: Sequence[TargetModule],
-        consumer: Consumer,
+        shared: SharedInputs,
         *,
         to_the_end: bool = False,
         unbroken: bool = False,
     ) -> None:
+        self.model = model
         self.targets = targets
-        self.consumer = consumer
-        self.to_the_end = to_the_end or unbroken
+        self.shared = shared
         self.unbroken = unbroken
-        self.input_of: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
-        self._expected_calls: Counter[str] | None = None
-        self._probed = False
-        self._idle = False
         self.broken = False
-        self._begin_pass()
+        self._may_shorten = not (to_the_end or unbroken)
+        self._handles: list[Any] = []
+        self._without_values = FakeTensorMode(allow_non_fake_inputs=True)
+        self._most_calls: Counter[str] = Counter()
+        self._is_tried = False  # whether a pass was shortened and left nothing behind in the model
+        self._watch: Watcher | None = None
+        self._begin_pass(shorten=False)
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, *, shorten: bool) -> None:
         self._held: Exception | None = None
-        self._seen = SeenTensors()
         self._calls: Counter[str] = Counter()
-        self._numbers: dict[str, list[Hashable]] = {}
-        self._owners: dict[Hashable, str] = {}
+        self._shortens = shorten
+        self._n_left = len(self._most_calls)  # targets that may be called again
+        self._shortened = False
 
     def __enter__(self) -> Capture:
         for target in self.targets:
             hook = self._make_hook(target.name, target.layer)
-            self._handles[target.name] = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.append(target.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
@@ -87,30 +93,44 @@ class Capture:
             forward: calls the model.
 
         Returns:
-            False if what the consumer got must be forgotten and the pass be made again: the probe has shown that some
-            targets share only some of their inputs.
+            False if the very same pass must be made again.
         """
-        self._begin_pass()
+        self._begin_pass(shorten=self._may_shorten and bool(self._most_calls))
+        self.shared.begin_pass()
+        state = _state_of(self.model) if self._shortens and not self._is_tried else []
         try:
             self._complete(forward)
-        except _LastInputSeen:
-            return True
+        except Exception:
+            if not self._shortened:
+                raise
+            self._may_shorten = False
+        finally:
+            if self._shortened and not self._is_tried:
+                self._may_shorten &= not _restored(state)
+                self._is_tried = True
+        if self._shortened and not self._may_shorten:
+            return False
         if self._held is not None:
             raise self._held
-        if self._probed:
-            # This pass was to end early and did not, so the number of calls depends on the batch (experts do that).
-            self._expected_calls = None
-            return True
-        self._probed = True
-        return self._learn_from_probe()
+        if not self._shortened:
+            self._most_calls |= self._calls
+        return self.shared.end_pass()
 
-    def idle(self, forward: Callable[[], Any]) -> None:
-        """Make one pass in which nothing is handed over."""
-        self._idle = True
+    def watch(self, forward: Callable[[], Any], watcher: Watcher) -> None:
+        """Make one pass in which nothing is handed over.
+
+        Args:
+            forward: calls the model.
+            watcher: takes the name of each target that is called, the number of the call, and what enters.
+        """
+        self._begin_pass(shorten=False)
+        self._watch = watcher
         try:
             self._complete(forward)
         finally:
-            self._idle = False
+            self._watch = None
+        if self._held is not None:
+            raise self._held
 
     def _complete(self, forward: Callable[[], Any]) -> None:
         try:
@@ -119,47 +139,70 @@ class Capture:
             self.broken = self.unbroken
             raise
 
-    def _make_hook(self, name: str, layer: LayerType) -> Callable[..., None]:
-        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _make_hook(self, name: str, layer: LayerType) -> Callable[..., Any]:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._shortened:
+                raise _MoreCallsError
             entering = layer.entering(module, args, kwargs)
-            self._calls[name] += 1
-            if self._probed:
-                if self.input_of.setdefault(name, name) == name:
-                    self.consumer(name, entering)
-            else:
-                number = (layer.form(module), *map(self._seen.number, layer.tensors(entering)))
-                self._numbers.setdefault(name, []).append(number)
-                # A target that is called twice with one tensor has its rows twice, as in all passes to come.
-                if self._owners.setdefault(number, name) == name:
-                    self.consumer(name, entering)
-            if self._calls == self._expected_calls:
-                raise _LastInputSeen
+            tensors = layer.tensors(entering)
+            if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+                raise EvaError(
+                    f"{name!r} gets what the model has kept of its last pass, of which the end was left out; "
+                    "pass forward=lambda model, batch: model(**batch), then nothing is."
+                )
+            number = self._calls[name]
+            self._calls[name] = number + 1
+            if self._watch is not None:
+                self._watch(name, number, entering)
+                return None
+            self.shared.call(name, entering, tensors=tensors, form=layer.form(module))
+            if not self._shortens or number + 1 != self._most_calls[name]:
+                return None
+            self._n_left -= 1
+            if self._n_left:
+                return None
+            self._shortened = True
+            return tuple(map(self._emptied, args)), {key: self._emptied(value) for key, value in kwargs.items()}
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._idle or self._held is not None:
-                return
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._held is not None:
+                return None
             try:
-                take(module, args, kwargs)
+                return take(module, args, kwargs)
             except Exception as error:
                 if not self.unbroken:
                     raise
                 self._held = error
+                return None
 
         return hook
 
-    def _learn_from_probe(self) -> bool:
-        """Group the targets whose tensors were the same in every call, and unhook all but the first of each group."""
-        first_of: dict[tuple[Hashable, ...], str] = {}
-        regular = True
-        for name, numbers in self._numbers.items():
-            self.input_of[name] = first_of.setdefault(tuple(numbers), name)
-            regular &= all(self._owners[number] == self.input_of[name] for number in numbers)
-        for name, key in self.input_of.items():
-            if key != name and name in self._handles:
-                self._handles.pop(name).remove()
-        if len(self.input_of) == len(self.targets) and not self.to_the_end:
-            self._expected_calls = Counter({name: self._calls[name] for name in self._handles})
-        return regular
+    def _emptied(self, value: Any) -> Any:
+        return self._without_values.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+
+def _state_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return what every module of a model holds: each of its dictionaries, and a copy of it."""
+    held = [held for module in model.modules() for held in (module.__dict__, module._buffers)]
+    return [(present, dict(present)) for present in held]
+
+
+def _restored(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    """Put back what was there before, where a tensor without values is now; return whether there was any."""
+    found = False
+    for present, before in state:
+        for name in [name for name, value in present.items() if _has_no_values(value)]:
+            found = True
+            if name in before:
+                present[name] = before[name]
+            else:
+                del present[name]
+    return found
+
+
+def _has_no_values(value: Any) -> bool:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(member, FakeTensor) for member in members)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from evatune.activations.processes.lockstep import Ranks, drive
 from evatune.activations.processes.sharded_models import held_interrupts, sharded_again, sharding_of, without_engine
 from evatune.activations.rows import RowMasks
 from evatune.activations.run import Measurement, warn_of_errors
+from evatune.activations.sharing import SharedInputs
 from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor
 from evatune.errors import EvaError, near_misses
 from evatune.pca import StreamingPCA
@@ -97,7 +98,8 @@ def measure(
     stopped, n_batches = EXHAUSTED, 0
     # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
     full_precision = torch.autocast(_device_type(base), enabled=False)
-    capture = Capture(targets, full_precision(measurement.consume), unbroken=sharded)
+    shared = SharedInputs(full_precision(measurement.consume), measurement.split)
+    capture = Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded)
     bar = tqdm(
         total=settings.max_batches,
         unit="batch",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from evatune.activations.capture import Capture
+from evatune.activations.preserve import random_state
 from evatune.activations.rows import RowMasks
 from evatune.activations.run import Measurement
 from evatune.errors import EvaError
@@ -48,6 +49,7 @@ class Passes:
         self._capture = capture
         self._measurement = measurement
         self._forward: Forward | None = None
+        self._as_at_first: Callable[[], None] = lambda: None
         self.n_passed = 0
         self.loaded = False
         self.batch: Any = None
@@ -77,6 +79,7 @@ class Passes:
         except StopIteration:
             return False
         self._measurement.begin_batch(self.n_passed, self._masks_of(batch))
+        self._capture.shared.begin_batch()
         self.borrow(batch)
         self.loaded = True
         return True
@@ -84,15 +87,16 @@ class Passes:
     def borrow(self, batch: Any) -> None:
         """Take a batch for `idle` alone."""
         self._forward = self._prepare(batch)
+        self._as_at_first = random_state()
         self.batch = batch
 
     def run(self) -> bool:
         """Pass the batch that was loaded; returns False if the very same batch must be passed once more."""
         assert self._forward is not None and self.loaded
+        self._as_at_first()
         if not self._capture.run(self._forward):
-            self._measurement.forget()
             return False
-        self._measurement.end_batch(self._capture.input_of)
+        self._measurement.end_batch(self._capture.shared.input_of)
         self.n_passed += 1
         self.loaded = False
         return True
@@ -105,4 +109,4 @@ class Passes:
         """
         if self._forward is None:
             raise EvaError("there is no batch to repeat; borrow one first.")
-        self._capture.idle(self._forward)
+        self._capture.watch(self._forward, lambda name, number, entering: None)

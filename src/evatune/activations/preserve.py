@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,19 +14,29 @@ from torch import nn
 from evatune.errors import EvaError
 
 
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Restore the generators of Python, NumPy and torch (all devices) on exit."""
+def random_state() -> Callable[[], None]:
+    """Return a function that puts the generators of Python, NumPy and torch (all devices) back to where they are now."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
         if device_states:
             torch.cuda.set_rng_state_all(device_states)
+
+    return restore
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore the generators of Python, NumPy and torch (all devices) on exit."""
+    restore = random_state()
+    try:
+        yield
+    finally:
+        restore()
 
 
 def uncompiled(model: Any) -> AbstractContextManager[Any]:

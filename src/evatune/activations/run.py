@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -110,7 +111,7 @@ class Measurement:
             self._each(_look, compared.values())
             self._before = {key: pca.look() for key, pca in compared.items()}
 
-    def consume(self, key: str, entering: Any) -> None:
+    def consume(self, key: str, number: int, entering: Any) -> bool:
         """Take the input of a target, as its layer type hands it over."""
         target = self.targets[key]
         in_decoder = "decoder" in key.split(".") and not any(
@@ -142,6 +143,7 @@ class Measurement:
                 pca.partial_fit(rows)
             except EvaError as error:
                 raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
+        return True
 
     def _hidden_among(self, entering: Any) -> bool:
         gathered = isinstance(entering, Tensor) and entering.ndim == 2 and len(entering) > 0
@@ -233,9 +235,10 @@ class Measurement:
             }
         )
 
-    def forget(self) -> None:
-        """Drop what the probe pass has shown, to take the same batch again."""
-        self.pcas.clear()
+    def split(self, key: str, new: str) -> None:
+        """Begin an input with what another one has seen so far."""
+        if key in self.pcas:
+            self.pcas[new] = copy.deepcopy(self.pcas[key])
 
     def all_done(self) -> bool:
         """Tell whether every input is done."""

@@ -1,14 +1,27 @@
-"""Which targets receive the very same tensor, so that it is measured once (q, k and v; gate and up).
+"""Which targets receive the very same tensors, so that these are measured once (q, k and v; gate and up).
 
-Tensors are compared by what they are, never by their values: same memory, same geometry, same version. A tensor is
-held by a weak reference only; while it is alive its memory cannot be another tensor's.
+Tensors are compared by what they are, never by their values: same memory, same geometry, same version. A tensor without
+elements is nobody's input: it has no memory by which to know it, and no rows.
+
+What one batch shows of sharing is not the rule for the next. Targets share an input as long as they have received the
+same tensors in every call of every pass. So the n-th call of a shared input is handed over when all its targets have
+made their n-th call. Where they differ, or where one makes fewer calls, they have shared all rows up to there: the
+input is split in two with equal states, and each goes on with its own tensors. No pass is needed again for this, unless
+a tensor that waited for other targets was changed in place.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from evatune.errors import EvaError
+
+Number = tuple[Hashable, ...]
 
 
 class SeenTensors:
@@ -19,9 +32,11 @@ class SeenTensors:
         self._count = 0
 
     def number(self, tensor: Tensor) -> int:
-        """Return the number of a tensor: a new one, unless this tensor was seen before."""
-        version = None if tensor.is_inference() else tensor._version  # tensors made in inference mode have none
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version)
+        """Return the number of a tensor: a new one, unless this tensor was seen before.
+
+        A tensor is held by a weak reference only; while it is alive its memory cannot be another tensor's.
+        """
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version_of(tensor))
         if key in self._seen:
             reference, number = self._seen[key]
             if reference() is not None:
@@ -29,3 +44,176 @@ class SeenTensors:
         self._count += 1
         self._seen[key] = (weakref.ref(tensor), self._count)
         return self._count
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None for tensors made in inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class _Call:
+    """One call of a target."""
+
+    number: Number
+    """What tells its input from others in this pass."""
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    entering: Any
+    """What entered, as the layer type hands it over."""
+
+    def is_unchanged(self) -> bool:
+        return self.versions == tuple(map(version_of, self.tensors))
+
+
+@dataclass
+class _Input:
+    """The input that some targets have shared so far."""
+
+    members: list[str]
+    n_taken: int = 0
+    """How many calls of this batch were handed over."""
+    n_passed: int = 0
+    """How many calls of this pass have been made by all members."""
+    waiting: list[dict[str, _Call]] = field(default_factory=list)
+    """The calls after these, each by the targets that have made it already."""
+    closed: bool = False
+    """Nothing more of this pass can be handed over."""
+    lost: bool = False
+    """A tensor was changed while it waited."""
+
+
+class SharedInputs:
+    """Groups targets by their inputs, and hands over each call of an input once.
+
+    Args:
+        take: takes the key of an input, the number of the call in its pass and what entered. It returns False if it
+            cannot take it yet; it then gets this call, and those that follow, when the pass is made again.
+        split: takes the key of an input and a new key: from here on there are two inputs with the same rows so far.
+
+    Attributes:
+        input_of: for every target that got any element so far, the key of its input, which is the name of one of them.
+    """
+
+    def __init__(self, take: Callable[[str, int, Any], bool], split: Callable[[str, str], None]) -> None:
+        self.input_of: dict[str, str] = {}
+        self._take = take
+        self._split_state = split
+        self._inputs: dict[str, _Input] = {}
+        self._only: frozenset[str] | None = None
+        self._calls: dict[str, int] = {}
+        self._born: dict[Number, str] = {}
+        self._seen = SeenTensors()
+
+    def begin_batch(self, only: Iterable[str] | None = None) -> None:
+        """Prepare for a batch, or for a part of one.
+
+        Args:
+            only: keys of the inputs that are handed over; None means all.
+        """
+        self._only = None if only is None else frozenset(only)
+        for shared in self._inputs.values():
+            shared.n_taken = 0
+
+    def begin_pass(self) -> None:
+        """Prepare for a pass; calls of this batch that were handed over already are not handed over again."""
+        self._seen, self._calls, self._born = SeenTensors(), {}, {}
+        for shared in self._inputs.values():
+            shared.n_passed, shared.waiting, shared.closed, shared.lost = 0, [], False, False
+
+    def call(self, name: str, entering: Any, *, tensors: tuple[Tensor, ...], form: Hashable = None) -> None:
+        """Note that a target is called.
+
+        Args:
+            name: the target.
+            entering: what enters it.
+            tensors: the tensors by which its input is known.
+            form: what makes different rows out of the same tensors.
+        """
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            return
+        number = (form, *map(self._seen.number, tensors))
+        key = self.input_of.get(name)
+        if key is None:
+            # A target that is called for the first time shares an input that was found in this pass, at this call.
+            key = self.input_of[name] = self._born.setdefault(number, name)
+            if key != name:
+                self._inputs[key].members.append(name)
+                self._calls[name] = 1
+                return
+            self._inputs[key] = _Input(members=[name])
+            if self._only is not None:
+                self._only |= {name}
+        elif self._calls.get(name) == 1:
+            self._born = {born: owner for born, owner in self._born.items() if owner != key}
+        shared = self._inputs[key]
+        place = self._calls.get(name, 0) - shared.n_passed
+        self._calls[name] = self._calls.get(name, 0) + 1
+        while len(shared.waiting) <= place:
+            shared.waiting.append({})
+        shared.waiting[place][name] = _Call(number, tensors, tuple(map(version_of, tensors)), entering)
+        self._advance(key)
+
+    def end_pass(self) -> bool:
+        """Hand over what still waits; returns False if the pass must be made again.
+
+        Raises:
+            EvaError: this pass was made again and had fewer calls than before.
+        """
+        for key in list(self._inputs):
+            self._advance(key, ended=True)
+            shared = self._inputs.get(key)
+            if shared and self._is_wanted(key) and not shared.closed and shared.n_passed < shared.n_taken:
+                raise EvaError(
+                    f"{key!r} is called {shared.n_passed} times when a batch is passed again, and was called "
+                    f"{shared.n_taken} times before; make the calls depend on the batch alone, or pass it with forward=."
+                )
+        lost = [key for key, shared in self._inputs.items() if shared.lost]
+        for key in lost:
+            self._divide(key, [[name] for name in self._inputs[key].members])
+        return not lost
+
+    def _advance(self, key: str, *, ended: bool = False) -> None:
+        """Hand over the calls that all targets of an input have made; at the end of a pass, all that were made."""
+        shared = self._inputs[key]
+        while shared.waiting and (ended or len(shared.waiting[0]) == len(shared.members)):
+            calls = shared.waiting[0]
+            parts: dict[Number | None, list[str]] = {}
+            for name in shared.members:
+                parts.setdefault(calls[name].number if name in calls else None, []).append(name)
+            if len(parts) > 1:
+                for part in self._divide(key, list(parts.values())):
+                    self._advance(part, ended=ended)
+                return
+            shared.waiting.pop(0)
+            self._hand_over(key, shared, next(iter(calls.values())))
+            shared.n_passed += 1
+
+    def _is_wanted(self, key: str) -> bool:
+        return self._only is None or key in self._only
+
+    def _hand_over(self, key: str, shared: _Input, call: _Call) -> None:
+        if not self._is_wanted(key) or shared.closed or shared.n_passed < shared.n_taken:
+            return
+        shared.lost = not call.is_unchanged()
+        if not shared.lost and self._take(key, shared.n_passed, call.entering):
+            shared.n_taken += 1
+        else:
+            shared.closed = True
+
+    def _divide(self, key: str, parts: list[list[str]]) -> list[str]:
+        """Split an input by its targets, and return the keys of the parts; the one with the key's target keeps it."""
+        whole = self._inputs[key]
+        keys = [key if key in members else members[0] for members in parts]
+        for part, members in zip(keys, parts, strict=True):
+            waiting = [{name: calls[name] for name in members if name in calls} for calls in whole.waiting]
+            while waiting and not waiting[-1]:
+                waiting.pop()
+            self._inputs[part] = _Input(members, whole.n_taken, whole.n_passed, waiting, whole.closed)
+            for name in members:
+                self.input_of[name] = part
+            if part != key:
+                self._split_state(key, part)
+                if self._only is not None and key in self._only:
+                    self._only |= {part}
+        return keys

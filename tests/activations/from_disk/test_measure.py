@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -283,12 +284,12 @@ def test_the_last_block_ends_at_its_last_target(stored, batches_for, quiet, monk
     passes, ordinary = [], LlamaMLP.forward
 
     def count(self, hidden):
-        passes.append(self)
+        passes.append(not isinstance(hidden, FakeTensor))
         return ordinary(self, hidden)
 
     monkeypatch.setattr(LlamaMLP, "forward", count)
     measure_from_disk(folder, batches_for("llama"), target_modules=["q_proj"], **quiet_(quiet))
-    assert len(passes) == 3 + 1, "three times in the first block, and in the last one only by the pass that finds out"
+    assert sum(passes) == 3 + 1, "three times in the first block, and in the last one only by the pass that finds out"
 
 
 def test_older_transformers_know_prefixes_and_layer_norms(stored, batches_for, quiet, monkeypatch):

@@ -21,6 +21,7 @@ from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layers.targets import TargetModule
 from evatune.activations.rows import RowMasks
 from evatune.activations.run import Measurement
+from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError
 from evatune.spectra import Spectrum, Target
 
@@ -152,7 +153,7 @@ class BlockwiseRun:
                         self._forwards.append(forward)
                     self.n_batches += 1
                     bar.update()
-        return capture.input_of
+        return capture.shared.input_of
 
     def _run_block(self, name: str, position: int, waiting: WaitingTensors, bar: tqdm[Any], *, to_the_end: bool) -> Any:
         """Run all batches through one block, and return the form of its output."""
@@ -173,7 +174,7 @@ class BlockwiseRun:
                     waiting["hidden", number] = result if isinstance(result, Tensor) else result[0]
                 bar.update()
         if targets:
-            self._conclude(measurement, capture.input_of)
+            self._conclude(measurement, capture.shared.input_of)
         return output
 
     def _run_behind(
@@ -191,19 +192,20 @@ class BlockwiseRun:
                 hidden = waiting["hidden", number].to(self.device)
                 given = hidden if isinstance(output, Tensor) else (hidden, *(None for _ in output[1:]))
                 self._measure_pass(number, measurement, capture, partial(outline.finish, forward, given))
-        return capture.input_of
+        return capture.shared.input_of
 
     def _capture(self, measurement: Measurement, targets: Sequence[TargetModule], *, to_the_end: bool) -> Capture:
         full_precision = torch.autocast(self.device.type, enabled=False)
-        return Capture(targets, full_precision(measurement.consume), to_the_end=to_the_end)
+        shared = SharedInputs(full_precision(measurement.consume), measurement.split)
+        return Capture(self.model, targets, shared, to_the_end=to_the_end)
 
     def _measure_pass(self, number: int, measurement: Measurement, capture: Capture, forward: Callable[[], Any]) -> Any:
         """Return what `forward` returns, or None where it was ended early."""
         results: list[Any] = [None]
         measurement.begin_batch(number, self._masks[number])
-        if not capture.run(lambda: results.append(forward())):
-            measurement.forget()
-            capture.run(lambda: results.append(forward()))
+        capture.shared.begin_batch()
+        while not capture.run(lambda: results.append(forward())):
+            pass
         return results[-1]
 
     def _conclude(self, measurement: Measurement, input_of: Mapping[str, str]) -> None:
