@@ -2,7 +2,7 @@
 
 A pass is needed only up to the last input. Which call is the last cannot be known while the model runs: another batch
 may call it once more. So a pass is not cut off. From the last call that earlier passes had, the module gets a tensor
-without values (`FakeTensor`): it and all that follows, the head above all, know their shapes and compute nothing. Where
+without values (`AbsentTensor`): it and all that follows, the head above all, know their shapes and compute nothing. Where
 another target is called after that, or a model asks for a value, the pass is made again as a whole, and so are all
 passes to come. What was handed over is not handed over again.
 """
@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from evatune.activations.absent import AbsentTensor
 from evatune.activations.layer_type import LayerType
 from evatune.activations.layers.targets import TargetModule
 from evatune.activations.sharing import SharedInputs
@@ -62,7 +62,6 @@ class Capture:
         self.broken = False
         self._may_shorten = not (to_the_end or unbroken)
         self._handles: list[Any] = []
-        self._without_values = FakeTensorMode(allow_non_fake_inputs=True)
         self._most_calls: Counter[str] = Counter()
         self._is_tried = False  # whether a pass was shortened and left nothing behind in the model
         self._watch: Watcher | None = None
@@ -145,7 +144,7 @@ class Capture:
                 raise _MoreCallsError
             entering = layer.entering(module, args, kwargs)
             tensors = layer.tensors(entering)
-            if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            if any(isinstance(tensor, AbsentTensor) for tensor in tensors):
                 raise EvaError(
                     f"{name!r} gets what the model has kept of its last pass, of which the end was left out; "
                     "pass forward=lambda model, batch: model(**batch), then nothing is."
@@ -162,7 +161,7 @@ class Capture:
             if self._n_left:
                 return None
             self._shortened = True
-            return tuple(map(self._emptied, args)), {key: self._emptied(value) for key, value in kwargs.items()}
+            return tuple(map(_emptied, args)), {key: _emptied(value) for key, value in kwargs.items()}
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._held is not None:
@@ -177,8 +176,9 @@ class Capture:
 
         return hook
 
-    def _emptied(self, value: Any) -> Any:
-        return self._without_values.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+def _emptied(value: Any) -> Any:
+    return AbsentTensor(value) if isinstance(value, Tensor) else value
 
 
 def _state_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -202,7 +202,7 @@ def _restored(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
 
 def _has_no_values(value: Any) -> bool:
     members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(member, FakeTensor) for member in members)
+    return any(isinstance(member, AbsentTensor) for member in members)
 
 
 @contextmanager

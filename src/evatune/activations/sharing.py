@@ -12,6 +12,7 @@ a tensor that waited for other targets was changed in place.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -55,12 +56,18 @@ def version_of(tensor: Tensor) -> int | None:
 class _Call:
     """One call of a target."""
 
-    number: Number
-    """What tells its input from others in this pass."""
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int | None, ...]
     entering: Any
     """What entered, as the layer type hands it over."""
+    form: Hashable
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    number: Number
+    """What tells its input from others in this pass."""
+
+    def is_of(self, form: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        """Tell, at little cost, whether a call has the same form and the very same tensors, unchanged since."""
+        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+        return same and form == self.form and self.is_unchanged()
 
     def is_unchanged(self) -> bool:
         return self.versions == tuple(map(version_of, self.tensors))
@@ -132,27 +139,35 @@ class SharedInputs:
         """
         if tensors and not any(tensor.numel() for tensor in tensors):
             return
-        number = (form, *map(self._seen.number, tensors))
         key = self.input_of.get(name)
+        n_calls = self._calls.get(name, 0)
+        self._calls[name] = n_calls + 1
         if key is None:
+            number = self._number(form, tensors)
             # A target that is called for the first time shares an input that was found in this pass, at this call.
             key = self.input_of[name] = self._born.setdefault(number, name)
             if key != name:
                 self._inputs[key].members.append(name)
-                self._calls[name] = 1
                 return
             self._inputs[key] = _Input(members=[name])
             if self._only is not None:
                 self._only |= {name}
-        elif self._calls.get(name) == 1:
+        elif n_calls == 1 and self._born:
             self._born = {born: owner for born, owner in self._born.items() if owner != key}
         shared = self._inputs[key]
-        place = self._calls.get(name, 0) - shared.n_passed
-        self._calls[name] = self._calls.get(name, 0) + 1
-        while len(shared.waiting) <= place:
+        if len(shared.members) == 1:
+            self._hand_over(key, shared, entering)
+            return
+        place = n_calls - shared.n_passed
+        if place == len(shared.waiting):
             shared.waiting.append({})
-        shared.waiting[place][name] = _Call(number, tensors, tuple(map(version_of, tensors)), entering)
-        self._advance(key)
+        calls = shared.waiting[place]
+        first = next(iter(calls.values()), None)
+        if first is None or not first.is_of(form, tensors):
+            first = _Call(entering, form, tensors, tuple(map(version_of, tensors)), self._number(form, tensors))
+        calls[name] = first
+        if len(calls) == len(shared.members):
+            self._advance(key)
 
     def end_pass(self) -> bool:
         """Hand over what still waits; returns False if the pass must be made again.
@@ -178,28 +193,31 @@ class SharedInputs:
         shared = self._inputs[key]
         while shared.waiting and (ended or len(shared.waiting[0]) == len(shared.members)):
             calls = shared.waiting[0]
+            first = next(iter(calls.values()))
             parts: dict[Number | None, list[str]] = {}
-            for name in shared.members:
-                parts.setdefault(calls[name].number if name in calls else None, []).append(name)
+            if len(calls) < len(shared.members) or any(call is not first for call in calls.values()):
+                for name in shared.members:
+                    parts.setdefault(calls[name].number if name in calls else None, []).append(name)
             if len(parts) > 1:
                 for part in self._divide(key, list(parts.values())):
                     self._advance(part, ended=ended)
                 return
             shared.waiting.pop(0)
-            self._hand_over(key, shared, next(iter(calls.values())))
-            shared.n_passed += 1
+            shared.lost |= not first.is_unchanged()
+            shared.closed |= shared.lost
+            self._hand_over(key, shared, first.entering)
+
+    def _number(self, form: Hashable, tensors: tuple[Tensor, ...]) -> Number:
+        return (form, *map(self._seen.number, tensors))
 
     def _is_wanted(self, key: str) -> bool:
         return self._only is None or key in self._only
 
-    def _hand_over(self, key: str, shared: _Input, call: _Call) -> None:
-        if not self._is_wanted(key) or shared.closed or shared.n_passed < shared.n_taken:
-            return
-        shared.lost = not call.is_unchanged()
-        if not shared.lost and self._take(key, shared.n_passed, call.entering):
-            shared.n_taken += 1
-        else:
-            shared.closed = True
+    def _hand_over(self, key: str, shared: _Input, entering: Any) -> None:
+        if self._is_wanted(key) and not shared.closed and shared.n_passed >= shared.n_taken:
+            shared.closed = not self._take(key, shared.n_passed, entering)
+            shared.n_taken += not shared.closed
+        shared.n_passed += 1
 
     def _divide(self, key: str, parts: list[list[str]]) -> list[str]:
         """Split an input by its targets, and return the keys of the parts; the one with the key's target keeps it."""
