@@ -29,7 +29,7 @@ class AbsentTensor(Tensor):
         return f"AbsentTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Run one operation on the meta device."""
         for argument, value in zip(func._schema.arguments, args, strict=False):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
@@ -47,4 +47,6 @@ class AbsentTensor(Tensor):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
         args, kwargs = tree_map(emptied, args), tree_map(emptied, kwargs or {})
-        return tree_map(lambda value: cls(value, found[0]) if isinstance(value, Tensor) else value, func(*args, **kwargs))
+        return tree_map(
+            lambda value: cls(value, found[0]) if isinstance(value, Tensor) else value, func(*args, **kwargs)
+        )

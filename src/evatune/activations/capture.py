@@ -2,9 +2,9 @@
 
 A pass is needed only up to the last input. Which call is the last cannot be known while the model runs: another batch
 may call it once more. So a pass is not cut off. From the last call that earlier passes had, the module gets a tensor
-without values (`AbsentTensor`): it and all that follows, the head above all, know their shapes and compute nothing. Where
-another target is called after that, or a model asks for a value, the pass is made again as a whole, and so are all
-passes to come. What was handed over is not handed over again.
+without values (`AbsentTensor`): it and all that follows, the head above all, know their shapes and compute nothing.
+Where another target is called after that, or a model asks for a value, the pass is made again as a whole, and so are
+all passes to come. What was handed over is not handed over again.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from evatune.errors import EvaError
 
 
 def random_state() -> Callable[[], None]:
-    """Return a function that puts the generators of Python, NumPy and torch (all devices) back to where they are now."""
+    """Return a function that puts the generators of Python, NumPy and torch (all devices) back to this state."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 

@@ -181,7 +181,7 @@ class SharedInputs:
             if shared and self._is_wanted(key) and not shared.closed and shared.n_passed < shared.n_taken:
                 raise EvaError(
                     f"{key!r} is called {shared.n_passed} times when a batch is passed again, and was called "
-                    f"{shared.n_taken} times before; make the calls depend on the batch alone, or pass it with forward=."
+                    f"{shared.n_taken} times before; let the calls of the model depend on the batch alone."
                 )
         lost = [key for key, shared in self._inputs.items() if shared.lost]
         for key in lost:
