@@ -35,7 +35,7 @@ def grey(value: int = 100, size: tuple[int, int] = (6, 4)) -> Image.Image:
         (encoded(Image.new("RGB", (6, 4), (9, 9, 9)).quantize(4)), (9, 9, 9), None),
         (encoded(grey()), (100, 100, 100), "one channel"),
         (encoded(grey().convert("1")), (0, 0, 0), "one channel"),
-        (encoded(Image.fromarray(np.full((4, 6), 257 * 70, np.uint16))), (70, 70, 70), "16 bits"),
+        (encoded(Image.fromarray(np.full((4, 6), 257 * 200, np.uint16))), (200, 200, 200), "16 bits"),
         (encoded(Image.new("RGBA", (6, 4), (255, 0, 0, 0))), (255, 255, 255), "transparency"),
         (encoded(Image.new("RGBA", (6, 4), (255, 0, 0, 51))), (255, 204, 204), "transparency"),
         (encoded(Image.new("CMYK", (6, 4), (0, 0, 0, 0)), "TIFF"), (255, 255, 255), "CMYK"),

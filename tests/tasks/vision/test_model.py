@@ -91,6 +91,10 @@ def test_a_pooler_that_was_never_pretrained_is_left_out():
     assert any("pooler" in name for name, _ in base.named_parameters())
     model = ImageClassifier(base, n_classes=3, size=28)
     assert not any("pooler" in name for name, _ in model.named_parameters())
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = model.classifier(base(pixel_values=pixels).last_hidden_state[:, 0])
+        assert torch.equal(model(pixel_values=pixels).logits, expected)
 
 
 def test_the_new_head_is_as_in_the_paper():

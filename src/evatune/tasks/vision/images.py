@@ -118,8 +118,7 @@ def decode(content: Content) -> tuple[Image.Image, str | None]:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BadPicture(f"is {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)  # a copy, so everything is decoded here
     except BadPicture:
         raise
     except Image.DecompressionBombError:
