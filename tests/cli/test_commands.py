@@ -135,7 +135,7 @@ def test_from_recipe_to_text(tiny_model, tiny_data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == record
     adapter = str(tmp_path / "first" / "adapter")
     assert main(["generate", "Is red true?", "--adapter", adapter, "--max-new-tokens", "4", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"text", "tokens", "seconds"}
+    assert set(json.loads(capsys.readouterr().out)) == {"prompt", "text", "tokens", "seconds"}
 
 
 def test_generate_is_greedy_and_streams(tiny_model, capsys):

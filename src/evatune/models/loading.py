@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evatune.models.calls import check_choice, explained, no_progress_bars
@@ -93,13 +94,15 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a pretrained model; the arguments are those of `load_model`.
+    """Load the tokenizer of a pretrained model, or one in a folder of its own; the arguments are those of `load_model`.
 
     Raises:
         EvaError: there is no such model, or it has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    source = find_source(name_or_path, gguf_file, dtype=None, revision=revision)
+    folder = Path(name_or_path).expanduser()
+    is_tokenizer = gguf_file is None and (folder / "tokenizer_config.json").is_file()  # also without a model
+    source = folder if is_tokenizer else find_source(name_or_path, gguf_file, dtype=None, revision=revision)
     with explained(name_or_path, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +107,7 @@ def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, ma
         rows.append(row)
         if example.answer is None:
             continue
-        variants = [
-            Example(pieces=(*example.pieces[:-1], (choice, True)), special_tokens=example.special_tokens)
-            for choice in example.choices
-        ]
+        variants = [replace(example, pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
         alternatives = encode_examples(variants, tokenizer, max_length=max_length).rows
         columns = zip(*(alternative["input_ids"] for alternative in alternatives), strict=False)
         shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))

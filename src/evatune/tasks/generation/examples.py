@@ -36,6 +36,6 @@ def load_examples(
     """
     return gather(
         sources,
-        lambda row, name: find_format(format, row, source=name, tokenizer=tokenizer).convert,
+        lambda row, name: find_format(format, row, source=name, tokenizer=tokenizer),
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,20 @@ LEARNED = ("⟦", "⟧")
 """What stands around the learned parts."""
 
 
-def preview(rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    templates: Sequence[str | None],
+) -> Preview:
     """Return encoded examples as text.
 
     Args:
         rows: `input_ids` and `labels` of each example.
         tokenizer: the one that made them.
+        templates: what the prompt of each example was put into.
     """
-    content = [_example(row, tokenizer) for row in rows]
+    content = [_example(row, tokenizer) | {"template": template} for row, template in zip(rows, templates, strict=True)]
     return Preview(
         text="\n\n".join(_shown(number, example) for number, example in enumerate(content, 1)), content=content
     )
@@ -46,6 +53,7 @@ def _shown(number: int, example: Mapping[str, Any]) -> str:
     text = "".join(
         f"{left}{piece['text']}{right}" if piece["learned"] else piece["text"] for piece in example["pieces"]
     )
-    return (
-        f"── example {number}: {example['tokens']} tokens, {example['learned_tokens']} learned {left} {right}\n{text}"
-    )
+    template = example["template"]
+    how = "the tokenizer's chat template" if template is None else f"the template {json.dumps(template)}"
+    counts = f"{example['tokens']} tokens, {example['learned_tokens']} learned {left} {right}"
+    return f"── example {number}: {counts}\n── the prompt is written with {how}; the answer follows at once\n{text}"

@@ -13,7 +13,9 @@ from evatune.tasks.settings import RowSettings
 class GenerationData(RowSettings):
     """The training data and the held-out data: prompts and completions, conversations, or plain text."""
 
-    format: Literal["auto", "commonsense", "gsm8k", "metamath", "completion", "messages", "text"] = "auto"
+    format: Literal[
+        "auto", "commonsense", "alpaca", "gsm8k", "metamath", "completion", "messages", "sharegpt", "text"
+    ] = "auto"
     """How a row becomes a prompt and a completion; `auto` goes by the names of its fields."""
     max_length: int = number(512, low=8)
     """Longest sequence in tokens; longer prompts lose their beginning, longer completions their end."""

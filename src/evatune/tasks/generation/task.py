@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evatune.models import load_model, load_tokenizer
+from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
@@ -101,7 +102,8 @@ class Generation:
     def preview(self, n: int) -> Preview:
         """Return the first examples, decoded from their tokens; what is learned stands between ⟦ and ⟧."""
         examples = (self.examples if self.data.train else self.held_out)[:n]
-        return preview(self._encoded(examples).rows, self.tokenizer)
+        templates = [example.template for example in examples]
+        return preview(self._encoded(examples).rows, self.tokenizer, templates=templates)
 
     def summary(self) -> str:
         """Return how many examples, from where, how many rows were dropped or cut."""
@@ -117,8 +119,11 @@ class Generation:
         }
 
     def save_processor(self, folder: Path) -> None:
-        """Write the tokenizer."""
+        """Write the tokenizer, and the template of the prompts if all examples have the same."""
         self.tokenizer.save_pretrained(folder)
+        templates = {example.template for example in self.examples}
+        if len(templates) == 1:
+            PromptTemplate(text=templates.pop()).save(folder)
 
     @cached_property
     def _collator(self) -> Collator:
