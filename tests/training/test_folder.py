@@ -1,0 +1,86 @@
+"""The folder of a run: which checkpoint is the newest, and with what a run may go on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.recipe import Recipe, all_settings
+from evatune.training.folder import CHECKPOINTS, check_same_recipe, last_checkpoint, start_folder
+
+
+def write_checkpoint(folder, step, *names):
+    path = folder / CHECKPOINTS / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).touch()
+    return path
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    """By name, 90 comes behind 100."""
+    for step in (90, 100, 20):
+        write_checkpoint(tmp_path, step, "trainer_state.json")
+    assert last_checkpoint(tmp_path, holding=()).name == "checkpoint-100"
+
+
+def test_checkpoints_that_are_not_complete_do_not_count(tmp_path):
+    write_checkpoint(tmp_path, 3, "trainer_state.json", "scores")
+    write_checkpoint(tmp_path, 6, "trainer_state.json")
+    write_checkpoint(tmp_path, 9, "scores")
+    assert last_checkpoint(tmp_path, holding=()).name == "checkpoint-6"
+    assert last_checkpoint(tmp_path, holding=("scores",)).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path / "nothing", holding=()) is None
+
+
+FREE = {"output", "measure.spectra", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
+FREE |= {"train.keep_checkpoints"}
+VALUES = {"adapter.method": "pissa", "data.columns": {"prompt": "question"}}
+
+
+def other_value(setting):
+    """Return a value of a setting that is not its default."""
+    if setting.path in VALUES:
+        return VALUES[setting.path]
+    if "tuple" in str(setting.kind):
+        return ("other",)
+    choices = getattr(setting.kind, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return next(choice for choice in choices if choice != setting.default)
+    if isinstance(setting.default, bool):
+        return not setting.default
+    if "float" in str(setting.kind):
+        return (setting.default or 1.0) / 2
+    return "other" if "str" in str(setting.kind) else (setting.default or 56) + 8
+
+
+def is_of_default_task(setting):
+    section, _, name = setting.path.rpartition(".")
+    return setting.path != "task" and (section != "data" or hasattr(Recipe().data, name))
+
+
+SETTINGS = [setting for setting in all_settings() if is_of_default_task(setting)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.path)
+def test_a_run_goes_on_with_the_settings_that_decide_its_weights_and_scores(tmp_path, setting):
+    """The held-out data among them: else the scores before and after would be of different data."""
+    old = Recipe(output=str(tmp_path))
+    section, _, name = setting.path.rpartition(".")
+    changes = {name: other_value(setting)}
+    new = dataclasses.replace(
+        old, **({section: dataclasses.replace(getattr(old, section), **changes)} if section else changes)
+    )
+    start_folder(tmp_path / "run", old)
+    if setting.path in FREE:
+        check_same_recipe(tmp_path / "run", new)
+    else:
+        with pytest.raises(EvaError, match=rf"another recipe: {setting.path}\b.* was .* and is "):
+            check_same_recipe(tmp_path / "run", new)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(EvaError, match="holds no run to resume"):
+        check_same_recipe(tmp_path, Recipe())
