@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import evatune
 from evatune.errors import EvaError
-from evatune.methods import EXAMPLES, METHODS, OPTIONS, parse_method
+from evatune.methods import EXAMPLES, METHODS, OPTIONS, at_home, parse_method
 
 
 @pytest.mark.parametrize(
@@ -56,13 +57,28 @@ def test_senseless_names_are_refused_with_the_reason(name, message):
         parse_method(name)
 
 
-def test_every_start_is_a_function_and_every_idea_one_sentence():
-    from evatune.adapters import starts
-
+def test_rows_point_to_functions_and_every_idea_is_one_sentence():
     for method in METHODS.values():
-        assert not method.start or callable(getattr(starts, method.start))
+        for home in (method.config, method.start, *method.callbacks):
+            assert not home or callable(at_home(home))
         assert method.idea.endswith(".")
         assert method.idea.count(". ") == 0
+    for option in OPTIONS.values():
+        assert not option.optimizer or callable(at_home(option.optimizer))
+
+
+def test_no_other_code_asks_for_the_name_of_a_method():
+    source = Path(evatune.__file__).parent
+    names = "|".join(re.escape(f'"{name}"') for name in [*METHODS, *OPTIONS])
+    asks = re.compile(rf"(==|!=|\bin\b) *({names})|({names}) *(==|!=|\bin\b) ")
+    found = [
+        f"{path.relative_to(source)}: {line.strip()}"
+        for path in source.rglob("*.py")
+        if path.name != "methods.py"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if asks.search(line) and "init_lora_weights" not in line  # PEFT's own names
+    ]
+    assert not found
 
 
 def test_the_registry_loads_without_torch():

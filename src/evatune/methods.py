@@ -1,31 +1,55 @@
 """Every method by its name: what it is, what it needs, what it goes with. Imports neither torch nor peft.
 
 A name is a start (`eva`, `pissa`, ...) and any options behind a plus: `eva+dora`, `pissa+rslora`, `eva+lora+`. An
-option alone, `dora`, is that option on plain LoRA. `evatune.prepare` makes a model of a name; what a start does stands
-in `evatune.adapters.starts`. A new method is one file there or in `evatune.initialization`, and one row here.
+option alone, `dora`, is that option on plain LoRA. `evatune.prepare` makes a model of a name.
+
+A row says everything that is particular to a method, so no other code asks for a method's name. What a row cannot say
+in a value it points to, by its home: "package.module:function". A new method is one row here and what it points to.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from evatune.errors import EvaError, near_misses
 
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What can be added to a start with a plus, and stand alone as `lora` with it."""
+
+    idea: str
+    """The idea, as the end of a sentence that begins with the option's name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of PEFT's `LoraConfig`."""
+    in_four_bits: bool = False
+    """Whether the frozen weights of the targets are held in 4 bits."""
+    optimizer: str = ""
+    """Home of the function that makes the optimizer of a model from the recipe's section `train`; by default the
+    trainer's own."""
+
+
 OPTIONS = {
-    "rslora": "scales the adapter by alpha / sqrt(rank) instead of alpha / rank",
-    "dora": "trains magnitude and direction of each weight apart",
-    "lora+": "gives B a higher learning rate than A",
-    "qlora": "holds the frozen weights in 4 bits",
+    "rslora": Option(
+        idea="scales the adapter by alpha / sqrt(rank) instead of alpha / rank", settings={"use_rslora": True}
+    ),
+    "dora": Option(idea="trains magnitude and direction of each weight apart", settings={"use_dora": True}),
+    "lora+": Option(
+        idea="gives B a higher learning rate than A", optimizer="evatune.adapters.loraplus:optimizer_as_set"
+    ),
+    "qlora": Option(idea="holds the frozen weights in 4 bits", in_four_bits=True),
 }
-"""What can be added to a start with a plus, and stand alone as `lora` with it."""
+"""All options by name."""
 
 _FIXED_SCALE = "has a scale and parameters of its own, not LoRA's A and B"
 _NO_ADAPTER = "has no adapter: all weights are trained"
 _NEEDS_FLOAT = "computes a new base weight, which 4 bits cannot hold exactly"
 _NEEDS_GRADIENT = "needs the gradient of the weights, which 4-bit weights do not have"
 _CHANGES_BASE = {"qlora": _NEEDS_FLOAT}
+_MATRICES = ("Linear", "Conv1D")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,31 +64,62 @@ class Method:
     """Whether it looks at data before training."""
     needs_spectra: bool = False
     """Whether what it looks at are activations, so that spectra measured before will do instead of batches."""
+    needs_all_components: bool = False
+    """Whether it needs all components of these spectra, which are too many to keep with a run."""
     needs_gradients: bool = False
     """Whether it computes the loss of batches and its gradient, for which spectra do not do."""
+    needs_steps: bool = False
+    """Whether it needs to know how many optimizer steps training will take."""
     changes_base: bool = False
     """Whether it takes the adapter's start out of the base weights; evatune saves such adapters converted."""
-    peft_config: str = "LoraConfig"
-    """The PEFT configuration it uses; none for full fine-tuning."""
+    layers: tuple[str, ...] = ()
+    """The classes of layers that it adapts, where it does not adapt all."""
+    vectors: int = 0
+    """How many singular vectors of the weight or its gradient one rank takes."""
+    config: str = "evatune.adapters.configs:lora"
+    """Home of the function that makes the PEFT configuration; none for full fine-tuning."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that configuration."""
     start: str = ""
-    """Function in `evatune.adapters.starts` that computes the start, where PEFT alone does not."""
+    """Home of the function that computes the start, where PEFT alone does not."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of that function."""
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of its own for options of `measure`."""
+    callbacks: tuple[str, ...] = ()
+    """Homes of what training has to do besides, each a function that takes the checkpoint that training resumes from,
+    or None, and returns a callback of transformers' `Trainer`."""
+    checkpoint_files: tuple[str, ...] = ()
+    """Files that these callbacks write into checkpoints, without which training cannot resume."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Options that make no sense with it, and why."""
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it trains an adapter and not the model itself."""
+        return bool(self.config)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether its adapter is LoRA: factors A and B with one scale."""
+        return self.config == Method.config
+
+
+def at_home(home: str) -> Any:
+    """Return what a row points to: "package.module:name"."""
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
 
 def _eva(name: str, idea: str, **options: Any) -> Method:
+    row = {key: options.pop(key) for key in Method.__dataclass_fields__ if key in options}
     return Method(
         name=name,
         idea=idea,
         needs_batches=True,
         needs_spectra=True,
-        needs_gradients=options.pop("needs_gradients", False),
-        start=options.pop("start", "eva"),
         options=options,
+        **{"start": "evatune.adapters.starts:eva"} | row,
     )
 
 
@@ -78,14 +133,18 @@ METHODS: dict[str, Method] = {
         Method(
             name="full",
             idea="All weights of the model are trained.",
-            peft_config="",
+            config="",
             refuses=_alone(_NO_ADAPTER),
         ),
         Method(name="lora", idea="A low-rank update B A beside each frozen weight, A random and B zero."),
         Method(
             name="adalora",
             idea="Updates in SVD form whose least important directions are cut while training.",
-            peft_config="AdaLoraConfig",
+            needs_steps=True,
+            layers=_MATRICES,
+            config="evatune.adapters.configs:adalora",
+            callbacks=("evatune.training.adalora:AdaLoraCallback",),
+            checkpoint_files=("adalora.safetensors",),
             refuses=_alone("learns a singular value decomposition whose ranks change in training")
             | {"qlora": "is tested with full-precision weights only"},
         ),
@@ -93,6 +152,8 @@ METHODS: dict[str, Method] = {
             name="pissa",
             idea="A and B start as the principal components of the weight, the frozen rest is what remains.",
             changes_base=True,
+            layers=_MATRICES,
+            vectors=1,
             settings={"init_lora_weights": "pissa"},
             refuses=_CHANGES_BASE,
         ),
@@ -100,13 +161,17 @@ METHODS: dict[str, Method] = {
             name="milora",
             idea="A and B start as the minor components of the weight, so training leaves the principal ones alone.",
             changes_base=True,
-            start="milora",
+            layers=_MATRICES,
+            vectors=1,
+            start="evatune.adapters.starts:milora",
             refuses=_CHANGES_BASE,
         ),
         Method(
             name="olora",
             idea="B and A start as the first columns of Q and rows of R in the weight's QR decomposition.",
             changes_base=True,
+            layers=("Linear",),
+            vectors=1,
             settings={"init_lora_weights": "olora"},
             refuses=_CHANGES_BASE,
         ),
@@ -116,8 +181,10 @@ METHODS: dict[str, Method] = {
             needs_batches=True,
             needs_gradients=True,
             changes_base=True,
+            layers=_MATRICES,
+            vectors=2,
             settings={"init_lora_weights": "lora_ga"},
-            start="lora_ga",
+            start="evatune.adapters.starts:lora_ga",
             refuses={"qlora": _NEEDS_GRADIENT},
         ),
         Method(
@@ -125,20 +192,24 @@ METHODS: dict[str, Method] = {
             idea="A and B start as components of the weight weighted by the covariance of its input.",
             needs_batches=True,
             changes_base=True,
+            layers=_MATRICES,
+            vectors=1,
             settings={"init_lora_weights": "corda"},
-            start="corda",
+            start="evatune.adapters.corda:corda",
             refuses=_CHANGES_BASE,
         ),
         Method(
             name="vera",
             idea="Two random matrices, frozen and shared by all layers, between trained scaling vectors.",
-            peft_config="VeraConfig",
+            layers=_MATRICES,
+            config="evatune.adapters.configs:vera",
             refuses=_alone(_FIXED_SCALE),
         ),
         Method(
             name="boft",
             idea="Each weight is multiplied by a trained orthogonal matrix in butterfly form.",
-            peft_config="BOFTConfig",
+            layers=("Linear",),
+            config="evatune.adapters.configs:boft",
             refuses=_alone(_FIXED_SCALE),
         ),
         Method(
@@ -146,22 +217,35 @@ METHODS: dict[str, Method] = {
             idea="A and B start as the best low-rank step down the full gradient.",
             needs_batches=True,
             needs_gradients=True,
-            start="lora_one",
+            layers=_MATRICES,
+            vectors=1,
+            start="evatune.adapters.starts:lora_one",
             refuses={"qlora": _NEEDS_GRADIENT},
         ),
-        _eva("eva", "A starts as the directions in which the input varies most, and they decide the ranks."),
+        _eva(
+            "eva",
+            "A starts as the directions in which the input varies most, and they decide the ranks.",
+            callbacks=("evatune.training.callbacks:require_eva",),
+        ),
         _eva("eva-raw", "EVA with ranks by unnormalized variance.", metric="raw"),
         _eva("eva-max", "EVA with ranks by variance relative to the largest.", metric="max"),
         _eva("eva-whiten", "EVA with each row divided by the root of its singular value.", rows="whitened"),
         _eva("eva-rot", "EVA with the rows of each A rotated among themselves at random.", rows="rotated"),
         _eva("eva-perm", "EVA with the rows of each A in random order.", rows="permuted"),
         _eva("eva-shuffle", "EVA with each column of A shuffled, which spoils its directions.", rows="shuffled"),
-        _eva("eva-minor", "A starts as the directions in which the input varies least.", start="eva_minor"),
+        _eva(
+            "eva-minor",
+            "A starts as the directions in which the input varies least.",
+            needs_all_components=True,
+            measuring={"backend": "exact", "tau": None, "min_gain": None, "max_batches": 20},  # as in the paper
+            start="evatune.adapters.starts:eva_minor",
+        ),
         _eva(
             "eva-grad",
             "EVA with ranks by input variance times output-gradient energy.",
-            start="eva_grad",
             needs_gradients=True,
+            layers=_MATRICES,
+            start="evatune.adapters.starts:eva_grad",
         ),
         _eva("lora-redist", "EVA's ranks, but a random A.", rows="random"),
     )
@@ -183,6 +267,28 @@ class Choice:
     options: frozenset[str]
     """The options added to it."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of PEFT's configuration."""
+        return dict(self.method.settings) | {
+            key: value for name in sorted(self.options) for key, value in OPTIONS[name].settings.items()
+        }
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether the frozen weights of the targets are held in 4 bits."""
+        return any(OPTIONS[name].in_four_bits for name in self.options)
+
+    @property
+    def optimizing(self) -> str:
+        """The option that brings an optimizer of its own; empty where the trainer's is taken."""
+        return next((name for name in sorted(self.options) if OPTIONS[name].optimizer), "")
+
+    @property
+    def optimizer(self) -> str:
+        """Home of the function that makes this optimizer, or empty."""
+        return OPTIONS[self.optimizing].optimizer if self.optimizing else ""
+
 
 def check_train_a(choice: Choice, *, train_a: bool) -> None:
     """Check that a method can do what `train_a` says.
@@ -192,12 +298,12 @@ def check_train_a(choice: Choice, *, train_a: bool) -> None:
     """
     if train_a:
         return
-    if choice.method.peft_config != "LoraConfig":
+    if not choice.method.is_lora:
         raise EvaError(f"method {choice.name!r} has no A to freeze; leave out train_a=False (--no-train-a).")
-    if "lora+" in choice.options:
+    if choice.optimizing:
         raise EvaError(
-            "lora+ sets the learning rates of A and B apart; with a frozen A (train_a=False, --no-train-a) it does "
-            "nothing."
+            f"{choice.optimizing} {OPTIONS[choice.optimizing].idea}; with a frozen A (train_a=False, --no-train-a) it "
+            "does nothing."
         )
 
 
@@ -240,6 +346,6 @@ def parse_method(name: str) -> Choice:
         if option in method.refuses:
             raise EvaError(
                 f"method {name!r} makes no sense: {method.name} {method.refuses[option]}, but {option} "
-                f"{OPTIONS[option]}."
+                f"{OPTIONS[option].idea}."
             )
     return Choice(name=str(name), method=method, options=frozenset(options))

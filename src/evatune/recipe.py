@@ -150,9 +150,9 @@ class Recipe(Section):
         if type(self.data) is not wanted:
             raise EvaError(f"data is a {type(self.data).__name__}, but task {self.task!r} needs a {wanted.__name__}.")
         check_kept(self.measure.n_components, self.adapter.rank, self.adapter.rho)
-        if self.train.layer_decay < 1 and "lora+" in self.adapter.choice.options:
+        if self.train.layer_decay < 1 and (option := self.adapter.choice.optimizing):
             raise EvaError(
-                f"train.layer_decay is {self.train.layer_decay:g}, but lora+ has rates of its own; leave one out."
+                f"train.layer_decay is {self.train.layer_decay:g}, but {option} has rates of its own; leave one out."
             )
 
     @classmethod

@@ -95,6 +95,8 @@ class Spectra(Mapping[str, Spectrum]):
     """How long measuring took."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per convergence check: batch, rows, converged inputs, seconds."""
+    unreached: tuple[str, ...] = ()
+    """Names of targets that got no input, and so have no spectrum."""
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.targets:
@@ -198,6 +200,7 @@ class Spectra(Mapping[str, Spectrum]):
             "targets": [asdict(target) for target in self.targets.values()],
             "inputs": inputs,
             "history": self.history,
+            "unreached": list(self.unreached),
         }
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -252,6 +255,7 @@ class Spectra(Mapping[str, Spectrum]):
             for target in targets.values():
                 _ = inputs[target.input]
             facts = {name: manifest[name] for name in ("model_name", "settings", "versions", "seconds", "history")}
+            facts["unreached"] = tuple(manifest.get("unreached", ()))
         except (SafetensorError, OSError) as error:
             raise EvaError(
                 f"{tensors_path} cannot be read ({error}); it is damaged or cut short: measure again."

@@ -156,14 +156,16 @@ def measure(
     kept = settings.to_json() | {"n_components": n_components, "n_batches": n_batches}
     if ranks is not None:
         kept |= {"processes": ranks.size, "bytes_sent": ranks.bytes_sent}
+    table = measurement.target_table(measurement.input_of, n_batches=n_batches)
     spectra = Spectra(
-        targets=measurement.target_table(measurement.input_of, n_batches=n_batches),
+        targets=table,
         inputs=measurement.spectra(stopped, n_batches=n_batches),
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch")},
         seconds=time.perf_counter() - started,
         history=measurement.history,
+        unreached=tuple(target.name for target in targets if target.name not in table),
     )
     warn_of_errors(spectra.inputs)
     return spectra

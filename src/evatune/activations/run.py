@@ -269,7 +269,8 @@ class Measurement:
         if unreached:
             warnings.warn(
                 f"{len(unreached)} of {len(self.targets)} targets got no input in {n_batches} batches and have no "
-                f"spectrum, the first is {unreached[0]!r}; leave them out with exclude_modules.",
+                f"spectrum, the first is {unreached[0]!r}; an adapter there starts as LoRA does, with its rank and "
+                "at random, unless exclude_modules leaves it out.",
                 EvaWarning,
                 stacklevel=3,
             )

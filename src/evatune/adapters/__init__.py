@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from evatune.adapters.attach import save_adapter
-from evatune.adapters.base_change import unload
 from evatune.adapters.export import export_portable
 from evatune.adapters.initialize import initialize, initialized_plan, require_initialized
 from evatune.adapters.prepare import freeze_a, prepare
+from evatune.adapters.taking_off import unload
 
 __all__ = [
     "export_portable",

@@ -19,15 +19,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evatune.adapters.all_or_nothing import all_or_nothing
 from evatune.adapters.lora import down_up, find_adapter
-from evatune.errors import EvaError
+from evatune.adapters.taking_off import remember, trained_names
 from evatune.methods import METHODS
-
-_IN_CONFIG = {
-    name: str(row.settings.get("init_lora_weights", name)) for name, row in METHODS.items() if row.changes_base
-}
-"""What `init_lora_weights` says of a method that changes the base; PEFT refuses to load what is not its own."""
-_IN_CONFIG["lora-ga"] = "lora-ga"  # under its own name PEFT would load the adapter beside the unchanged base, silently
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,80 +31,39 @@ class BaseChange:
 
     starts: dict[str, tuple[Tensor, Tensor]]
     """A0 and B0 of each layer."""
-    originals: dict[str, Tensor] | None
-    """The base weights as they were, in main memory; None if they were not to be kept."""
-
-
-def copy_weights(model: Any, names: list[str]) -> dict[str, Tensor]:
-    """Return copies in main memory of the weights of these modules.
-
-    Raises:
-        EvaError: one of them is shared with another module, which must not change along.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    copies = {}
-    for name in names:
-        weight = model.get_submodule(name).weight
-        others = [other for other in owners[id(weight)] if other != name]
-        if others:
-            raise EvaError(
-                f"{name!r} shares its weight with {others[0]!r}, so it cannot be changed; "
-                "leave it out with exclude_modules."
-            )
-        copies[name] = weight.detach().to("cpu", copy=True)
-    return copies
 
 
 @torch.no_grad()
-def take_out(peft_model: PeftModel, originals: Mapping[str, Tensor], *, method: str, keep_base: bool = True) -> None:
-    """Write W - s B A into the base weights for the A and B that the adapter has now, and remember all three.
+def take_out(peft_model: PeftModel, originals: Mapping[str, Tensor], *, method: str) -> None:
+    """Write W - s B A into the base weights for the A and B that the adapter has now, and remember A and B.
+
+    The configuration then has the name of the method as `init_lora_weights`, which tells `load_start` what to do, and
+    which PEFT itself refuses to load where it would put the adapter beside the unchanged base.
 
     Args:
         peft_model: the model with the fresh adapter.
-        originals: W of each layer, whatever PEFT has made of it in the meantime.
+        originals: W of each layer by the name of the parameter, whatever PEFT has made of it in the meantime.
         method: name of the method.
-        keep_base: keep W, so that `unload` can put it back bit for bit.
     """
     model, config, layers = find_adapter(peft_model, "default")
     starts = {}
     for name, layer in layers.items():
         base: Any = layer.get_base_layer()
         A, B = (matrix.weight.detach().clone() for matrix in down_up(layer, "default"))
-        wide = torch.promote_types(originals[name].dtype, torch.float32)
+        original = originals[f"{name}.weight"]
+        wide = torch.promote_types(original.dtype, torch.float32)
         product = layer.scaling["default"] * (B.to(wide) @ A.to(wide))
         product = product.T if layer.fan_in_fan_out else product  # type: ignore[attr-defined]
-        base.weight.data = (originals[name].to(product) - product).to(base.weight)
+        base.weight.data = (original.to(product) - product).to(base.weight)
         starts[name] = (A, B)
-    config.init_lora_weights = _IN_CONFIG[method]  # type: ignore[assignment]
-    model.base_model.__dict__["_evatune_base_change"] = BaseChange(
-        starts=starts, originals=dict(originals) if keep_base else None
-    )
+    config.init_lora_weights = method  # type: ignore[assignment]
+    vars(model.base_model)["_evatune_base_change"] = BaseChange(starts=starts)
 
 
 def base_change(peft_model: Any) -> BaseChange | None:
     """Return what was taken out of the base weights of this model, or None."""
     tuner = getattr(peft_model, "base_model", None)
-    return tuner.__dict__.get("_evatune_base_change") if tuner is not None else None
-
-
-def unload(peft_model: PeftModel) -> Any:
-    """Take the adapter off and return the base model, its weights bit for bit as they were before `prepare`.
-
-    Raises:
-        EvaError: the method changed the base weights and they were not kept (`keep_base=False`).
-    """
-    change = base_change(peft_model)
-    if change is None:
-        return peft_model.unload()
-    if change.originals is None:
-        raise EvaError("the base weights were not kept (keep_base=False); load the base model anew.")
-    base: Any = peft_model.unload()
-    for name, weight in change.originals.items():
-        parameter = base.get_submodule(name).weight
-        parameter.data = weight.to(parameter.device)
-    return base
+    return vars(tuner).get("_evatune_base_change") if tuner is not None else None
 
 
 def convert_saved(peft_model: PeftModel, folder: Path, change: BaseChange) -> None:
@@ -146,17 +100,17 @@ def load_start(model: Any, folder: str | Path) -> PeftModel | None:
         The model, ready to train; None if the adapter's method leaves the base as it is.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    method = {value: name for name, value in _IN_CONFIG.items()}.get(getattr(config, "init_lora_weights", None))  # type: ignore[arg-type]
-    if method is None:
+    method = getattr(config, "init_lora_weights", None)
+    if not isinstance(method, str) or method not in METHODS or not METHODS[method].changes_base:
         return None
-    config.init_lora_weights = True
-    peft_model = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
-    _, _, layers = find_adapter(peft_model, "default")
-    take_out(
-        peft_model,
-        {name: _weight(layer).detach().to("cpu", copy=True) for name, layer in layers.items()},
-        method=method,
-    )
+    config.init_lora_weights = True  # type: ignore[attr-defined]
+    trainable = trained_names(model)
+    with all_or_nothing(model):
+        peft_model = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+        _, _, layers = find_adapter(peft_model, "default")
+        originals = {f"{name}.weight": _weight(layer).detach().to("cpu", copy=True) for name, layer in layers.items()}
+        take_out(peft_model, originals, method=method)
+        remember(peft_model, originals=originals, trainable=trainable)
     return peft_model
 
 

@@ -7,15 +7,17 @@ columns of zeros in `B` and a scale that is part of `B` change nothing in B A, a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
-from evatune.adapters.lora import check_linear, find_adapter
+from evatune.adapters.factors import Factors, factors_of, layers_of
+from evatune.adapters.lora import check_layers, find_adapter
 from evatune.errors import EvaError
 from evatune.files import replace_folder
 
@@ -30,7 +32,8 @@ def export_portable(
 
     Every `A` and `B` is padded with zeros to the largest rank, B is multiplied by its scale alpha / r (rsLoRA:
     alpha / sqrt(r)), and the config says `lora_alpha` = r, no patterns and `init_lora_weights=True`. Layers without the
-    adapter stay without it. DoRA keeps its magnitudes, for which B A at scale 1 is all the same.
+    adapter stay without it. DoRA keeps its magnitudes, for which B A at scale 1 is all the same. All layer types are
+    exported, `nn.MultiheadAttention` with both of its projections.
 
     Args:
         peft_model: the model that carries the adapter; it is not changed.
@@ -42,13 +45,13 @@ def export_portable(
         The folder; `PeftModel.from_pretrained` reads it.
 
     Raises:
-        EvaError: no LoRA adapter of that name, layers that are not linear, an initialization that changed the base
-            weights, or a folder that exists or cannot be written.
+        EvaError: no LoRA adapter of that name, a form of layer or LoRA variant that evatune does not know, an
+            initialization that changed the base weights, or a folder that exists or cannot be written.
 
     Cost: O(layers * largest rank * (in_features + out_features)) numbers on disk.
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
-    check_linear(layers, adapter_name, config=config)
+    check_layers(layers, adapter_name, config=config)
     if config.init_lora_weights not in _BASE_UNTOUCHED:
         raise EvaError(
             f"adapter {adapter_name!r} was initialized by {config.init_lora_weights!r}, which changed the base "
@@ -61,14 +64,10 @@ def export_portable(
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         saved = folder if adapter_name == "default" else folder / adapter_name
         tensors = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
-        for name, layer in layers.items():
-            missing = rank - layer.r[adapter_name]
-            scale = layer.scaling[adapter_name]
-            down, up = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
-            tensors[down] = F.pad(tensors[down], (0, 0, 0, missing))
-            tensors[up] = F.pad(tensors[up] * scale, (0, missing))
-            bias = f"base_model.model.{name}.lora_B.bias"
-            if bias in tensors:
+        for prefix, pair, scale in _pairs(model, layers, adapter_name):
+            down, up = (f"{prefix}.{key}" for key in pair.saved_as)
+            tensors[down], tensors[up] = pair.padded(tensors[down], tensors[up], rank=rank, scale=scale)
+            if (bias := f"{prefix}.lora_B.bias") in tensors:
                 tensors[bias] = tensors[bias] * scale
         portable = LoraConfig.from_pretrained(str(saved))
         if saved != folder:
@@ -80,3 +79,14 @@ def export_portable(
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         portable.save_pretrained(str(folder))
     return Path(directory).expanduser().absolute()
+
+
+def _pairs(
+    model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str
+) -> Iterator[tuple[str, Factors, float]]:
+    """Yield every pair of factors, with what stands before it in a saved adapter, and its scale."""
+    paths = {id(module): path for path, module in model.get_base_model().named_modules()}
+    for layer in layers.values():
+        for part, pair in zip(layers_of(layer), factors_of(layer, adapter_name), strict=True):
+            path = paths[id(part)].replace("._orig_mod", "")
+            yield f"base_model.model.{path}", pair, part.scaling[adapter_name]

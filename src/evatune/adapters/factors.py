@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from evatune.errors import EvaError
 
@@ -26,6 +27,9 @@ class Factors:
         layer: the PEFT layer.
         adapter_name: the adapter.
     """
+
+    saved_as = ("lora_A.weight", "lora_B.weight")
+    """What A and B are called in a saved adapter, behind the layer's path."""
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer = layer
@@ -61,6 +65,10 @@ class Factors:
             assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
         self.down.out_features = self.up.in_features = rank
 
+    def padded(self, down: Tensor, up: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Return A and B as PEFT stores them, with zeros up to a larger rank and the scale in B."""
+        return _grown(down, 0, rank), _grown(up * scale, 1, rank)
+
     @property
     def _device(self) -> torch.device:
         weight = getattr(self.layer, "weight", None)
@@ -85,9 +93,21 @@ class ConvolutionFactors(Factors):
             assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
         self.down.out_channels = self.up.in_channels = rank
 
+    def padded(self, down: Tensor, up: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Return A and B as PEFT stores them, with zeros up to a larger rank and the scale in B."""
+        groups = self.layer.get_base_layer().groups
+        if groups > 1 and rank != len(down):
+            raise EvaError(
+                f"a convolution with groups={groups} divides its rank {len(down)} among them and cannot be padded to "
+                f"{rank}; give all layers one rank, or merge the adapter."
+            )
+        return super().padded(down, up, rank=rank, scale=scale)
+
 
 class EmbeddingFactors(Factors):
     """A is a bare parameter (r, V), B one (o, r)."""
+
+    saved_as = ("lora_embedding_A", "lora_embedding_B")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer = layer
@@ -134,9 +154,22 @@ class ExpertFactors(Factors):
         A_erd = A_rd.unflatten(1, (n_experts, -1)).transpose(0, 1) * n_experts**0.5
         super().write(A_erd.flatten(0, 1))
 
+    def padded(self, down: Tensor, up: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Return A, padded expert by expert, and B, whose columns are ordered by rank and then by expert."""
+        n_experts = self.layer.num_experts
+        down_erd = down.unflatten(0, (n_experts, -1))
+        return _grown(down_erd, 1, rank).flatten(0, 1), _grown(up * scale, 1, rank * n_experts)
+
     @property
     def _device(self) -> torch.device:
         return working_device(self.layer, self.layer.get_param())
+
+
+def _grown(tensor: Tensor, dimension: int, size: int) -> Tensor:
+    """Return a tensor with zeros behind it in one dimension, up to a size."""
+    missing = list(tensor.shape)
+    missing[dimension] = size - tensor.shape[dimension]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=dimension)
 
 
 def working_device(layer: LoraLayer, weight: Tensor) -> torch.device:
@@ -164,6 +197,20 @@ def layers_of(layer: LoraLayer) -> list[Any]:
     return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Tell whether a module's weight is no parameter but computed from others in every call, as by `weight_norm`."""
+    has_weight = isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return is_parametrized(module) or (has_weight and "weight" not in module._parameters)
+
+
+COMPUTED = (
+    "the weight of {name!r} is computed anew in every call (weight_norm or another parametrization), and PEFT cannot "
+    "merge an adapter into it; call torch.nn.utils.parametrize.remove_parametrizations first, or leave it out with "
+    "exclude_modules."
+)
+"""What is wrong with such a module."""
+
+
 def check_form(name: str, layer: LoraLayer) -> None:
     """Check that PEFT's adapter on a layer can start from components of what enters the layer.
 
@@ -171,6 +218,8 @@ def check_form(name: str, layer: LoraLayer) -> None:
         EvaError: it cannot.
     """
     base: Any = layer.get_base_layer()
+    if is_computed(base):
+        raise EvaError(COMPUTED.format(name=name))
     if isinstance(layer, _ConvNd):
         if base.groups > 1:
             raise EvaError(

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from evatune.activations.layers.targets import TargetRules, find_targets
+from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.errors import EvaError
 
 
@@ -27,12 +27,17 @@ def quantize_targets(
     Raises:
         EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
     """
+    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
+    quantize(model, find_targets(model, rules))
+
+
+def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:
+    """Hold the weights of these targets in 4 bits; see `quantize_targets`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EvaError("qlora needs the package bitsandbytes, which is not installed: pip install bitsandbytes.")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
-    modules = {target.name: target.module for target in find_targets(model, rules)}
+    modules = {target.name: target.module for target in targets}
     for name, module in modules.items():
         if not isinstance(module, nn.Linear):
             raise EvaError(f"{name!r} is a {type(module).__name__}; qlora holds nn.Linear weights in 4 bits only.")

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatune.activations import measure
 from evatune.activations.processes.sharded_models import sharding_of
+from evatune.adapters.all_or_nothing import all_or_nothing
 from evatune.adapters.config import configured, planned_config
 from evatune.adapters.factors import factors_of
-from evatune.adapters.lora import check_layers, find_adapter, remove_layer, wrapped_parameters, write_layer
+from evatune.adapters.fit import fit_spectra
+from evatune.adapters.lora import (
+    check_can_start,
+    find_adapter,
+    remove_layer,
+    start_at_random,
+    wrapped_parameters,
+    write_layer,
+)
+from evatune.adapters.taking_off import copy_biases, remember
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
 from evatune.initialization import eva
@@ -74,9 +85,13 @@ def initialize(
     Returns:
         The plan that was applied.
 
+    Layers that no batch reaches keep the rank and the random start that LoRA gives them, outside the budget, and a
+    warning names them. The adapter sits where PEFT has put it; spectra may be of more modules than that.
+
     Raises:
         EvaError: no PEFT model or one that is spread over processes, an unknown, merged, trained or already initialized
-            adapter, layers that are not linear, spectra of other modules, or an argument that is out of range.
+            adapter, layers that cannot start from components, spectra of other modules, or an argument that is out of
+            range. Whatever is raised, the model is as it was then.
 
     Cost: that of `evatune.measure`; after it, O(sum of ranks * in_features).
 
@@ -88,7 +103,7 @@ def initialize(
         >>> trainer.train()
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
-    check_layers(layers, adapter_name, config=config)
+    check_can_start(layers, adapter_name, config=config)
     if (how := sharding_of(model)) is not None:
         raise EvaError(
             f"the parameters of this model are spread over processes by {how}, so its adapter cannot be written; "
@@ -100,34 +115,30 @@ def initialize(
     _check_options(measure_options, measured=isinstance(batches_or_spectra, Spectra))
     _warn_of_eva_config(config, rho=rho, whiten=whiten)
 
-    keys = {name: name for name in layers} | wrapped_parameters(layers)
+    measured = _callable_layers(model, layers)
+    keys = {name: name for name in measured} | wrapped_parameters(measured)
     ranks = {name: configured(config.rank_pattern, key, default=config.r) for name, key in keys.items()}
     alphas = {name: configured(config.alpha_pattern, key, default=config.lora_alpha) for name, key in keys.items()}
+    planning: dict[str, Any] = {
+        "rho": rho,
+        "metric": metric,
+        "budget": budget,
+        "train_a": _trains_a(layers, adapter_name),
+    }
+    given = isinstance(batches_or_spectra, Spectra)
     if isinstance(batches_or_spectra, Spectra):
         spectra = batches_or_spectra
     else:
-        plan_options = {"rho": rho, "metric": metric, "budget": budget, "train_a": _trains_a(layers, adapter_name)}
-        options = _needed(layers, ranks) | plan_options | measure_options
-        spectra = measure(model, batches_or_spectra, **options)
-    check_same_targets(
-        spectra, {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in layers.items()}
-    )
-
-    plan = spectra.plan(
-        rank=ranks,
-        rho=rho,
-        metric=metric,
-        lora_alpha=alphas,
-        use_rslora=config.use_rslora,
-        budget=budget,
-        train_a=_trains_a(layers, adapter_name),
-    )
+        spectra = measure(model, batches_or_spectra, **_needed(measured, ranks) | planning | measure_options)
+    widths = {name: sum(pair.width for pair in factors_of(layer, adapter_name)) for name, layer in measured.items()}
+    spectra = fit_spectra(spectra, widths, warn=given).spectra
+    plan = spectra.plan(rank=ranks, lora_alpha=alphas, use_rslora=config.use_rslora, **planning)
     down = {
         name: eva(spectra[name].components, rank, singular_values=spectra[name].singular_values, whiten=whiten)
         for name, rank in plan.ranks.items()
     }
-    # Everything is known to be right; from here on the model changes.
-    apply_plan(model, plan, down=down, adapter_name=adapter_name)
+    with all_or_nothing(model):
+        apply_plan(model, plan, down=down, adapter_name=adapter_name)
     return plan
 
 
@@ -136,14 +147,18 @@ def apply_plan(peft_model: Any, plan: RankPlan, *, down: Mapping[str, Tensor], a
 
     Args:
         peft_model: the model that carries the adapter.
-        plan: for exactly the adapter's layers.
+        plan: for the adapter's layers; those that it does not know start as LoRA does.
         down: `A` of each layer, shape (its rank, in_features).
         adapter_name: the adapter.
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
     planned = planned_config(config, plan, parameters=wrapped_parameters(layers))
+    if config.bias != "none":
+        remember(model, originals=copy_biases(model.get_base_model()))
     for name, layer in layers.items():
-        if plan.ranks[name] == 0:
+        if name not in plan.ranks:
+            start_at_random(layer, adapter_name, seed=zlib.crc32(name.encode()))
+        elif plan.ranks[name] == 0:
             remove_layer(model, name, adapter_name)
         else:
             write_layer(layer, adapter_name, A_rd=down[name], alpha=plan.alphas[name], use_rslora=config.use_rslora)
@@ -232,6 +247,25 @@ def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
         Measuring.of({name: value for name, value in options.items() if name not in _CALL}, call="evatune.measure")
 
 
+def _callable_layers(model: PeftModel, layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return the layers without output projections of attention modules, which are never called."""
+    base = model.get_base_model()
+    dead = [name for name in layers if isinstance(_parent(base, name), nn.MultiheadAttention)]
+    if dead:
+        warnings.warn(
+            f"PEFT's adapter on {dead[0]!r} has no effect ({len(dead)} such layers): nn.MultiheadAttention uses the "
+            f"weight alone; name {dead[0].rpartition('.')[0].rpartition('.')[2]!r} in target_modules instead.",
+            EvaWarning,
+            stacklevel=3,
+        )
+    return {name: layer for name, layer in layers.items() if name not in dead}
+
+
+def _parent(base: nn.Module, name: str) -> nn.Module | None:
+    parent = base.get_submodule(name.rpartition(".")[0]) if "." in name else None
+    return getattr(parent, "base_layer", parent)  # type: ignore[return-value]
+
+
 def _needed(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the options that make `measure` learn what the plan will need, of these targets and no others."""
     parameters = [name for name, key in wrapped_parameters(layers).items() if name == key]
@@ -281,31 +315,3 @@ def _warn_of_eva_config(config: LoraConfig, *, rho: float, whiten: bool) -> None
                 EvaWarning,
                 stacklevel=3,
             )
-
-
-def check_same_targets(spectra: Spectra, widths: Mapping[str, int]) -> None:
-    """Check that spectra are of exactly the adapter's layers, given by name and input width.
-
-    Raises:
-        EvaError: they are not; the message names the first differences.
-    """
-    missing = [name for name in widths if name not in spectra.targets]
-    unknown = [name for name in spectra.targets if name not in widths]
-    resized = []
-    for name, here in widths.items():
-        if name in spectra.targets and spectra.targets[name].in_features != here:
-            resized.append(f"{name} ({spectra.targets[name].in_features} features there, {here} here)")
-    differences = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in (
-            ("of its layers not in the spectra", missing),
-            ("measured modules without the adapter", unknown),
-            ("of other sizes", resized),
-        )
-        if names
-    ]
-    if differences:
-        raise EvaError(
-            f"the spectra do not fit the adapter ({'; '.join(differences)}); "
-            "measure this model with the adapter's own target_modules."
-        )

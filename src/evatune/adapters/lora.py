@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evatune.adapters.factors import assign, check_form, factors_of, layers_of
 from evatune.errors import EvaError, near_misses
+from evatune.initialization import random_rows
 
 
 def find_adapter(peft_model: Any, adapter_name: str) -> tuple[PeftModel, LoraConfig, dict[str, LoraLayer]]:
@@ -77,14 +78,6 @@ def wrapped_parameters(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
     }
 
 
-def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
-    """Tell whether the adapter is two plain matrices on this layer."""
-    return all(
-        adapter_name in matrices and isinstance(matrices[adapter_name], nn.Linear)
-        for matrices in (layer.lora_A, layer.lora_B)
-    )
-
-
 def down_up(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
     """Return the modules that hold `A`, of shape (rank, in_features), and `B`, of shape (out_features, rank)."""
     down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
@@ -93,33 +86,11 @@ def down_up(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
     return down, up
 
 
-def check_linear(layers: dict[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
-    """Check that every layer holds the adapter as two matrices, `lora_A` and `lora_B`, and DoRA's magnitude at most.
+def check_layers(layers: Mapping[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
+    """Check that every layer holds the adapter as factors, and DoRA's magnitude at most.
 
     Raises:
-        EvaError: the adapter sits on an embedding, a convolution or a bare parameter, or uses a LoRA variant with
-            further tensors.
-    """
-    if getattr(config, "target_parameters", None):
-        raise EvaError(
-            f"adapter {adapter_name!r} adapts bare parameters (target_parameters={config.target_parameters}), "
-            "and this works on linear layers only."
-        )
-    for name, layer in layers.items():
-        held = {attribute for attribute in layer.adapter_layer_names if adapter_name in getattr(layer, attribute)}
-        if not is_linear(layer, adapter_name) or held - {"lora_A", "lora_B", "lora_magnitude_vector"}:
-            raise EvaError(
-                f"adapter {adapter_name!r} sits on {name!r}, a {type(layer.get_base_layer()).__name__} with "
-                f"{', '.join(sorted(held))}; evatune works on plain LoRA and DoRA of linear layers: "
-                "leave this module out with exclude_modules."
-            )
-
-
-def check_layers(layers: dict[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
-    """Check that every layer holds the adapter as factors that can be written, and DoRA's magnitude at most.
-
-    Raises:
-        EvaError: a LoRA variant with further tensors, tied adapters, or a form of layer that `check_form` refuses.
+        EvaError: a LoRA variant with further tensors, or tied adapters.
     """
     if getattr(config, "ensure_weight_tying", False):
         raise EvaError(
@@ -135,6 +106,16 @@ def check_layers(layers: dict[str, LoraLayer], adapter_name: str, *, config: Lor
                 f"{', '.join(sorted(held))}; evatune works on plain LoRA and DoRA: "
                 "leave this module out with exclude_modules."
             )
+
+
+def check_can_start(layers: Mapping[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
+    """Check that an adapter can be written: that it holds factors only, in forms that components fit into.
+
+    Raises:
+        EvaError: it cannot, see `check_layers` and `check_form`.
+    """
+    check_layers(layers, adapter_name, config=config)
+    for name, layer in layers.items():
         if adapter_name in layer.lora_magnitude_vector and layer.weight.is_meta:
             raise EvaError(
                 f"DoRA needs the norms of the weight of {name!r}, which is offloaded; keep it on a device or take LoRA."
@@ -150,7 +131,7 @@ def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: flo
     device and `requires_grad` are kept, and dropout and the adapter's other settings are not touched.
 
     Args:
-        layer: a LoRA layer that `check_layers` lets pass.
+        layer: a LoRA layer that `check_can_start` lets pass.
         adapter_name: the adapter to write.
         A_rd: the new down-projection, shape (rank, in_features), rank >= 1; a linear layer keeps this very tensor if
             it has the right dtype and device.
@@ -175,10 +156,33 @@ def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: flo
         assign(magnitude, "weight", norms, device=layer.weight.device)
 
 
+@torch.no_grad()
+def start_at_random(layer: LoraLayer, adapter_name: str, *, seed: int) -> None:
+    """Start a layer's adapter as plain LoRA does, where PEFT has not yet done so (`low_cpu_mem_usage=True`).
+
+    Args:
+        layer: a LoRA layer that `check_can_start` lets pass.
+        adapter_name: the adapter.
+        seed: of A.
+    """
+    pairs = factors_of(layer, adapter_name)
+    if not any(pair.down_weight.is_meta for pair in pairs):
+        return
+    rows = [random_rows(layer.r[adapter_name], pair.width, seed=seed + number) for number, pair in enumerate(pairs)]
+    write_layer(
+        layer,
+        adapter_name,
+        A_rd=torch.cat(rows, dim=1),
+        alpha=layer.lora_alpha[adapter_name],
+        use_rslora=layer.use_rslora[adapter_name],
+    )
+
+
 def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
     """Take an adapter, and only it, off the layer `name`; put the base layer back when it was the last one there.
 
-    PEFT's own `delete_adapter` of a layer would also activate another adapter and make it trainable.
+    PEFT's own `delete_adapter` of a layer would also activate another adapter and make it trainable. A bias that is
+    trained for the adapter's sake (`bias="lora_only"`) is frozen with it.
     """
     base, tuner = model.get_base_model(), cast("Any", model.base_model)
     path, layer = next(
@@ -192,6 +196,10 @@ def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
             if isinstance(values, MutableMapping | nn.ModuleDict | nn.ParameterDict) and adapter_name in values:
                 del values[adapter_name]
     if not layer.r:
+        for part in layers_of(layer) if getattr(model.peft_config[adapter_name], "bias", "") == "lora_only" else ():
+            bias = getattr(part.get_base_layer(), "bias", None)
+            if bias is not None:
+                bias.requires_grad_(False)
         if isinstance(layer, MultiheadAttention):
             attention: Any = layer.base_layer
             attention.out_proj = attention.out_proj.base_layer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -31,4 +33,14 @@ def loraplus_optimizer(
         raise EvaError(f"the ratio of LoRA+ must be at least 1, got {ratio!r}: B learns faster than A.")
     return create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
+    )
+
+
+def optimizer_as_set(model: PeftModel, train: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that a recipe's section `train` asks for."""
+    return loraplus_optimizer(
+        model,
+        learning_rate=train.learning_rate,
+        ratio=train.lora_plus_ratio,
+        weight_decay=train.weight_decay,
     )

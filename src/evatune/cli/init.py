@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
     recipe = recipe_from(args)
     method, given = recipe.adapter.choice.method, recipe.measure.spectra
-    if method.changes_base or method.peft_config != "LoraConfig":
+    if method.changes_base or not method.is_lora:
         raise EvaError(
             f"init cannot write a start of method {recipe.adapter.method!r} for a trainer of your own, since "
             f"{_why_not(method)}; call evatune.prepare in your script, or use `evatune finetune`."
@@ -105,19 +105,19 @@ def run(args: argparse.Namespace) -> None:
 def _why_not(method: Method) -> str:
     if method.changes_base:
         return "it changes the base weights"
-    if not method.peft_config:
+    if not method.has_adapter:
         return "it trains the model itself and has no adapter"
-    return f"what it starts from is a {method.peft_config} and no LoRA adapter"
+    return "what it starts from is no LoRA adapter"
 
 
 def _notes(recipe: Recipe) -> list[str]:
     """Return what a trainer must do beyond loading the folder, since an adapter cannot say it."""
-    options, notes = recipe.adapter.choice.options, []
-    if "lora+" in options:
+    choice, notes = recipe.adapter.choice, []
+    if choice.optimizer:
         notes.append(
             "lora+ is the optimizer's: give your trainer evatune.adapters.loraplus.loraplus_optimizer(model, ...)"
         )
-    if "qlora" in options:
+    if choice.in_four_bits:
         notes.append("load it on a base in 4 bits, as made by evatune.adapters.four_bits.quantize_targets(model, ...)")
     if not recipe.adapter.train_a:
         notes.append("to train B alone, call evatune.adapters.freeze_a(model) after loading")

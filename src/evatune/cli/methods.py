@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     rows = [[name, _data(row), "yes" if row.changes_base else "", row.idea] for name, row in METHODS.items()]
     table = text_table(["method", "data", "changes base", "idea"], rows)
-    options = text_table(["option", "what it does"], [[name, text] for name, text in OPTIONS.items()])
+    options = text_table(["option", "what it does"], [[name, row.idea] for name, row in OPTIONS.items()])
     alone = [name for name, row in METHODS.items() if len(row.refuses) == len(OPTIONS)]
     text = (
         f"{table}\n\n{options}\n\nfor example {', '.join(COMBINATIONS)}\n"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             }
             for name, row in METHODS.items()
         },
-        "options": OPTIONS,
+        "options": {name: row.idea for name, row in OPTIONS.items()},
     }
     answer(args, text=text, content=content)
 

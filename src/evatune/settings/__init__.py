@@ -4,7 +4,7 @@ The Python calls, the recipe, the command line, the run's record and saved spect
 nothing but the standard library and `evatune.errors`, so that `evatune --help` does not wait for PyTorch.
 """
 
-from evatune.settings.adapter import Adapter, Gradients
+from evatune.settings.adapter import Adapter, Gradients, Preparing
 from evatune.settings.measuring import (
     Decomposition,
     Measuring,
@@ -24,6 +24,7 @@ __all__ = [
     "Gradients",
     "Measuring",
     "Planning",
+    "Preparing",
     "Ranking",
     "Rows",
     "Section",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from evatune.settings.measuring import Planning, Ranking, Targets
+from evatune.settings.measuring import Measuring, Planning, Ranking, Targets
 from evatune.settings.section import Section, number, same_as
 
 
@@ -26,7 +26,7 @@ class Adapter(Targets, Ranking, Start):
     lora_dropout: float = number(0.0, low=0, below=1)
     """Share of the adapter's inputs that is zeroed in training."""
     bias: Literal["none", "all"] = "none"
-    """Train all biases of the model too, and save them with the adapter; they are not taken off with it."""
+    """Train all biases of the model too, and save them with the adapter."""
     block_size: int = number(4, low=1)
     """Size of the blocks of BOFT."""
 
@@ -37,3 +37,11 @@ class Gradients(Section):
 
     gradient_batches: int = number(8, low=1)
     """Batches that the methods which look at gradients take them of (lora-ga, lora-one, eva-grad)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparing(Adapter, Gradients, Measuring):
+    """All options of `prepare`: the adapter, and how its method looks at data."""
+
+    seed: int = number(0, low=0)
+    """Seed of everything random: matrices, sketches, the order of what is measured."""

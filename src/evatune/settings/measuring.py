@@ -106,7 +106,7 @@ class Rows(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring(Rows, Decomposition, Stopping, Ranking, Targets):
+class Measuring(Rows, Decomposition, Stopping, Targets, Ranking):
     """All options of `measure`.
 
     The rank is that of the later plan, and so are rho, metric, budget and `train_a`: the stopping rules look only at

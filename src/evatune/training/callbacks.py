@@ -46,6 +46,11 @@ class RequireEva(TrainerCallback):
         require_initialized(kwargs["model"], self.adapter_name, asked=self.asked)
 
 
+def require_eva(resume_from: Any = None) -> RequireEva:
+    """Return the callback of methods whose adapter starts from EVA."""
+    return RequireEva(asked=True)
+
+
 class JsonLinesCallback(TrainerCallback):
     """Write one JSON object a logged step; after resuming, the file holds no step twice.
 

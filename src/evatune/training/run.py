@@ -34,24 +34,21 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evatune.adapters.attach import quiet_peft, save_adapter
-from evatune.adapters.loraplus import loraplus_optimizer
 from evatune.allocation import RankPlan
 from evatune.files import write_json
 from evatune.hardware import describe_machine
+from evatune.methods import at_home
 from evatune.models import save_model
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks.scores import Scores, score_line
 from evatune.tasks.task import Task
-from evatune.training.adalora import FILE_NAME as ADALORA_SCORES
-from evatune.training.adalora import AdaLoraCallback
 from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
     ConsoleCallback,
     InterruptCallback,
     JsonLinesCallback,
     LastStepCallback,
-    RequireEva,
 )
 from evatune.training.folder import (
     ADAPTER,
@@ -151,7 +148,7 @@ class _Run:
         if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
             adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
-            checkpoint = last_checkpoint(self.folder, holding=self._in_checkpoints())
+            checkpoint = last_checkpoint(self.folder, holding=recipe.adapter.choice.method.checkpoint_files)
         else:
             adapted, checkpoint = self._new_adapter(model), None
         before = self._before(adapted)
@@ -241,9 +238,7 @@ class _Run:
             LastStepCallback(),
             interrupt,
         ]
-        method = self.recipe.adapter.choice.method
-        callbacks += [RequireEva(asked=True)] if method.name == "eva" else []
-        callbacks += [AdaLoraCallback(checkpoint)] if method.name == "adalora" else []
+        callbacks += [at_home(home)(resume_from=checkpoint) for home in self.recipe.adapter.choice.method.callbacks]
         callbacks += [ConsoleCallback()] if self.progress else []
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -283,7 +278,7 @@ class _Run:
         return trainer, step
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer | None:
-        """Return the optimizer of LoRA+ or of layer-wise decay, or None for the Trainer's own."""
+        """Return the optimizer of the method or of layer-wise decay, or None for the Trainer's own."""
         settings = self.recipe.train
         if settings.layer_decay < 1:
             return layerwise_optimizer(
@@ -292,14 +287,8 @@ class _Run:
                 decay=settings.layer_decay,
                 weight_decay=settings.weight_decay,
             )
-        if "lora+" not in self.recipe.adapter.choice.options:
-            return None
-        return loraplus_optimizer(
-            model,
-            learning_rate=settings.learning_rate,
-            ratio=settings.lora_plus_ratio,
-            weight_decay=settings.weight_decay,
-        )
+        home = self.recipe.adapter.choice.optimizer
+        return at_home(home)(model, settings) if home else None
 
     def _evaluated(self, when: str, model: Any) -> dict[str, Any] | None:
         """Evaluate and keep the outcomes of all examples in a file; return what the record holds."""
@@ -324,11 +313,7 @@ class _Run:
         return {name: value for name, value in content.items() if name != "outcomes"}
 
     def _is_full(self) -> bool:
-        return not self.recipe.adapter.choice.method.peft_config
-
-    def _in_checkpoints(self) -> set[str]:
-        """Return the method's files, without which a checkpoint is not complete."""
-        return {ADALORA_SCORES} if self.recipe.adapter.choice.method.name == "adalora" else set()
+        return not self.recipe.adapter.choice.method.has_adapter
 
     def _plan(self) -> RankPlan | None:
         path = self.folder / PLAN

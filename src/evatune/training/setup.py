@@ -89,7 +89,7 @@ def without_adapter(recipe: Recipe, needs: Needs) -> str | Sequence[str] | None:
 
 def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> None:
     """Hold the targets in 4 bits if the recipe says `qlora`: what is measured then is the model that will run."""
-    if "qlora" in recipe.adapter.choice.options:
+    if recipe.adapter.choice.in_four_bits:
         quantize_targets(
             model, target_modules=recipe.adapter.target_modules, exclude_modules=without_adapter(recipe, needs)
         )
@@ -103,10 +103,10 @@ def is_interrupted(spectra: Spectra) -> bool:
 def measures(recipe: Recipe) -> bool:
     """Return whether the recipe's method starts from spectra that were given or that `measure_recipe` can measure.
 
-    EVA-minor needs all components, which are too many to keep with a run: `prepare` measures them.
+    All components, which some methods need, are too many to keep with a run: `prepare` measures them.
     """
     method = recipe.adapter.choice.method
-    return method.needs_spectra and (method.start != "eva_minor" or recipe.measure.spectra is not None)
+    return method.needs_spectra and (not method.needs_all_components or recipe.measure.spectra is not None)
 
 
 def new_adapter(
@@ -169,7 +169,7 @@ def new_adapter(
 
 def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: Task) -> Any:
     """Return the model as `new_adapter` made it, from the adapter that was saved then, for a checkpoint to fill."""
-    if not recipe.adapter.choice.method.peft_config:
+    if not recipe.adapter.choice.method.has_adapter:
         return model.requires_grad_(True)
     quantize_as_asked(recipe, model, task.needs(model))
     adapted = load_adapter(model, directory, is_trainable=True)

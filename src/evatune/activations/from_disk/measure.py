@@ -157,6 +157,7 @@ def measure_from_disk(
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
         seconds=time.perf_counter() - started,
+        unreached=tuple(target.name for target in targets if target.name not in run.table),
     )
     warn_of_errors(spectra.inputs)
     return spectra

@@ -1,0 +1,119 @@
+"""Taking an adapter off, so that the base model is what it was before: weights, heads, biases, what is trained.
+
+PEFT's own `unload` leaves the trained copy of a head, biases as they were trained, weights that a method has changed,
+and everything frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from evatune.errors import EvaError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """What a base model had before it got its adapter, and has no more."""
+
+    weights: dict[str, Tensor] | None
+    """Base weights that change beside the adapter, by name, in main memory; None if they were not to be kept."""
+    trainable: tuple[str, ...] | None
+    """Names of the parameters that required a gradient; None if unknown."""
+
+
+def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return copies in main memory of these parameters.
+
+    Raises:
+        EvaError: one of them is shared with another module, which must not change along.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    copies = {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        others = [other for other in owners[id(parameter)] if other != name]
+        if others:
+            raise EvaError(
+                f"{name.removesuffix('.weight')!r} shares its weight with {others[0].removesuffix('.weight')!r}, so it "
+                "cannot be changed; leave it out with exclude_modules."
+            )
+        copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies
+
+
+def copy_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies in main memory of all biases of a base model, which adapters with a `bias` train in place."""
+    return {
+        re.sub(r"\.(base_layer|original_module|_orig_mod)\b", "", name): parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if "bias" in name and "lora_" not in name and ".modules_to_save." not in name
+    }
+
+
+def trained_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that require a gradient."""
+    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def remember(
+    peft_model: Any, *, originals: Mapping[str, Tensor] | None, trainable: Iterable[str] | None = None
+) -> None:
+    """Note on a PEFT model what `unload` is to put back; what was noted before counts.
+
+    Args:
+        peft_model: the model with its adapter.
+        originals: base weights that change beside the adapter, as they were; None if they are not kept.
+        trainable: names of the parameters of the base model that required a gradient.
+    """
+    before = kept(peft_model) or Kept(weights={}, trainable=None if trainable is None else tuple(trainable))
+    weights = None if originals is None or before.weights is None else {**originals, **before.weights}
+    vars(peft_model.base_model)["_evatune_kept"] = Kept(weights=weights, trainable=before.trainable)
+
+
+def kept(peft_model: Any) -> Kept | None:
+    """Return what was noted on this model, or None."""
+    tuner = getattr(peft_model, "base_model", None)
+    return vars(tuner).get("_evatune_kept") if tuner is not None else None
+
+
+def unload(peft_model: PeftModel) -> Any:
+    """Take the adapter off and return the base model, bit for bit as it was before `prepare`.
+
+    Heads that were trained whole come back untrained. Of an adapter that `get_peft_model` made and `initialize`
+    started, biases that were trained in place (`bias="all"` or `"lora_only"`) come back as they were then.
+
+    Raises:
+        EvaError: base weights have changed and no copy was kept, by `keep_base=False` or because evatune did not start
+            this adapter.
+    """
+    noted = kept(peft_model)
+    if noted is None and any(getattr(c, "bias", "none") != "none" for c in peft_model.peft_config.values()):
+        raise EvaError(
+            "the biases of the base model are trained in place, and evatune did not start this adapter, so there is no "
+            "copy of them; load the base model anew."
+        )
+    if noted is not None and noted.weights is None:
+        raise EvaError("the base weights were not kept (keep_base=False); load the base model anew.")
+    base: Any = peft_model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.original_module)
+    base = peft_model.unload()
+    if noted is not None:
+        for name, weight in (noted.weights or {}).items():
+            parameter = base.get_parameter(name)
+            parameter.data = weight.to(parameter.device)
+        if noted.trainable is not None:
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(name in noted.trainable)
+    return base
