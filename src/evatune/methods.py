@@ -302,8 +302,8 @@ def check_train_a(choice: Choice, *, train_a: bool) -> None:
         raise EvaError(f"method {choice.name!r} has no A to freeze; leave out train_a=False (--no-train-a).")
     if choice.optimizing:
         raise EvaError(
-            f"{choice.optimizing} {OPTIONS[choice.optimizing].idea}; with a frozen A (train_a=False, --no-train-a) it "
-            "does nothing."
+            f"{choice.optimizing} sets the learning rates of A and B apart; with a frozen A (train_a=False, "
+            "--no-train-a) it does nothing."
         )
 
 

@@ -163,10 +163,13 @@ def test_dilated_convolutions_are_refused(lora):
         evatune.initialize(model, [torch.randn(2, 4, 8)])
 
 
-def test_an_output_projection_by_itself_is_refused(lora, token_batches):
-    model = lora(Encoder(), target_modules=["out_proj", "fc"])
-    with pytest.raises(EvaError, match=r"target 'attn\.out_proj' is never called"):
-        evatune.initialize(model, token_batches)
+def test_an_output_projection_by_itself_has_no_effect_and_a_warning_says_so(lora, run, token_batches):
+    """PEFT's "all-linear" means such projections."""
+    model = lora(Encoder(), target_modules="all-linear")
+    with pytest.warns(EvaWarning, match=r"adapter on 'attn\.out_proj' has no effect .* name 'attn' in target_modules"):
+        plan = evatune.initialize(model, token_batches, progress=False)
+    assert list(plan.ranks) == ["fc"]
+    torch.testing.assert_close(run(model, token_batches), run(Encoder().eval(), token_batches))
 
 
 def test_tied_adapters_are_refused(lora, token_batches):

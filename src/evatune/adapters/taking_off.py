@@ -115,5 +115,6 @@ def unload(peft_model: PeftModel) -> Any:
             parameter.data = weight.to(parameter.device)
         if noted.trainable is not None:
             for name, parameter in base.named_parameters():
-                parameter.requires_grad_(name in noted.trainable)
+                if parameter.is_floating_point():  # what is held in 4 bits is not
+                    parameter.requires_grad_(name in noted.trainable)
     return base
