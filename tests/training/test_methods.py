@@ -24,6 +24,7 @@ from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.training import AdaLoraCallback, finetune
 from evatune.training import run as run_module
+from evatune.training.adalora import AdaLoraCallback
 from evatune.training.setup import (
     load_base,
     measure_recipe,
@@ -152,7 +153,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch,
 
 def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
     steps = []
-    original = run_module.AdaLoraCallback.on_optimizer_step
+    original = AdaLoraCallback.on_optimizer_step
 
     def spy(self, args, state, control, **kwargs):
         model = kwargs["model"]
@@ -161,7 +162,7 @@ def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
         kept = [int((p != 0).sum()) for name, p in model.named_parameters() if ".lora_E." in name]
         steps.append((state.global_step, sum(kept)))
 
-    monkeypatch.setattr(run_module.AdaLoraCallback, "on_optimizer_step", spy)
+    monkeypatch.setattr(AdaLoraCallback, "on_optimizer_step", spy)
     wanted = recipe("adalora", train={"steps": 10})
     record = finetune(wanted, progress=False)
     config = json.loads((Path(wanted.output) / "adapter" / "adapter_config.json").read_text())
