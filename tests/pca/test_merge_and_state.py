@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evatune import EvaError, StreamingPCA
+from evatune.pca import from_state
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
 FALLING = 0.65 ** np.arange(130)
@@ -26,19 +27,61 @@ def cosines(first, second):
     return (first.components_ * second.components_).sum(dim=1)
 
 
+def check_attributes(found, wanted, *, tolerance, n_compared=K):
+    """Compare everything that an object tells of its rows, of the first components."""
+    same = ("n_samples_seen_", "n_features_in_", "n_components_", "backend_", "is_fitted")
+    assert [getattr(found, name) for name in same] == [getattr(wanted, name) for name in same]
+    assert (cosines(found, wanted)[:n_compared] > 1 - tolerance).all()
+    for name in ("singular_values_", "explained_variance_", "explained_variance_ratio_"):
+        mine, theirs = getattr(found, name)[:n_compared], getattr(wanted, name)[:n_compared]
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0, msg=name)
+    # Count, mean and variance are sums: they merge without loss whatever the backend.
+    torch.testing.assert_close(found.mean_, wanted.mean_, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.var_, wanted.var_, rtol=1e-9, atol=0)
+    assert found.total_variance_ == pytest.approx(wanted.total_variance_, rel=1e-9)
+    assert found.captured_error_ == pytest.approx(wanted.captured_error_, rel=0.5, abs=1e-12, nan_ok=True)
+    look, look_wanted = found.look(), wanted.look()
+    assert look.n_samples_seen == look_wanted.n_samples_seen
+    torch.testing.assert_close(
+        look.explained_variance[:n_compared], look_wanted.explained_variance[:n_compared], rtol=tolerance, atol=0
+    )
+    directions = torch.randn(3, found.n_features_in_, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(
+        found.scatter_along(directions), wanted.scatter_along(directions), rtol=max(10 * tolerance, 1e-9), atol=0
+    )
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("center", [True, False])
 def test_merging_two_parts_equals_one_pass_over_both(stream, parts, backend, center):
     settings = {"backend": backend, "center": center}
     apart = stream(parts[0].split(64), K, **settings).merge(stream(parts[1].split(64), K, **settings))
     together = stream([*parts[0].split(64), *parts[1].split(64)], K, **settings)
-    tolerance = 1e-8 if backend == "exact" else 2e-2
-    assert (cosines(apart, together)[: K // 2] > 1 - tolerance).all()
-    torch.testing.assert_close(apart.singular_values_[:3], together.singular_values_[:3], rtol=tolerance, atol=0)
-    # Count, mean and variance are sums: they merge without loss whatever the backend.
+    check_attributes(apart, together, tolerance=1e-8 if backend == "exact" else 2e-2, n_compared=K // 2)
     torch.testing.assert_close(apart.mean_, torch.cat(parts[:2]).mean(dim=0), rtol=0, atol=1e-10)
-    torch.testing.assert_close(apart.var_, together.var_, rtol=1e-9, atol=0)
-    assert apart.n_samples_seen_ == 450
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("is_refreshed", [True, False])
+def test_a_reloaded_object_tells_the_same(stream, parts, backend, center, is_refreshed):
+    pca = stream([*parts[0].split(64), *parts[1].split(64)], K, backend=backend, center=center)
+    if is_refreshed:
+        pca.refresh()
+    check_attributes(from_state(pca.state_dict()), pca, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_merged_sketch_knows_what_it_misses_as_one_that_saw_all_rows_does(stream, known_rows, oracle, seed):
+    """Of parts whose means are far apart, so that the mean of all is far from the shift that either began with."""
+    parts = [known_rows(500, np.arange(1, 401) ** -0.4, mean=0.0, seed=2 * seed + i).rows + 5.0 * i for i in range(2)]
+    settings = {"backend": "sketch", "tolerance": None}
+    first, second = (stream(part.split(100), K, **settings) for part in parts)
+    whole = stream(torch.cat(parts).split(100), K, **settings)
+    truth = oracle(torch.cat(parts))
+    for pca in (whole, first.merge(second), second.merge(first)):
+        missed = 1 - truth.captured_by(pca.components_, K)
+        assert missed / 5 < pca.captured_error_ < 5 * missed
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -128,6 +171,41 @@ def test_a_state_goes_through_a_file_and_continues_identically(stream, parts, tm
     for name in ("components_", "singular_values_", "explained_variance_ratio_", "mean_", "var_"):
         assert torch.equal(getattr(returned, name), getattr(stayed, name)), name
     assert returned.n_samples_seen_ == stayed.n_samples_seen_ and returned.backend_ == stayed.backend_
+
+
+@EVERY_BACKEND
+def test_a_snapshot_does_not_change_with_the_next_batch(stream, parts, backend):
+    pca = stream([parts[0]], K, backend=backend)
+    for _ in range(2):  # before and after a refresh, when a sketch is saved in another form
+        snapshot = pca.state_dict()
+        before = {name: tensor.clone() for name, tensor in snapshot.items()}
+        pca.partial_fit(parts[1])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot.items())
+        pca.refresh()
+
+
+@EVERY_BACKEND
+def test_loading_forgets_what_was_found_of_other_rows(stream, parts, backend):
+    pca, other = (stream([part], K, backend=backend) for part in parts[:2])
+    _ = pca.components_, pca.look()
+    pca.load_state_dict(other.state_dict())
+    torch.testing.assert_close(pca.components_, other.components_, rtol=0, atol=1e-9)
+    torch.testing.assert_close(pca.look().components, other.look().components, rtol=0, atol=1e-9)
+
+
+def test_a_merge_needs_full_precision_where_either_side_does(stream):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(600, 300, generator=generator) * torch.arange(1, 301).float() ** -0.3
+    massive = flat + 1e4 * torch.randn(600, 1, generator=generator) * torch.nn.functional.one_hot(torch.tensor(5), 300)
+    settings = {"backend": "exact", "product_dtype": torch.bfloat16}
+    quiet, loud = (stream(rows.split(200), K, **settings) for rows in (flat, massive))
+    assert not quiet._state.needs_full_precision and loud._state.needs_full_precision
+    expected = stream([flat, massive, massive], K, backend="exact", product_dtype=torch.float32)
+    for merged in (quiet.merge(loud), loud.merge(quiet)):
+        assert merged._state.needs_full_precision
+        merged.partial_fit(massive)  # in full: small directions beside the massive one survive
+        torch.testing.assert_close(merged.singular_values_, expected.singular_values_, rtol=1e-3, atol=0)
+    assert not quiet.merge(quiet)._state.needs_full_precision
 
 
 @EVERY_BACKEND

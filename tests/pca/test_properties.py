@@ -167,6 +167,29 @@ def test_looking_at_the_components_does_not_change_what_comes_after(known_rows, 
     assert torch.equal(quiet.singular_values_, watched.singular_values_)
 
 
+READ = ("components_", "singular_values_", "explained_variance_ratio_", "captured_error_", "mean_", "var_")
+
+
+@EVERY_BACKEND
+def test_what_an_attribute_tells_does_not_depend_on_what_was_read_before(known_rows, backend):
+    """Also of rows so wide that components are found by iteration."""
+    batches = known_rows(500, np.arange(1, 401) ** -0.3, seed=0).batches(125)
+
+    def told(before):
+        pca = StreamingPCA(K, backend=backend, product_dtype=torch.float32)
+        for batch in batches:
+            pca.partial_fit(batch.float())
+            for name in before:
+                getattr(pca, name)
+        return {name: getattr(pca, name) for name in READ}
+
+    expected = told(())
+    for before in (READ, READ[::-1], READ[:1]):
+        found = told(before)
+        for name in READ:
+            assert torch.equal(torch.as_tensor(found[name]).nan_to_num(), torch.as_tensor(expected[name]).nan_to_num())
+
+
 @EVERY_BACKEND
 def test_rows_are_neither_changed_nor_kept(known_rows, backend):
     rows = known_rows(N_ROWS, GAPPED, seed=0).rows.requires_grad_()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from evatune import EvaError, StreamingPCA
-from evatune.pca import sketch
-from evatune.pca.sketch import N_PROBES, sketch_width, widest_sketch
+from evatune.pca import sketch, widths
+from evatune.pca.widths import N_PROBES, sketch_width, widest_sketch
 
 K = 8
 
@@ -53,7 +53,7 @@ def test_without_a_tolerance_the_sketch_stays_as_it_is():
 
 
 def test_a_sketch_that_misses_too_much_gets_wider_but_not_beyond_a_bound(oracle, monkeypatch):
-    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(widths, "EXACT_UP_TO", 0)
     batches = drifting(16, 1200, decay=0.25, seed=0)
     plain, wider = fitted(batches, tolerance=None), fitted(batches)
     assert wider.backend_ == "sketch"
@@ -74,27 +74,27 @@ def test_the_widest_sketch_has_four_times_the_spare_columns_or_a_quarter_of_the_
 
 
 def test_a_sketch_gets_no_wider_than_it_seems_to_need(monkeypatch):
-    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(widths, "EXACT_UP_TO", 0)
     batches = drifting(2, 900, decay=0.35, seed=0)
-    widths = [fitted(batches, tolerance=tolerance)._state.width for tolerance in (0.1, 0.04, 1e-3)]
-    assert sketch_width(K, 900) == widths[0] < widths[1] < widths[2] == widest_sketch(K, 900)
-    assert widths[1] < 1.6 * widths[0] and (widths[1] + N_PROBES) % 16 == 0
+    loose, middle, strict = (fitted(batches, tolerance=tolerance)._state.width for tolerance in (0.1, 0.04, 1e-3))
+    assert sketch_width(K, 900) == loose < middle < strict == widest_sketch(K, 900)
+    assert middle < 1.6 * loose and (middle + N_PROBES) % 16 == 0
 
 
 def test_many_components_may_miss_more_while_rows_are_few(monkeypatch):
     """But not of the first batch: all its rows are at hand, and what is missed is for want of columns."""
-    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(widths, "EXACT_UP_TO", 0)
     batches = drifting(2, 900, decay=1.0, seed=0)
 
-    def widths(tolerance):
+    def widths_of(tolerance):
         pca = StreamingPCA(3 * K, backend="sketch", tolerance=tolerance)
         return [pca.partial_fit(batch)._state.width for batch in batches]
 
     begin = sketch_width(3 * K, 900)
-    assert widths(1.5e-3) == [begin, begin]
-    assert widths(2e-11)[0] > begin
+    assert widths_of(1.5e-3) == [begin, begin]
+    assert widths_of(2e-11)[0] > begin
     monkeypatch.setattr(sketch, "SETTLED", 0)
-    assert widths(1.5e-3)[0] == begin < widths(1.5e-3)[1]
+    assert widths_of(1.5e-3)[0] == begin < widths_of(1.5e-3)[1]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -115,6 +115,16 @@ def test_what_a_sketch_had_missed_before_it_became_exact_is_not_forgotten(oracle
     missed = 1 - oracle(torch.cat(batches)).captured_by(pca.components_, K)
     assert 0 < missed < 1e-3
     assert missed / 10 < pca.captured_error_ < 10 * missed
+
+
+def test_a_merge_misses_what_either_side_did():
+    batches = [*drifting(1, 700, decay=2.0, seed=0), *drifting(15, 700, decay=0.3, seed=0)]
+    halves = [fitted(batches, seed=seed) for seed in (0, 1)]
+    assert all(pca.backend_ == "exact" and pca.captured_error_ > 0 for pca in halves)
+    merged = halves[0].merge(halves[1])
+    assert merged._state.missed() == pytest.approx(sum(pca._state.missed() for pca in halves))
+    # The same rows twice: twice as much is missed of twice as much.
+    assert merged.captured_error_ == pytest.approx(sum(pca.captured_error_ for pca in halves) / 2, rel=1e-3)
 
 
 def test_a_spectrum_that_falls_fast_needs_no_more():
@@ -141,7 +151,7 @@ def test_the_estimate_survives_a_merge_and_a_round_trip(oracle, center):
 
 
 def test_sketches_of_different_widths_merge(monkeypatch):
-    monkeypatch.setattr(sketch, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(widths, "EXACT_UP_TO", 0)
     batches = drifting(16, 1200, decay=0.25, seed=0)
     narrow, wide = fitted(batches[:1], tolerance=None), fitted(batches[1:])
     assert narrow._state.width < wide._state.width

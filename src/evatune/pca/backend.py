@@ -20,13 +20,19 @@ from torch import Tensor
 from evatune.pca.cost import Cost
 from evatune.pca.moments import Moments
 from evatune.pca.subspace import eigenpairs_of_factor, solver_copy
+from evatune.pca.together import Steps, alone
 
 Pairs = tuple[Tensor, Tensor]
 """Orthonormal eigenvectors in columns (d, p) and their eigenvalues (p,), descending."""
 
 
+WORKING_COPIES = 4
+"""A factorization works in so many copies of a state, counted in the code: a scatter matrix or a sketch without the
+mean, and another in float64."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Wanted:
     """What a state is asked for; see `StreamingPCA`."""
 
     n_components: int
@@ -43,7 +49,7 @@ class State(ABC):
     """What a backend has accumulated.
 
     Args:
-        request: what is asked for.
+        wanted: what is asked for.
         moments: of the rows so far. Rows are shifted by `moments.shift_d` before the state sees them.
     """
 
@@ -56,30 +62,39 @@ class State(ABC):
     turns_into: ClassVar[tuple[str, ...]] = ()
     """The backends that it may give way to."""
 
-    def __init__(self, request: Request, moments: Moments) -> None:
-        self.request = request
+    def __init__(self, wanted: Wanted, moments: Moments) -> None:
+        self.wanted = wanted
         self.moments = moments
 
     @classmethod
     @abstractmethod
-    def start(cls, request: Request, moments: Moments) -> Self:
+    def start(cls, wanted: Wanted, moments: Moments) -> Self:
         """Return the state of no rows, on the device and in the dtype of the moments' shift."""
 
     @abstractmethod
-    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> State:
-        """Add shifted rows, (n, d), and return the state to go on with.
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
+        """Add shifted rows, (n, d), by matrix products; what is more work than that is put off until `settle`.
 
         Args:
             shifted_nd: the rows, in the dtype of the shift; `moments` include them already.
             product_dtype: in which they may be multiplied.
         """
 
+    @property
     @abstractmethod
-    def refresh(self) -> None:
+    def is_due(self) -> bool:
+        """Whether the rows since the last time are so many that the state should settle."""
+
+    @abstractmethod
+    def settle(self) -> Steps[State]:
+        """Do what was put off, and return the state to go on with: this one, or another that is better off."""
+
+    @abstractmethod
+    def refresh(self) -> Steps[None]:
         """Fold the rows since the last refresh in, so that the state is at its smallest."""
 
     @abstractmethod
-    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return the leading eigenpairs of the scatter matrix, in any float dtype.
 
         Args:
@@ -110,7 +125,7 @@ class State(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
         """Return the state that `tensors` describes, which keeps them.
 
         Raises:
@@ -132,22 +147,27 @@ class State(ABC):
     @property
     def n_components(self) -> int:
         """How many components are kept, k, after clipping to the number of features."""
-        return min(self.request.n_components, self.n_features)
+        return min(self.wanted.n_components, self.n_features)
 
     @property
     def center(self) -> bool:
         """Whether the scatter is about the mean."""
-        return self.request.center
+        return self.wanted.center
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
         """Return vᵀ C v for every row v of `directions_kd`, (k,), as far as the eigenpairs tell."""
-        vectors_dp, values_p = self.eigenpairs(self.n_components)
+        vectors_dp, values_p = alone(self.eigenpairs(self.n_components))
         return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
+
+    @property
+    def working_bytes(self) -> int:
+        """About how much memory a factorization works in."""
+        return WORKING_COPIES * sum(tensor.nbytes for tensor in self.tensors().values())
 
     def copied(self, device: torch.device) -> Self:
         """Return a copy that shares no memory, on a device."""
         tensors = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
-        return self.from_tensors(tensors, self.request)
+        return self.from_tensors(tensors, self.wanted)
 
 
 def merge_eigenpairs(first: State, second: State) -> Pairs:
@@ -159,7 +179,7 @@ def merge_eigenpairs(first: State, second: State) -> Pairs:
     """
     factors = []
     for state in (first, second):
-        vectors_dp, values_p = state.eigenpairs(state.n_components)
+        vectors_dp, values_p = alone(state.eigenpairs(state.n_components))
         factors.append(vectors_dp * values_p.sqrt())
     if first.center and first.moments.n_rows and second.moments.n_rows:
         weight, difference_d = between_means(first.moments, second.moments)

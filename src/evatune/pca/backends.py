@@ -6,7 +6,8 @@ from evatune.pca.backend import State
 from evatune.pca.exact import ExactState
 from evatune.pca.incremental import IncrementalState
 from evatune.pca.leading import LeadingState
-from evatune.pca.sketch import EXACT_UP_TO, SketchState, sketch_width
+from evatune.pca.sketch import SketchState
+from evatune.pca.widths import is_narrow, sketch_width
 
 STATES: dict[str, type[State]] = {
     state.name: state
@@ -35,4 +36,4 @@ def choose_backend(backend: str, n_components: int, n_features: int) -> type[Sta
         return ExactState  # a sketch of all there is would only be less precise
     if backend != AUTO:
         return STATES[backend]
-    return ExactState if n_features <= max(EXACT_UP_TO, WORTH_A_SKETCH * width) else SketchState
+    return ExactState if is_narrow(n_features) or n_features <= WORTH_A_SKETCH * width else SketchState

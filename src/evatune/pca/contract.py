@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evatune.errors import EvaError
 from evatune.pca.cost import Cost
+from evatune.pca.together import Task, Work, together
 
 
 class NotFittedError(EvaError, AttributeError):
@@ -31,7 +32,7 @@ class Look:
     components: Tensor
     """Orthonormal rows by descending variance, (k, d)."""
     singular_values: Tensor
-    """Of the centred rows, (k,)."""
+    """Of the centred rows, (k,), on the host."""
     n_samples_seen: int
     """How many rows there were."""
 
@@ -56,12 +57,29 @@ class AnyPCA(Protocol):
         """Add rows, in the form that this kind of PCA takes."""
 
     @abstractmethod
+    def add(self, rows: Any) -> Self:
+        """Add rows as `partial_fit` does, but put off what is more work than matrix products until `settle`."""
+
+    @abstractmethod
+    def works(self, task: Task) -> list[Work]:
+        """Return what is left to be done for a task, to be done together with that of others.
+
+        Nothing, as long as there are no rows; `evatune.pca.many` does it for many.
+        """
+
+    def settle(self) -> Self:
+        """Do what was put off."""
+        together(self.works(Task.SETTLE))
+        return self
+
+    @abstractmethod
     def look(self) -> Look:
         """Return the components as they are now, at the least cost; to ask again before more rows come is free."""
 
-    @abstractmethod
     def refresh(self) -> Self:
         """Fold the rows since the last refresh into the state, which is then at its smallest."""
+        together(self.works(Task.REFRESH))
+        return self
 
     @abstractmethod
     def merge(self, other: Self) -> Self:

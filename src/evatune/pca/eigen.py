@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.pca.subspace import orthonormal
-from evatune.pca.threads import one_thread
+from evatune.pca.subspace import solver_copy
+from evatune.pca.together import Eigh, Host, Orthonormal, Steps
 
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
@@ -34,6 +34,9 @@ DEGREE = 3
 TINY = 1e-30
 """Length that a column of zeros is taken to have."""
 
+ZERO_ROUNDINGS = 10
+"""An eigenvalue below so many roundings of the largest one is zero."""
+
 MAX_ROUNDS = 16
 """Rounds after which a matrix whose spectrum hardly falls is factorized in full."""
 
@@ -45,7 +48,7 @@ def leading_eigenpairs(
     tolerance: float,
     near_dl: Tensor | None = None,
     n_rounds: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor]]:
     """Return the leading eigenpairs of a symmetric positive matrix, or all of them where that is quicker.
 
     Subspace iteration with a Chebyshev filter, until the residuals ‖S v - λ v‖ say that the wanted pairs miss, in the
@@ -66,25 +69,24 @@ def leading_eigenpairs(
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
     if is_full(n_features, n_pairs):
-        return _all_eigenpairs(matrix_dd)
+        return (yield from _all_eigenpairs(matrix_dd))
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
         near_dl = matrix_dd @ torch.randn(n_features, width, generator=generator).to(matrix_dd)
-    basis_dl = _normalized_basis(near_dl[:, :width].to(matrix_dd))
-    zero = 10 * torch.finfo(matrix_dd.dtype).eps
+    basis_dl = yield from _basis_of(near_dl[:, :width].to(matrix_dd))
+    zero = ZERO_ROUNDINGS * torch.finfo(matrix_dd.dtype).eps
     for n_done in range(MAX_ROUNDS):
-        basis_dl, image_dl, values_l = _ritz_pairs(matrix_dd, basis_dl)
-        if n_rounds is None:
+        basis_dl, image_dl, values_l = yield from _ritz_pairs(matrix_dd, basis_dl)
+        if n_rounds is None or n_done == n_rounds:
             residual_l = torch.linalg.vector_norm(image_dl - basis_dl * values_l, dim=0)
             residual_l[values_l <= zero * values_l[0]] = 0.0
-            enough = bool(_settled(residual_l, values_l, n_pairs=n_pairs, tolerance=tolerance))
-        else:
-            enough = n_done == n_rounds
-        if enough:
-            seen_l = values_l > zero * values_l[0].clamp_min(0.0)
-            return basis_dl[:, seen_l], values_l[seen_l]
-        basis_dl = _normalized_basis(_filtered(matrix_dd, basis_dl, image_dl, values_l))
-    return _all_eigenpairs(matrix_dd)
+            is_enough = _settled(residual_l, values_l, n_pairs=n_pairs, tolerance=tolerance)
+            n_seen = (values_l > zero * values_l[0].clamp_min(0.0)).sum()
+            enough, seen = yield Host(torch.stack([is_enough.to(values_l), n_seen.to(values_l)]))
+            if enough or n_rounds is not None:
+                return basis_dl[:, : int(seen)], values_l[: int(seen)]
+        basis_dl = yield from _basis_of(_filtered(matrix_dd, basis_dl, image_dl, values_l))
+    return (yield from _all_eigenpairs(matrix_dd))
 
 
 def is_full(n_features: int, n_pairs: int) -> bool:
@@ -118,17 +120,17 @@ def _settled(residual_l: Tensor, values_l: Tensor, *, n_pairs: int, tolerance: f
     return ((missed_k / values_k.clamp_min(smallest)).mean() <= tolerance) & ~turned_k.any()
 
 
-def _normalized_basis(columns_dl: Tensor) -> Tensor:
+def _basis_of(columns_dl: Tensor) -> Steps[Tensor]:
     """Return orthonormal columns with the same span, (d, l), of columns whose lengths may be far apart."""
-    return orthonormal(columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(TINY))
+    basis_dl, _ = yield Orthonormal(columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(TINY))
+    return basis_dl
 
 
-def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     """Return the Ritz vectors in the span of a basis (d, l), their images (d, l) and Ritz values (l,), descending."""
     image_dl = matrix_dd @ basis_dl
-    core_ll = (basis_dl.T @ image_dl).cpu().double()
-    with one_thread():
-        values_l, vectors_ll = torch.linalg.eigh((core_ll + core_ll.T) / 2)
+    core_ll = solver_copy(basis_dl.T @ image_dl)
+    values_l, vectors_ll = yield Eigh((core_ll + core_ll.T) / 2)
     vectors_ll = vectors_ll.flip(1).to(image_dl)
     return basis_dl @ vectors_ll, image_dl @ vectors_ll, values_l.flip(0).to(image_dl)
 
@@ -136,11 +138,10 @@ def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> tuple[Tensor, Tensor, Te
 def _filtered(matrix_dd: Tensor, basis_dl: Tensor, image_dl: Tensor, values_l: Tensor) -> Tensor:
     """Apply the Chebyshev polynomial that is small on [0, smallest Ritz value] and grows fastest beyond it, (d, l).
 
-    Scaled so that it is 1 at the largest Ritz value, which keeps it from overflowing.
+    Scaled so that it is 1 at the largest Ritz value, which keeps it from overflowing. Where the columns see all there
+    is, so that the smallest Ritz value is zero, they are left as they are.
     """
     half = values_l[-1] / 2
-    if not half > 0:  # the columns see all there is
-        return image_dl
     first = half / (values_l[0] - half)
     scale = first
     before_dl, now_dl = basis_dl, (image_dl - half * basis_dl) * (first / half)
@@ -149,10 +150,9 @@ def _filtered(matrix_dd: Tensor, basis_dl: Tensor, image_dl: Tensor, values_l: T
         shifted_dl = matrix_dd @ now_dl - half * now_dl
         before_dl, now_dl = now_dl, shifted_dl * (2 * following / half) - before_dl * (scale * following)
         scale = following
-    return now_dl
+    return torch.where(half > 0, now_dl, image_dl)
 
 
-def _all_eigenpairs(matrix_dd: Tensor) -> tuple[Tensor, Tensor]:
-    with one_thread():
-        values_d, vectors_dd = torch.linalg.eigh(matrix_dd.cpu() if matrix_dd.device.type == "mps" else matrix_dd)
+def _all_eigenpairs(matrix_dd: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+    values_d, vectors_dd = yield Eigh(matrix_dd)
     return vectors_dd.flip(1), values_d.flip(0).clamp_min(0.0)

@@ -15,13 +15,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Pairs, Request, State
+from evatune.pca.backend import Pairs, State, Wanted
 from evatune.pca.cost import CORE_EIGH, FLOAT, FULL_EIGH, THIN_PRODUCTS, Cost, components_bytes, moments_bytes, n_checks
 from evatune.pca.eigen import OVERSAMPLING, is_full, leading_eigenpairs
 from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
 from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_gram, energies_along, gram_norm, symmetric
 from evatune.pca.subspace import solver_copy
+from evatune.pca.together import Host, Steps, alone
 
 BATCH_NOISE = 0.03
 """How much of the mean small eigenvalue the rounding of one batch's product in bfloat16 may be (`_review`).
@@ -47,7 +48,7 @@ class ExactState(State):
     """The second moment of the shifted rows, of which only strips up to the diagonal are filled.
 
     Args:
-        request: what is asked for.
+        wanted: what is asked for.
         moments: of the rows.
         second_moment_dd: S as `accumulate_gram` fills it, (d, d).
         n_rows_reviewed: how many rows there were when it was last decided how precise products must be.
@@ -61,7 +62,7 @@ class ExactState(State):
 
     def __init__(
         self,
-        request: Request,
+        wanted: Wanted,
         moments: Moments,
         second_moment_dd: Tensor,
         *,
@@ -69,7 +70,7 @@ class ExactState(State):
         needs_full_precision: bool = True,
         missed: float = 0.0,
     ) -> None:
-        super().__init__(request, moments)
+        super().__init__(wanted, moments)
         self.second_moment_dd = second_moment_dd
         self.n_rows_reviewed = n_rows_reviewed
         self.needs_full_precision = needs_full_precision
@@ -77,38 +78,50 @@ class ExactState(State):
         self._near_dl: Tensor | None = None  # what the last rough look found
 
     @classmethod
-    def start(cls, request: Request, moments: Moments) -> Self:
+    def start(cls, wanted: Wanted, moments: Moments) -> Self:
         """Return the state of no rows: zeros."""
         n_features = len(moments.shift_d)
-        return cls(request, moments, moments.shift_d.new_zeros(n_features, n_features))
+        return cls(wanted, moments, moments.shift_d.new_zeros(n_features, n_features))
 
     @classmethod
-    def of_eigenpairs(cls, request: Request, moments: Moments, pairs: Pairs, *, missed: float) -> Self:
+    def of_eigenpairs(cls, wanted: Wanted, moments: Moments, pairs: Pairs, *, missed: float) -> Self:
         """Return the state of rows whose scatter matrix has these eigenpairs."""
         vectors_dp, values_p = (tensor.to(moments.shift_d) for tensor in pairs)
         second_moment_dd = (vectors_dp * values_p) @ vectors_dp.T
-        if request.center:
+        if wanted.center:
             offset_d = moments.offset_d.to(second_moment_dd)
             second_moment_dd += moments.n_rows * torch.outer(offset_d, offset_d)
-        state = cls(request, moments, second_moment_dd, missed=missed)
-        state._review()
+        state = cls(wanted, moments, second_moment_dd, missed=missed)
+        alone(state._review())
         return state
 
-    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> ExactState:
-        """Add shifted rows, (n, d), and return this state; `moments` include them already."""
-        if self.n_rows_reviewed == 0 and product_dtype != shifted_nd.dtype:  # may they be in half precision?
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
+        """Add shifted rows, (n, d); `moments` include them already.
+
+        Whether the first ones may be multiplied in half precision, they tell themselves. An accelerator would have to
+        be asked, so there they are multiplied in full.
+        """
+        is_first = self.n_rows_reviewed == 0
+        if is_first and product_dtype != shifted_nd.dtype and shifted_nd.device.type == "cpu":
             accumulate_gram(self.second_moment_dd, shifted_nd.to(product_dtype))
-            self._review()
+            alone(self._review())
             if not self.needs_full_precision:
-                return self
+                return
             self.second_moment_dd.zero_()
         dtype = shifted_nd.dtype if self.needs_full_precision else product_dtype
         accumulate_gram(self.second_moment_dd, shifted_nd.to(dtype))
-        if self.moments.n_rows >= 2 * self.n_rows_reviewed:
-            self._review()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the rows have doubled since it was last decided how precise products must be."""
+        return self.moments.n_rows >= 2 * self.n_rows_reviewed
+
+    def settle(self) -> Steps[State]:
+        """Decide again how precise products must be, and return this state."""
+        yield from self._review()
         return self
 
-    def _review(self) -> None:
+    def _review(self) -> Steps[None]:
         """Decide whether products may be in bfloat16 until the rows have doubled.
 
         Each entry of such a product is rounded by a relative 2⁻⁹, so the error of a batch like all so far is a random
@@ -119,13 +132,15 @@ class ExactState(State):
         norm = gram_norm(self.second_moment_dd)
         noise = 2 * BFLOAT16_ROUNDING * norm / (3 * self.n_features) ** 0.5
         small = (self.second_moment_dd.diagonal().sum() - norm) / self.n_features
-        self.needs_full_precision = bool(noise > BATCH_NOISE * small)
+        (is_loud,) = yield Host(noise > BATCH_NOISE * small)
+        self.needs_full_precision = bool(is_loud)
         self.n_rows_reviewed = self.moments.n_rows
 
-    def refresh(self) -> None:
-        """Do nothing: nothing is put off."""
+    def refresh(self) -> Steps[None]:
+        """Do nothing: there is no smaller form."""
+        yield from ()
 
-    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return at least `n_pairs` eigenpairs of the scatter matrix, if it has so many.
 
         A rough call takes one round of iteration from the eigenvectors that the last rough call found, whatever the
@@ -138,7 +153,7 @@ class ExactState(State):
         tolerance = TOLERANCES[scatter_dd.dtype]
         if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
             scatter_dd = solver_copy(scatter_dd)
-        pairs = leading_eigenpairs(
+        pairs = yield from leading_eigenpairs(
             scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_rounds=1 if rough else None
         )
         if rough:
@@ -164,7 +179,7 @@ class ExactState(State):
         cross_dd = torch.outer(theirs.sum_d.to(move_d), move_d)
         moved_dd = other.second_moment_dd + cross_dd + cross_dd.T + theirs.n_rows * torch.outer(move_d, move_d)
         return type(self)(
-            self.request,
+            self.wanted,
             self.moments.merged(theirs),
             self.second_moment_dd + moved_dd,
             n_rows_reviewed=self.n_rows_reviewed + other.n_rows_reviewed,
@@ -181,11 +196,11 @@ class ExactState(State):
         n_pairs = max(2 * self.n_components, self.n_components + SPARE_PAIRS)
         if 2 * n_pairs >= self.n_features:
             return self
-        vectors_dp, values_p = self.eigenpairs(n_pairs)
+        vectors_dp, values_p = alone(self.eigenpairs(n_pairs))
         components_pd, values_p = (
             tensor[:n_pairs].to(self.second_moment_dd) for tensor in (vectors_dp.T, values_p.sqrt())
         )
-        return LeadingState.of(self.request, self.moments, components_pd, values_p)
+        return LeadingState.of(self.wanted, self.moments, components_pd, values_p)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors."""
@@ -196,11 +211,11 @@ class ExactState(State):
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
         """Return the state that `tensors` describes."""
         n_rows_reviewed, full = tensors["review"].tolist()
         return cls(
-            request,
+            wanted,
             Moments.from_tensors(tensors),
             tensors["second_moment"],
             n_rows_reviewed=n_rows_reviewed,

@@ -15,10 +15,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Pairs, Request, State, merge_eigenpairs
+from evatune.pca.backend import Pairs, State, Wanted, merge_eigenpairs
 from evatune.pca.cost import FLOAT, Cost, components_bytes, moments_bytes
 from evatune.pca.moments import Moments
 from evatune.pca.subspace import solver_copy
+from evatune.pca.together import Steps
 
 SVD = 6.0
 """Operations of a thin singular value decomposition of an (n, d) matrix, in units of n d min(n, d): R-SVD without its
@@ -29,7 +30,7 @@ class IncrementalState(State):
     """The truncated SVD of the centred rows so far.
 
     Args:
-        request: what is asked for.
+        wanted: what is asked for.
         moments: of the rows.
         components_pd: right-singular vectors in rows, (p, d).
         singular_values_p: (p,), descending.
@@ -37,23 +38,23 @@ class IncrementalState(State):
 
     name = "incremental"
 
-    def __init__(self, request: Request, moments: Moments, components_pd: Tensor, singular_values_p: Tensor) -> None:
-        super().__init__(request, moments)
+    def __init__(self, wanted: Wanted, moments: Moments, components_pd: Tensor, singular_values_p: Tensor) -> None:
+        super().__init__(wanted, moments)
         self.components_pd = components_pd
         self.singular_values_p = singular_values_p
 
     @classmethod
-    def start(cls, request: Request, moments: Moments) -> Self:
+    def start(cls, wanted: Wanted, moments: Moments) -> Self:
         """Return the state of no rows: no vectors."""
-        return cls(request, moments, moments.shift_d.new_zeros(0, len(moments.shift_d)), moments.shift_d.new_zeros(0))
+        return cls(wanted, moments, moments.shift_d.new_zeros(0, len(moments.shift_d)), moments.shift_d.new_zeros(0))
 
     @property
     def n_kept(self) -> int:
         """How many vectors are kept."""
         return self.n_components
 
-    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> IncrementalState:
-        """Add shifted rows, (n, d), and return this state; `moments` include them already."""
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
+        """Add shifted rows, (n, d), by an SVD of them; `moments` include them already."""
         n_batch, n_rows = shifted_nd.shape[0], self.moments.n_rows
         n_before = n_rows - n_batch
         if self.center:
@@ -70,13 +71,24 @@ class IncrementalState(State):
         _, values, components = torch.linalg.svd(stacked, full_matrices=False)
         n_kept = min(self.n_kept, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
         self.components_pd, self.singular_values_p = components[:n_kept], values[:n_kept]
+
+    @property
+    def is_due(self) -> bool:
+        """False: nothing is put off."""
+        return False
+
+    def settle(self) -> Steps[State]:
+        """Return this state."""
+        yield from ()
         return self
 
-    def refresh(self) -> None:
-        """Do nothing: nothing is put off."""
+    def refresh(self) -> Steps[None]:
+        """Do nothing: there is no smaller form."""
+        yield from ()
 
-    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return what is kept, in float64."""
+        yield from ()
         return solver_copy(self.components_pd.T), solver_copy(self.singular_values_p).square()
 
     def missed(self) -> float:
@@ -87,7 +99,7 @@ class IncrementalState(State):
         """Return the state of both sets of rows, truncated to the vectors that are kept."""
         vectors_dp, values_p = merge_eigenpairs(self, other)
         return type(self)(
-            self.request,
+            self.wanted,
             self.moments.merged(other.moments),
             vectors_dp[:, : self.n_kept].T.contiguous().to(self.components_pd),
             values_p[: self.n_kept].sqrt().to(self.singular_values_p),
@@ -106,9 +118,9 @@ class IncrementalState(State):
         return self.moments.tensors() | own
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
         """Return the state that `tensors` describes."""
-        return cls(request, Moments.from_tensors(tensors), tensors["components"], tensors["singular_values"])
+        return cls(wanted, Moments.from_tensors(tensors), tensors["components"], tensors["singular_values"])
 
     @classmethod
     def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:

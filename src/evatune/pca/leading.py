@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Request
+from evatune.pca.backend import Wanted
 from evatune.pca.incremental import IncrementalState
 from evatune.pca.moments import Moments
 
@@ -35,10 +35,10 @@ class LeadingState(IncrementalState):
         return min(SPARE * self.n_components, self.n_features)
 
     @classmethod
-    def of(cls, request: Request, moments: Moments, components_pd: Tensor, singular_values_p: Tensor) -> Self:
+    def of(cls, wanted: Wanted, moments: Moments, components_pd: Tensor, singular_values_p: Tensor) -> Self:
         """Return the state of rows with these moments and leading components; those without variance are left out."""
         seen_p = singular_values_p > 0
-        return cls(request, moments, components_pd[seen_p], singular_values_p[seen_p])
+        return cls(wanted, moments, components_pd[seen_p], singular_values_p[seen_p])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors."""
@@ -52,13 +52,13 @@ class LeadingState(IncrementalState):
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
         """Return the state that `tensors` describes."""
         mean_d, n_rows = tensors["mean"], int(tensors["n_samples_seen"])
-        shift_d = mean_d if request.center else torch.zeros_like(mean_d)
+        shift_d = mean_d if wanted.center else torch.zeros_like(mean_d)
         moments = Moments.around(shift_d)
         moments.n_rows = n_rows
         moments.sum_d += n_rows * (mean_d - shift_d)
         # Of the variance of each feature only the sum over all is asked for.
         moments.squares_d += tensors["scatter"] / len(mean_d)
-        return cls(request, moments, tensors["components"], tensors["singular_values"])
+        return cls(wanted, moments, tensors["components"], tensors["singular_values"])

@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 from evatune.pca.subspace import ZERO, solver_copy
-from evatune.pca.threads import one_thread
+from evatune.pca.together import Eigh, Host, InverseRoot, Orthonormal, Steps
 
 SPREAD = 1e6
 """Where the columns of a sketch see variances that are further apart than this, products of it are made in float64."""
 
 
-def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> tuple[Tensor, Tensor]:
+COLUMN_NOISE = 1e-3
+"""A column q with qᵀS q below this share of ‖S q‖ / √d, which a random column has, sees no variance: what it holds are
+rounding errors. Chosen, not measured."""
+
+
+def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """Return eigenpairs of the Nyström approximation Y (QᵀY)⁺ Yᵀ of a matrix S that is known through Y = S Q.
 
-    Products of tall matrices are made in the dtype of the sketch, which is as rounded as they will be, and on as many
-    threads as torch has now; the small matrices are factorized in float64 on one. That takes a factor whose columns
-    fall in size as the eigenvalues do: float32 then tells small eigenvalues from large ones.
+    Products of tall matrices are made in the dtype of the sketch, which is as rounded as they will be; the small
+    matrices are factorized in float64. That takes a factor whose columns fall in size as the eigenvalues do: float32
+    then tells small eigenvalues from large ones.
 
     Args:
         test_dl: test matrix Q, (d, l).
@@ -37,48 +42,48 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> tuple[Tensor, Tens
     rounding = torch.finfo(sketch_dl.dtype).eps
     energy_l = solver_copy((test_dl * sketch_dl).sum(dim=0))
     # A column that sees no variance holds rounding errors, which the formula would divide by themselves.
-    noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=0)) * (1e-3 / n_features**0.5)
+    noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=0)) * (COLUMN_NOISE / n_features**0.5)
     alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
-    order_l = energy_l.argsort(descending=True, stable=True)
-    order_m = order_l[alive_l[order_l]]
-    if not len(order_m):
+    order_l = torch.where(alive_l, energy_l, -torch.inf).argsort(descending=True, stable=True)
+    largest, least = energy_l[order_l[0]], torch.where(alive_l, energy_l, torch.inf).min()
+    n_alive, is_spread = yield Host(torch.stack([alive_l.sum().to(least), (largest > SPREAD * least).to(least)]))
+    if not n_alive:
         return test_dl[:, :0], sketch_dl[0, :0]
-    if energy_l[order_m[0]] > SPREAD * energy_l[order_m[-1]]:
+    order_m = order_l[: int(n_alive)]
+    wide_dl = sketch_dl
+    if is_spread:
         test_dl, wide_dl = solver_copy(test_dl), solver_copy(sketch_dl)
-    else:
-        wide_dl = sketch_dl
     # Massive activations make the core span many orders of magnitude. With a unit diagonal, the cut-off is relative
     # to each direction and not to the largest one.
     core_mm = solver_copy(test_dl.T @ wide_dl)[order_m][:, order_m]
     scale_m = core_mm.diagonal().rsqrt()
     core_mm = (core_mm + core_mm.T) / 2 * scale_m * scale_m[:, None]
-    with one_thread():
-        root_mr = _inverse_root(core_mm, cutoff=width * rounding)
+    root_mr = yield from _inverse_root(core_mm, cutoff=width * rounding)
     weights_lr = root_mr.new_zeros(width, root_mr.shape[1])
     weights_lr[order_m] = scale_m[:, None] * root_mr
     factor_dr = wide_dl @ weights_lr.to(wide_dl)
-    gram_rr = solver_copy(factor_dr.T @ factor_dr)
-    with one_thread():
-        values_r, vectors_rr = torch.linalg.eigh(gram_rr)
+    values_r, vectors_rr = yield Eigh(solver_copy(factor_dr.T @ factor_dr))
     values_r, vectors_rr = values_r.flip(0), vectors_rr.flip(1)
-    keep_r = values_r > values_r[0].clamp_min(0.0) * ZERO
-    values_p = values_r[keep_r]
-    vectors_dp = factor_dr @ (vectors_rr[:, keep_r] / values_p.sqrt()).to(factor_dr)
+    (n_pairs,) = yield Host((values_r > values_r[0].clamp_min(0.0) * ZERO).sum())
+    values_p = values_r[: int(n_pairs)]
+    vectors_dp = factor_dr @ (vectors_rr[:, : int(n_pairs)] / values_p.sqrt()).to(factor_dr)
     return vectors_dp.to(sketch_dl), values_p.to(sketch_dl)
 
 
-def _inverse_root(core_mm: Tensor, *, cutoff: float) -> Tensor:
+def _inverse_root(core_mm: Tensor, *, cutoff: float) -> Steps[Tensor]:
     """Return R, (m, r), with R Rᵀ = C⁺ and column j made of the first m - r + j of the columns it will be applied to.
 
     Args:
         core_mm: C, with a unit diagonal, in float64.
         cutoff: eigenvalues below this share of the largest one count as zero.
     """
-    lower_mm, failed = torch.linalg.cholesky_ex(core_mm)
-    if not failed and lower_mm.diagonal().square().min() > cutoff:
-        return torch.linalg.solve_triangular(lower_mm.T, torch.eye(len(core_mm)).to(core_mm), upper=True)
-    values_m, vectors_mm = torch.linalg.eigh(core_mm)
-    keep_m = values_m > values_m[-1] * cutoff
-    root_mr = vectors_mm[:, keep_m] / values_m[keep_m].sqrt()
+    root_mm, pivot = yield InverseRoot(core_mm)
+    (is_definite,) = yield Host(pivot > cutoff)
+    if is_definite:
+        return root_mm
+    values_m, vectors_mm = yield Eigh(core_mm)
+    (n_kept,) = yield Host((values_m > values_m[-1] * cutoff).sum())
+    root_mr = vectors_mm[:, -int(n_kept) :] / values_m[-int(n_kept) :].sqrt()
     # Any rotation of these columns would do. This is the one that makes them triangular, like those from Cholesky.
-    return torch.linalg.qr(root_mr.flip(0).T, mode="r").R.T.flip(0, 1)
+    _, triangle_rm = yield Orthonormal(root_mr.flip(0).T)
+    return triangle_rm.T.flip(0, 1)

@@ -26,7 +26,7 @@ from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, components_bytes
 from evatune.pca.products import unrounded
 from evatune.pca.subspace import fix_signs
-from evatune.pca.threads import one_thread
+from evatune.pca.together import Eigh, Steps, Task, Work, together
 
 
 class OneHotPCA(AnyPCA):
@@ -84,15 +84,20 @@ class OneHotPCA(AnyPCA):
         self._decomposition = None
         return self
 
+    def add(self, rows: Tensor) -> Self:
+        """Add rows; nothing is put off."""
+        return self.partial_fit(rows)
+
     def look(self) -> Look:
         """Return the components; counts need no cheaper way."""
         return Look(
-            components=self.components_, singular_values=self.singular_values_, n_samples_seen=self.n_samples_seen_
+            components=self.components_, singular_values=self.singular_values_.cpu(), n_samples_seen=self._n_rows
         )
 
-    def refresh(self) -> Self:
-        """Return this object; counts are as small as they get."""
-        return self
+    def works(self, task: Task) -> list[Work]:
+        """Return what finding the components takes; counts are as small as they get, and nothing is put off."""
+        is_left = self._counts_v is not None and self._decomposition is None
+        return [Work(self._learn())] if is_left and task in (Task.LOOK, Task.LEARN) else []
 
     def merge(self, other: OneHotPCA) -> Self:
         """Return a new object that has seen the rows of both.
@@ -116,7 +121,7 @@ class OneHotPCA(AnyPCA):
     def scatter_along(self, directions_kv: Tensor) -> Tensor:
         """Return Σ (vᵀ(x - m))² over the rows seen, for every row v of `directions_kv`, (k,)."""
         counts_v = self._fitted().to(directions_kv)
-        with unrounded(counts_v):
+        with unrounded(counts_v.device):
             energies_k = directions_kv.square() @ counts_v
             sums_k = directions_kv @ counts_v
         return energies_k - sums_k.square() / self._n_rows if self.center else energies_k
@@ -221,18 +226,21 @@ class OneHotPCA(AnyPCA):
         return self._counts_v
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
-        counts_v = self._fitted()
-        if self._decomposition is None:
-            with torch.no_grad(), one_thread():
-                components_kv, scatter_k = _leading(counts_v.cpu(), self.n_components, center=self.center)
-            self._decomposition = (
-                fix_signs(components_kv).float().to(counts_v.device),
-                scatter_k.clamp_min(0.0).sqrt().float().to(counts_v.device),
-            )
+        self._fitted()
+        together(self.works(Task.LEARN))
+        assert self._decomposition is not None
         return self._decomposition
 
+    def _learn(self) -> Steps[None]:
+        counts_v = self._fitted()
+        components_kv, scatter_k = yield from _leading(counts_v.cpu(), self.n_components, center=self.center)
+        self._decomposition = (
+            fix_signs(components_kv).float().to(counts_v.device),
+            scatter_k.clamp_min(0.0).sqrt().float().to(counts_v.device),
+        )
 
-def _leading(counts_v: Tensor, k: int, *, center: bool) -> tuple[Tensor, Tensor]:
+
+def _leading(counts_v: Tensor, k: int, *, center: bool) -> Steps[tuple[Tensor, Tensor]]:
     """Return the leading k eigenvectors of the scatter matrix in rows (k, V) and its eigenvalues, both in float64."""
     # Equal counts are ordered by token number, so that equal data give equal components.
     order_v = torch.sort(counts_v, descending=True, stable=True).indices
@@ -245,7 +253,7 @@ def _leading(counts_v: Tensor, k: int, *, center: bool) -> tuple[Tensor, Tensor]
 
     d_u, size_double_u = distinct_u.double(), size_u.double()
     w_u = d_u * size_double_u.sqrt()
-    values_u, vectors_uu = torch.linalg.eigh(torch.diag(d_u) - torch.outer(w_u, w_u) / counts_v.sum())
+    values_u, vectors_uu = yield Eigh(torch.diag(d_u) - torch.outer(w_u, w_u) / counts_v.sum())
     # (eigenvalue, group or None, number): the number of a contrast in its group, or of an eigenvector of the groups.
     found: list[tuple[float, int | None, int]] = [(float(value), None, j) for j, value in enumerate(values_u)]
     for number, (value, size) in enumerate(zip(d_u.tolist(), size_u.tolist(), strict=True)):

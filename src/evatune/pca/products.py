@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def unrounded(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return the context in which autocast, on the device of a tensor, does not round what products need whole."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def unrounded(*devices: torch.device) -> Iterator[None]:
+    """Keep autocast, on these devices, from rounding what products need whole."""
+    with ExitStack() as stack:
+        for device_type in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 BFLOAT16_ROUNDING = 2.0**-9

@@ -21,7 +21,6 @@ errors from random probes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Self
@@ -29,7 +28,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Pairs, Request, State, between_means, merge_eigenpairs
+from evatune.pca.backend import Pairs, State, Wanted, between_means, merge_eigenpairs
 from evatune.pca.cost import (
     CORE_EIGH,
     DOUBLE,
@@ -47,7 +46,8 @@ from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
 from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_product
 from evatune.pca.subspace import complete_basis, orthonormal, solver_copy
-from evatune.pca.threads import one_thread
+from evatune.pca.together import Host, Steps, alone
+from evatune.pca.widths import N_PROBES, is_narrow, sketch_width, wider_sketch, widest_sketch
 
 FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
@@ -60,16 +60,6 @@ What is missed is its square: measured on 4,096 features with variances 1/i, 3e-
 
 MASSIVE_RATIO = 1e5
 """Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 drowns the latter."""
-
-SPARE = 96
-"""Columns beside the components', probes counted, with which a sketch begins.
-
-With 48, sketches of SmolLM2's inputs missed up to 1e-3 of the variance of the first half of 32 components and 6e-3 of
-that of all; what they miss with 96 is in `benchmarks/results/accuracy.json`.
-"""
-
-TILE = 16
-"""Widths, probes counted, are multiples of this: matrix units multiply in tiles of 16 columns of bfloat16."""
 
 HALF_MARGIN = 10
 """How much more strictly the first half of the components is held to the tolerance. Chosen, not measured: with rho 2,
@@ -86,46 +76,15 @@ well above k. Before, most of what a sketch misses is that axes turn with every 
 the first batch, of which all rows are at hand: what a sketch misses of it is for want of columns.
 """
 
-GROWTH = 1 / 2
-"""Columns beside those of the components grow with this power of what a sketch misses over what it may miss."""
-
-N_PROBES = 8
-"""The estimate of the residuals of k components has a relative deviation of √(2 / (s k))."""
-
-WIDEST = 4
-"""A sketch gets at most so many times the columns, beside those of the components, with which it began."""
-
 PROBE_SEED = 0x9E3779B9
 """Of the probes, whatever the seed of the test matrix."""
-
-EXACT_UP_TO = 2048
-"""Features up to which the exact second moment, of 16 MiB in float32 then, may take a sketch's place."""
-
-
-def sketch_width(n_components: int, n_features: int) -> int:
-    """Return with how many columns, beside the probes, a sketch of these components of these features begins."""
-    return min(n_features, _whole_tiles(n_components + SPARE - N_PROBES))
-
-
-def widest_sketch(n_components: int, n_features: int) -> int:
-    """Return how many columns, beside the probes, such a sketch has at most."""
-    width = sketch_width(n_components, n_features)
-    most = n_features // 4
-    if n_features <= EXACT_UP_TO and 2 * width > most:
-        return width
-    return max(width, min(_whole_tiles(n_components + WIDEST * (width - n_components)), most))
-
-
-def _whole_tiles(width: int) -> int:
-    """Round a width up, so that with the probes it is a multiple of `TILE`."""
-    return -(-(width + N_PROBES) // TILE) * TILE - N_PROBES
 
 
 class SketchState(State):
     """Test matrix and probes [Q Ω], sketches [Y W] = S [Q Ω], and when they were refreshed.
 
     Args:
-        request: what is asked for; the tolerance holds for all components, a tenth of it for the first half of them,
+        wanted: what is asked for; the tolerance holds for all components, a tenth of it for the first half of them,
             and more while rows are few (`SETTLED`).
         moments: of the rows.
         columns_dm: test matrix and probes, (d, m) with m = l + s.
@@ -139,7 +98,7 @@ class SketchState(State):
 
     def __init__(
         self,
-        request: Request,
+        wanted: Wanted,
         moments: Moments,
         columns_dm: Tensor,
         sums_dm: Tensor,
@@ -147,92 +106,104 @@ class SketchState(State):
         n_rows_refreshed: int = 0,
         needs_full_precision: bool = False,
     ) -> None:
-        super().__init__(request, moments)
+        super().__init__(wanted, moments)
         self.columns_dm = columns_dm
         self.sums_dm = sums_dm
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
-        self._known: Pairs | None = None
+        self._known: Pairs | None = None  # of the rows so far
+        self._first: tuple[Tensor, torch.dtype] | None = None  # rows of the first batch, until the state settles
 
     @classmethod
-    def start(cls, request: Request, moments: Moments) -> Self:
+    def start(cls, wanted: Wanted, moments: Moments) -> Self:
         """Return the state of no rows, with a random test matrix."""
         like_d = moments.shift_d
-        width = sketch_width(min(request.n_components, len(like_d)), len(like_d))
-        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=request.seed).to(like_d)
-        return cls(request, moments, columns_dm, torch.zeros_like(columns_dm))
+        width = sketch_width(min(wanted.n_components, len(like_d)), len(like_d))
+        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed).to(like_d)
+        return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm))
 
     @property
     def width(self) -> int:
         """How many columns the sketch has beside the probes, l."""
         return self.columns_dm.shape[1] - N_PROBES
 
-    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> State:
-        """Add shifted rows, (n, d), and return the state to go on with; `moments` include them already."""
-        if self.n_rows_refreshed == 0:
+    def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
+        """Add shifted rows, (n, d); `moments` include them already. The first ones choose the test matrix."""
+        is_first = self.moments.n_rows == len(shifted_nd)
+        if is_first:
             test_dl = self.columns_dm[:, : self.width]
             for _ in range(FIRST_BATCH_ITERATIONS):
                 test_dl = _rounded(orthonormal(shifted_nd.T @ (shifted_nd @ test_dl)))
             self.columns_dm[:, : self.width] = test_dl
-            self._add(shifted_nd)
-            state = self._reviewed()
-            if state is not self:  # nothing needs to be lost, with all rows at hand
-                state = ExactState.start(self.request, self.moments)
-                return state.update(shifted_nd, product_dtype=product_dtype)
-            return state
-        self._add(shifted_nd if self.needs_full_precision else shifted_nd.to(product_dtype))
-        return self._reviewed() if self.moments.n_rows >= 2 * self.n_rows_refreshed else self
-
-    def _add(self, rows_nd: Tensor) -> None:
         self._known = None
+        self._first = (shifted_nd, product_dtype) if is_first and self._may_turn_exact else None
+        rows_nd = shifted_nd if is_first or self.needs_full_precision else shifted_nd.to(product_dtype)
         projected_nm = rows_nd @ self.columns_dm.to(rows_nd.dtype)
         accumulate_product(self.sums_dm, rows_nd.T, projected_nm)
 
-    def refresh(self) -> None:
-        """Make the leading eigenvectors of the rows so far the test matrix."""
-        if self._known is None:
-            self._restart(*self._eigenpairs(), width=self.width)
+    @property
+    def _may_turn_exact(self) -> bool:
+        return self.wanted.tolerance is not None and is_narrow(self.n_features)
 
-    def _reviewed(self) -> State:
+    @property
+    def is_due(self) -> bool:
+        """Whether the rows have doubled since the last refresh."""
+        return self.moments.n_rows >= 2 * self.n_rows_refreshed
+
+    def settle(self) -> Steps[State]:
         """Refresh, and return the state to go on with.
 
         That is this state, perhaps wider, or an exact one where the sketch is not good enough and the rows are narrow.
         """
-        pairs = self._eigenpairs()
+        pairs = yield from self._eigenpairs()
+        first, self._first = self._first, None
         width = self.width
-        excess = self._excess(*pairs)
+        asked = self._excess(*pairs)
+        excess, is_massive = yield Host(torch.stack([asked, self._is_massive(pairs[1]).to(asked)]))
         if excess > 1:
-            widest = widest_sketch(self.n_components, self.n_features)
-            if width < widest:
-                spare = math.ceil(excess**GROWTH * (width - self.n_components))
-                width = min(_whole_tiles(self.n_components + spare), widest)
-            elif self.n_features <= EXACT_UP_TO:
-                return self.exactly()
-        self._restart(*pairs, width=width)
+            if width < widest_sketch(self.n_components, self.n_features):
+                width = wider_sketch(width, excess=excess, n_components=self.n_components, n_features=self.n_features)
+            elif self._may_turn_exact:
+                if first is None:
+                    return self.exactly()
+                state = ExactState.start(self.wanted, self.moments)  # nothing needs to be lost, with all rows at hand
+                state.update(first[0], product_dtype=first[1])
+                return (yield from state.settle()) if state.is_due else state
+        self._restart(pairs, width=width, needs_full_precision=bool(is_massive))
         return self
+
+    def refresh(self) -> Steps[None]:
+        """Make the leading eigenvectors of the rows so far the test matrix."""
+        if not self._is_refreshed:
+            pairs = yield from self._eigenpairs()
+            (is_massive,) = yield Host(self._is_massive(pairs[1]))
+            self._restart(pairs, width=self.width, needs_full_precision=bool(is_massive))
+
+    @property
+    def _is_refreshed(self) -> bool:
+        return self.n_rows_refreshed == self.moments.n_rows
 
     def exactly(self) -> State:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
-        pairs = self._eigenpairs()
-        missed = float(self._missed(*pairs).sum())
-        return ExactState.of_eigenpairs(self.request, self.moments, pairs, missed=missed)
+        pairs = alone(self._eigenpairs())
+        return ExactState.of_eigenpairs(self.wanted, self.moments, pairs, missed=self.missed())
 
     def missed(self) -> float:
         """Estimate what variance the components miss, not divided by the rows, from the probes."""
-        return float(self._missed(*self._eigenpairs()).sum())
+        return float(self._missed(*alone(self._eigenpairs())).sum())
 
-    def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> float:
-        """Return how many times as much as it may the sketch seems to miss."""
-        if self.request.tolerance is None or not len(values_p):
-            return 0.0
+    def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
+        """Return how many times as much as it may the sketch seems to miss, a scalar tensor."""
+        if self.wanted.tolerance is None or not len(values_p):
+            return vectors_dp.new_zeros(())
         missed_k = self._missed(vectors_dp, values_p)
         n_half = (len(missed_k) + 1) // 2
         share = missed_k.sum() / values_p[: len(missed_k)].sum()
         share_of_half = missed_k[:n_half].sum() / values_p[:n_half].sum()
-        allowed = self.request.tolerance / SAFETY
+        allowed = self.wanted.tolerance / SAFETY
         if self.n_rows_refreshed:
             allowed *= max(1.0, SETTLED * self.n_components**2 / self.moments.n_rows)
-        return float(torch.maximum(share, HALF_MARGIN * share_of_half)) / allowed
+        return torch.maximum(share, HALF_MARGIN * share_of_half) / allowed
 
     def _missed(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
         """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
@@ -249,15 +220,16 @@ class SketchState(State):
         residuals_k = residuals_ks.square().mean(dim=1).sqrt()
         return missed_variance(residuals_k, values_k, solver_copy(values_p[-1]))
 
-    def _restart(self, vectors_dp: Tensor, values_p: Tensor, *, width: int) -> None:
-        """Continue with `width` columns from known eigenpairs of the scatter matrix, (d, p) and (p,)."""
+    def _restart(self, pairs: Pairs, *, width: int, needs_full_precision: bool) -> None:
+        """Continue with `width` columns from known eigenpairs of the scatter matrix."""
+        vectors_dp, values_p = pairs
         moments = self.moments
         # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
         vectors_dp = vectors_dp[:, :width].to(self.columns_dm).contiguous()
         values_p = values_p[:width].to(self.sums_dm)
         test_dl = vectors_dp
         if len(values_p) < width:
-            test_dl = complete_basis(vectors_dp, width, seed=self.request.seed + moments.n_rows)
+            test_dl = complete_basis(vectors_dp, width, seed=self.wanted.seed + moments.n_rows)
         test_dl = _rounded(test_dl)
         # What the sketch would be, had S been V Λ Vᵀ (+ n o oᵀ about the shift) and this the test matrix all along.
         sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
@@ -269,18 +241,18 @@ class SketchState(State):
         self.sums_dm = torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1)
         self.n_rows_refreshed = moments.n_rows
         self._known = vectors_dp, values_p
-        self.needs_full_precision = self._is_massive(values_p)
+        self.needs_full_precision = needs_full_precision
 
-    def _is_massive(self, values_p: Tensor) -> bool:
-        """Tell whether a few directions are so large that bfloat16 would drown the others.
+    def _is_massive(self, values_p: Tensor) -> Tensor:
+        """Tell, by a scalar tensor, whether a few directions are so large that bfloat16 would drown the others.
 
         Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d.
         """
         if not len(values_p):
-            return False
+            return values_p.new_zeros(())
         smallest = values_p[min(self.n_components, len(values_p)) - 1]
         noise = BFLOAT16_ROUNDING * values_p[0] / self.n_features**0.5
-        return bool(noise > RESIDUAL_NOISE * smallest or values_p[0] > MASSIVE_RATIO * values_p[-1])
+        return ((noise > RESIDUAL_NOISE * smallest) | (values_p[0] > MASSIVE_RATIO * values_p[-1])).to(values_p)
 
     def _scatter_of(self, part: slice) -> Tensor:
         """Return the products of the scatter matrix with some of the columns, (d, at most m)."""
@@ -290,22 +262,23 @@ class SketchState(State):
         offset_d = self.moments.offset_d.to(sums_dm)
         return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-self.moments.n_rows)
 
-    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Pairs:
+    def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return approximate eigenpairs of the scatter matrix in float64, as many as there are columns at most.
 
         The first k are orthonormal to float64.
         """
-        with one_thread():
-            vectors_dp, values_p = (solver_copy(pairs) for pairs in self._eigenpairs())
-            leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, now beyond it
-            leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
+        found = yield from self._eigenpairs()
+        vectors_dp, values_p = (solver_copy(tensor) for tensor in found)
+        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, now beyond it
+        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
         return vectors_dp, values_p
 
-    def _eigenpairs(self) -> Pairs:
-        """Return the eigenpairs in the dtype of the sums."""
-        if self._known is not None:  # no rows since the last refresh
-            return self._known
-        return nystrom_eigenpairs(self.columns_dm[:, : self.width], self._scatter_of(slice(self.width)))
+    def _eigenpairs(self) -> Steps[Pairs]:
+        """Return the eigenpairs in the dtype of the sums; they stay known until rows come."""
+        if self._known is None:
+            test_dl, sketch_dl = self.columns_dm[:, : self.width], self._scatter_of(slice(self.width))
+            self._known = yield from nystrom_eigenpairs(test_dl, sketch_dl)
+        return self._known
 
     def merged(self, other: Self) -> Self:
         """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""
@@ -320,8 +293,10 @@ class SketchState(State):
             images_ds += moments.n_rows * torch.outer(offset_d, offset_d @ probes_ds)
         wider = self if self.width >= other.width else other
         sums_dm = torch.cat([wider.sums_dm[:, : wider.width].to(self.sums_dm), images_ds.to(self.sums_dm)], dim=1)
-        state = type(self)(self.request, moments, wider.columns_dm, sums_dm)
-        state._restart(*merge_eigenpairs(self, other), width=wider.width)
+        state = type(self)(self.wanted, moments, wider.columns_dm, sums_dm)
+        vectors_dp, values_p = merge_eigenpairs(self, other)
+        is_massive = bool(state._is_massive(values_p[: wider.width].to(sums_dm)))
+        state._restart((vectors_dp, values_p), width=wider.width, needs_full_precision=is_massive)
         return state
 
     def condensed(self) -> State:
@@ -330,22 +305,22 @@ class SketchState(State):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) stand for test and sketch."""
-        numbers = [self.request.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
+        numbers = [self.wanted.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
         common = self.moments.tensors() | {"counters": torch.tensor(numbers)}
-        if self._known is None:
+        if self._known is None or not self._is_refreshed:
             return common | {"columns": self.columns_dm, "sums": self.sums_dm}
         vectors_dp, values_p = self._known
         return common | {"vectors": vectors_dp, "values": values_p, "probed": self.sums_dm[:, self.width :]}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], request: Request) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
         """Return the state that `tensors` describes; it goes on with the seed that it began with."""
         moments = Moments.from_tensors(tensors)
         seed, n_rows_refreshed, full, width = tensors["counters"].tolist()
-        request = replace(request, seed=seed)
+        wanted = replace(wanted, seed=seed)
         if "vectors" not in tensors:
             return cls(
-                request,
+                wanted,
                 moments,
                 tensors["columns"],
                 tensors["sums"],
@@ -355,8 +330,8 @@ class SketchState(State):
         probed_ds = tensors["probed"]
         columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds)
         sums_dm = torch.cat([torch.zeros_like(columns_dm[:, :width]), probed_ds], dim=1)
-        state = cls(request, moments, columns_dm, sums_dm)
-        state._restart(tensors["vectors"], tensors["values"], width=width)
+        state = cls(wanted, moments, columns_dm, sums_dm)
+        state._restart((tensors["vectors"], tensors["values"]), width=width, needs_full_precision=bool(full))
         return state
 
     @classmethod
@@ -365,7 +340,7 @@ class SketchState(State):
         k, d = n_components, n_features
         width, widest = sketch_width(k, d), widest_sketch(k, d)
         initial_bytes, state_bytes = (2 * FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
-        if width < d <= EXACT_UP_TO:
+        if width < d and is_narrow(d):
             state_bytes = max(state_bytes, FLOAT * d * d)
         # Five products of O(d l²), see above.
         one_refresh = THIN_PRODUCTS * 5 * 2 * d * width**2 + CORE_EIGH * width**3

@@ -23,6 +23,7 @@ from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, total
 from evatune.pca.streaming import StreamingPCA
 from evatune.pca.subspace import complete_basis
+from evatune.pca.together import Task, Work, together
 
 
 class StackedPCA(AnyPCA):
@@ -65,18 +66,21 @@ class StackedPCA(AnyPCA):
         Raises:
             EvaError: the rows of a part are not fit for `StreamingPCA.partial_fit`.
         """
+        return self.add(rows).settle()
+
+    def add(self, rows: Sequence[Tensor]) -> Self:
+        """Add rows to the parts as `StreamingPCA.add` does."""
         for part, rows_nd in zip(self.parts, rows, strict=True):
-            part.partial_fit(rows_nd)
+            part.add(rows_nd)
         return self
 
-    def refresh(self) -> Self:
-        """Refresh the parts."""
-        for part in self._fitted():
-            part.refresh()
-        return self
+    def works(self, task: Task) -> list[Work]:
+        """Return the work of the parts."""
+        return [work for part in self.parts for work in part.works(task)]
 
     def look(self) -> Look:
         """Return the stacked components of the parts' looks."""
+        together(self.works(Task.LOOK))
         own = [part.look().components if part.is_fitted else None for part in self.parts]
         return Look(
             components=self._stacked(own, lambda pca: pca.look().components),
@@ -155,11 +159,13 @@ class StackedPCA(AnyPCA):
     @property
     def singular_values_(self) -> Tensor:
         """Root of the summed squares of the parts' singular values, (k,)."""
+        together(self.works(Task.LEARN))
         return self._pooled_values([part.singular_values_ for part in self._fitted()])
 
     @property
     def components_(self) -> Tensor:
         """Stacked components by descending variance, (k, D)."""
+        together(self.works(Task.LEARN))
         own = [part.components_ if part.is_fitted else None for part in self.parts]
         return self._stacked(own, lambda pca: pca.components_)
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError, EvaWarning, near_misses
-from evatune.pca.backend import Request, State
+from evatune.pca.backend import State, Wanted
 from evatune.pca.backends import AUTO, BACKENDS, STATES, choose_backend
+from evatune.pca.checks import check_rows, refuse_non_finite
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
 from evatune.pca.cost import Cost
 from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype, unrounded
 from evatune.pca.subspace import complete_basis, fix_signs
+from evatune.pca.together import Host, Steps, Task, Work, alone, together
 
 
 class StreamingPCA(AnyPCA):
@@ -107,9 +109,8 @@ class StreamingPCA(AnyPCA):
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def partial_fit(self, rows: Tensor, y: None = None) -> Self:
-        """Add rows.
+        """Add rows, and settle.
 
         Args:
             rows: (n, d), any float dtype and device; n may be 0 or smaller than `n_components`. Not changed, not kept.
@@ -123,7 +124,16 @@ class StreamingPCA(AnyPCA):
                 Nothing is added then. On accelerators, where looking would stall the device, NaN and infinite values
                 are reported when the components are next asked for.
         """
-        self._check_rows(rows)
+        self.add(rows)
+        return self.settle()
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> Self:
+        """Add rows as `partial_fit` does, but put off what is more work than matrix products until `settle`.
+
+        Who follows many inputs settles them together (`evatune.pca.settle_all`).
+        """
+        check_rows(rows, n_features=None if self._state is None else self._state.n_features)
         if rows.shape[0] == 0:
             return self
         state = self._state
@@ -138,15 +148,30 @@ class StreamingPCA(AnyPCA):
         batch = Moments.around(shift_d)
         batch.update(shifted_nd)
         if rows.device.type == "cpu":
-            _refuse_non_finite(rows, batch.squares_d)
+            refuse_non_finite(rows, batch.squares_d)
         product_dtype = choose_product_dtype(rows, self.product_dtype, n_components=self.n_components)
-        with unrounded(rows):
-            if state is None:
-                state = self._start(Moments.around(shift_d))
-            state.moments = state.moments.plus(batch)
-            self._state = state.update(shifted_nd, product_dtype=product_dtype)
+        if state is None:
+            state = self._state = self._start(Moments.around(shift_d))
+        state.moments = state.moments.plus(batch)
+        with unrounded(rows.device):
+            state.update(shifted_nd, product_dtype=product_dtype)
         self._forget()
         return self
+
+    def works(self, task: Task) -> list[Work]:
+        """Return what is left to be done for a task."""
+        state = self._state
+        if state is None:
+            return []
+        algorithm, is_left = {
+            Task.SETTLE: (self._settle, state.is_due),
+            Task.REFRESH: (self._refresh, True),
+            Task.LOOK: (self._look, self._looked is None),
+            Task.LEARN: (self._learn, self._found is None),
+        }[task]
+        if not is_left:
+            return []
+        return [Work(algorithm(), n_bytes=state.working_bytes, device=state.moments.shift_d.device)]
 
     def fit(self, rows: Tensor, y: None = None) -> Self:
         """Forget everything and learn from one matrix of rows, (n, d)."""
@@ -154,17 +179,13 @@ class StreamingPCA(AnyPCA):
         self._forget()
         return self.partial_fit(rows)
 
-    @torch.no_grad()
     def refresh(self) -> Self:
         """Fold the rows since the last refresh into the sketch's basis.
 
         Right after it the state is at its smallest, which is what processes exchange.
         """
-        state = self._fitted()
-        with unrounded(state.moments.shift_d):
-            state.refresh()
-        self._forget()
-        return self
+        self._fitted()
+        return super().refresh()
 
     @torch.no_grad()
     def merge(self, other: StreamingPCA) -> Self:
@@ -187,7 +208,7 @@ class StreamingPCA(AnyPCA):
             return self._of(only and only.copied(only.moments.shift_d.device))
         like_d = self._state.moments.shift_d
         mine, theirs = self._state, other._state
-        with unrounded(like_d):
+        with unrounded(like_d.device):
             if theirs.moments.shift_d.device != like_d.device:
                 theirs = theirs.copied(like_d.device)
             if mine.name == theirs.name:
@@ -205,7 +226,7 @@ class StreamingPCA(AnyPCA):
         From the second moment with the backend "exact", O(d² k), and else from the eigenpairs that are kept.
         """
         state = self._fitted()
-        with unrounded(state.moments.shift_d):
+        with unrounded(state.moments.shift_d.device):
             return state.scatter_along(directions_kd)
 
     # -- what was learned ---------------------------------------------------------------------------------------------
@@ -216,11 +237,9 @@ class StreamingPCA(AnyPCA):
         With the backend "exact" that is one round of iteration from the last look, O(d² k), instead of as many as it
         takes; `components_` then begins from there as well. To ask again before more rows come costs nothing.
         """
-        if self._looked is None:
-            components_kd, singular_values_k = self._factorized(rough=True)
-            self._looked = Look(
-                components=components_kd, singular_values=singular_values_k, n_samples_seen=self.n_samples_seen_
-            )
+        self._fitted()
+        together(self.works(Task.LOOK))
+        assert self._looked is not None
         return self._looked
 
     def transform(self, rows: Tensor) -> Tensor:
@@ -252,7 +271,7 @@ class StreamingPCA(AnyPCA):
         `evatune.pca.sketch.SketchState.missed`; for "incremental" nothing is known.
         """
         state = self._fitted()
-        with torch.no_grad(), unrounded(state.moments.shift_d):
+        with torch.no_grad(), unrounded(state.moments.shift_d.device):
             missed = state.missed()
         if missed == 0 or math.isnan(missed):
             return missed
@@ -301,7 +320,7 @@ class StreamingPCA(AnyPCA):
     def leading(self) -> StreamingPCA:
         """Return an object that knows the components of `look`, their variances, the mean and the total variance."""
         state, look = self._fitted(), self.look()
-        return self._of(LeadingState.of(state.request, state.moments, look.components, look.singular_values))
+        return self._of(LeadingState.of(state.wanted, state.moments, look.components, look.singular_values))
 
     @torch.no_grad()
     def condensed(self) -> StreamingPCA:
@@ -313,8 +332,8 @@ class StreamingPCA(AnyPCA):
         state = self.refresh()._fitted()
         if self.backend != AUTO:
             return self
-        _check_finite(state)
-        with unrounded(state.moments.shift_d):
+        alone(_check_finite(state))
+        with unrounded(state.moments.shift_d.device):
             return self._of(state.condensed())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -355,21 +374,12 @@ class StreamingPCA(AnyPCA):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _check_rows(self, rows: Tensor) -> None:
-        if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
-            found = f"{tuple(rows.shape)} of {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise EvaError(f"rows must be a float tensor of shape (n_rows, n_features), got {found}.")
-        if rows.shape[1] == 0:
-            raise EvaError("rows must have at least one feature, got shape " + str(tuple(rows.shape)) + ".")
-        if self._state is not None and rows.shape[1] != self.n_features_in_:
-            raise EvaError(f"rows have {rows.shape[1]} features, but the rows before had {self.n_features_in_}.")
-
     def _disagreement(self, other: StreamingPCA, name: str) -> EvaError:
         mine, theirs = getattr(self, name), getattr(other, name)
         return EvaError(f"only equal settings merge, but {name} is {mine!r} here and {theirs!r} there.")
 
-    def _request(self) -> Request:
-        return Request(n_components=self.n_components, center=self.center, tolerance=self.tolerance, seed=self.seed)
+    def _wanted(self) -> Wanted:
+        return Wanted(n_components=self.n_components, center=self.center, tolerance=self.tolerance, seed=self.seed)
 
     def _start(self, moments: Moments) -> State:
         n_features = len(moments.shift_d)
@@ -380,7 +390,7 @@ class StreamingPCA(AnyPCA):
                 stacklevel=4,
             )
         state = choose_backend(self.backend, min(self.n_components, n_features), n_features)
-        return state.start(self._request(), moments)
+        return state.start(self._wanted(), moments)
 
     def _read(self, saved: Mapping[str, Tensor], device: torch.device | str | None) -> State:
         """Return the state that `saved` describes, a copy of it."""
@@ -395,8 +405,8 @@ class StreamingPCA(AnyPCA):
         if center != self.center:
             raise EvaError(f"the state has center={center}, but this object was made with center={self.center}.")
         tensors = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in saved.items()}
-        with unrounded(max(tensors.values(), key=Tensor.numel)):  # counters may be elsewhere
-            state = STATES[backend].from_tensors(tensors, self._request())
+        with unrounded(max(tensors.values(), key=Tensor.numel).device):  # counters may be elsewhere
+            state = STATES[backend].from_tensors(tensors, self._wanted())
         if not state.keeps_all and state.n_components > n_kept:
             raise EvaError(f"the state keeps n_components={n_kept}, but this object asks for {self.n_components}.")
         return state
@@ -424,38 +434,46 @@ class StreamingPCA(AnyPCA):
         return self._state
 
     def _learned(self) -> tuple[Tensor, Tensor]:
-        if self._found is None:
-            self._found = self._factorized()
+        self._fitted()
+        together(self.works(Task.LEARN))
+        assert self._found is not None
         return self._found
 
-    @torch.no_grad()
-    def _factorized(self, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+    def _settle(self) -> Steps[None]:
+        self._state = yield from self._fitted().settle()
+        self._forget()
+
+    def _refresh(self) -> Steps[None]:
+        yield from self._fitted().refresh()
+        self._forget()
+
+    def _look(self) -> Steps[None]:
+        components_kd, singular_values_k = yield from self._factorized(rough=True)
+        (*values,) = yield Host(singular_values_k)
+        self._looked = Look(
+            components=components_kd,
+            singular_values=torch.tensor(values, dtype=singular_values_k.dtype),
+            n_samples_seen=self.n_samples_seen_,
+        )
+
+    def _learn(self) -> Steps[None]:
+        self._found = yield from self._factorized(rough=False)
+
+    def _factorized(self, *, rough: bool) -> Steps[tuple[Tensor, Tensor]]:
         """Return the components (k, d) and singular values (k,)."""
         state = self._fitted()
-        _check_finite(state)
+        yield from _check_finite(state)
         k, like_d = state.n_components, state.moments.shift_d
-        with unrounded(like_d):
-            vectors_dp, values_p = state.eigenpairs(k, rough=rough)
-            # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vector.
-            n_known = min(k, len(values_p))
-            basis_dk = complete_basis(vectors_dp[:, :n_known], k, seed=self.seed)
+        vectors_dp, values_p = yield from state.eigenpairs(k, rough=rough)
+        # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vector.
+        n_known = min(k, len(values_p))
+        basis_dk = complete_basis(vectors_dp[:, :n_known], k, seed=self.seed)
         values_k = torch.zeros(k, dtype=values_p.dtype, device=values_p.device)
         values_k[:n_known] = values_p[:n_known].sqrt()
         return fix_signs(basis_dk.T).contiguous().to(like_d), values_k.to(like_d)
 
 
-def _check_finite(state: State) -> None:
-    if not torch.isfinite(state.moments.squares_d).all():
+def _check_finite(state: State) -> Steps[None]:
+    (is_finite,) = yield Host(torch.isfinite(state.moments.squares_d).all())
+    if not is_finite:
         raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
-
-
-def _refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:
-    if torch.isfinite(squares_d).all():
-        return
-    n_bad = int((~torch.isfinite(rows_nd).all(dim=1)).sum())
-    if n_bad:
-        raise EvaError(
-            f"{n_bad} of {rows_nd.shape[0]} rows hold NaN or infinite values; nothing was added. "
-            "Check the model's activations, or its dtype: float16 overflows where bfloat16 and float32 do not."
-        )
-    raise EvaError("the squares of the rows overflow; pass the rows as float64.")

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -29,20 +30,19 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(n_threads)
 
 
-def on_one_thread_each(action: Callable[[T], None], items: Iterable[T]) -> None:
-    """Do something to every item, as many at a time as torch may use threads, each on one of them.
+def on_one_thread_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return what a function gives for each item; as many run at a time as torch may use threads, each on one of them.
 
     Raises:
-        Exception: what the action raises for the first item that it fails for.
+        Exception: what the function raises for the first item that it fails for.
     """
     items = list(items)
     n_threads = torch.get_num_threads()
     if n_threads == 1 or len(items) < 2:
-        for item in items:
-            action(item)
-        return
+        with one_thread():
+            return [function(item) for item in items]
     try:
         with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(action, items))
+            return list(pool.map(function, items))
     finally:
         torch.set_num_threads(n_threads)  # what threads to come start with is set by the last call of any

@@ -1,0 +1,32 @@
+"""What is done for many streaming PCAs at once: their factorizations run side by side (`evatune.pca.together`).
+
+Those that have seen no rows are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from evatune.pca.contract import AnyPCA
+from evatune.pca.together import Task, together
+
+
+def settle_all(pcas: Iterable[AnyPCA]) -> None:
+    """Do what `AnyPCA.add` has put off."""
+    _do(Task.SETTLE, pcas)
+
+
+def look_all(pcas: Iterable[AnyPCA]) -> None:
+    """Find what `AnyPCA.look` then returns at no cost."""
+    _do(Task.LOOK, pcas)
+
+
+def learn_all(pcas: Iterable[AnyPCA]) -> None:
+    """Refresh, and find the final components."""
+    pcas = list(pcas)
+    _do(Task.REFRESH, pcas)
+    _do(Task.LEARN, pcas)
+
+
+def _do(task: Task, pcas: Iterable[AnyPCA]) -> None:
+    together(work for pca in pcas for work in pca.works(task))

@@ -1,0 +1,213 @@
+"""Many algorithms side by side: what they factorize is factorized together, and the host is asked once for all.
+
+Shapes: m rows and columns of a small matrix, d rows of a tall one.
+
+On an accelerator, factorizing a small matrix takes as long as thousands of products, and reading one number stalls the
+device. So an algorithm that does either is written as a generator: it reads as if it were alone, and where it needs a
+matrix factorized or a number on the host, it yields a request and goes on with the answer. `together` runs many of
+them and answers the requests of one kind and shape at once, in one stack. On the processor it is the same code: there
+the matrices of a stack are spread over the threads, each on one of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from evatune.pca.products import unrounded
+from evatune.pca.threads import on_one_thread_each
+
+T = TypeVar("T")
+
+Steps = Generator["Request", Any, T]
+"""An algorithm that yields requests and returns a T."""
+
+PROCESSOR_BYTES = 32 * 1024**2
+"""How much memory algorithms that run side by side on the processor may work in. Beyond its caches, taking turns costs
+more than it gains; but there are always as many as there are threads."""
+
+ACCELERATOR_BYTES = 512 * 1024**2
+"""The same on an accelerator: some 28 sketches of 4,096 features and 32 components."""
+
+
+class Request(ABC):
+    """What an algorithm asks for."""
+
+    tensor: Tensor
+
+    @property
+    def key(self) -> Hashable:
+        """What requests have in common that are answered at once."""
+        return type(self), self.tensor.shape, self.tensor.dtype, self.tensor.device
+
+    @classmethod
+    @abstractmethod
+    def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
+        """Return the answers to requests of one key, in their order."""
+
+
+@dataclass(frozen=True)
+class Host(Request):
+    """The entries of a small tensor as a list of floats."""
+
+    tensor: Tensor
+
+    @property
+    def key(self) -> Hashable:
+        """What requests have in common that are answered at once: shapes may differ."""
+        return Host, self.tensor.device
+
+    @classmethod
+    def answers(cls, requests: Sequence[Self]) -> Iterable[list[float]]:
+        """Return the entries."""
+        wide = torch.float32 if requests[0].tensor.device.type == "mps" else torch.float64
+        flat = [request.tensor.reshape(-1).to(wide) for request in requests]
+        numbers = torch.cat(flat).tolist()
+        start = 0
+        for tensor in flat:
+            yield numbers[start : start + len(tensor)]
+            start += len(tensor)
+
+
+@dataclass(frozen=True)
+class _Factorization(Request):
+    tensor: Tensor
+
+    @classmethod
+    def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
+        """Factorize all matrices in one stack, or in one for each thread of the processor."""
+        device = requests[0].tensor.device
+        stack = torch.stack([request.tensor for request in requests])
+        if device.type == "mps":  # which has no factorizations
+            stack = stack.cpu()
+        stacks = stack.tensor_split(min(torch.get_num_threads(), len(stack))) if stack.device.type == "cpu" else [stack]
+        for factors in on_one_thread_each(cls.factorized, stacks):
+            yield from zip(*(factor.to(device) for factor in factors), strict=True)
+
+    @staticmethod
+    @abstractmethod
+    def factorized(stack: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors of a stack of matrices."""
+
+
+class Eigh(_Factorization):
+    """Eigenvalues (m,), ascending, and eigenvectors in columns (m, m), of a symmetric matrix. Cost O(m³)."""
+
+    @staticmethod
+    def factorized(stack: Tensor) -> tuple[Tensor, ...]:
+        """Return eigenvalues and eigenvectors of a stack."""
+        return torch.linalg.eigh(stack)
+
+
+class Orthonormal(_Factorization):
+    """Orthonormal columns (d, m) with the span of the columns of a tall matrix, and R (m, m). Cost O(d m²)."""
+
+    @staticmethod
+    def factorized(stack: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors of a QR decomposition."""
+        return torch.linalg.qr(stack)
+
+
+class InverseRoot(_Factorization):
+    """R, (m, m) upper triangular, with R Rᵀ = C⁻¹ for a positive matrix C, and its least pivot, zero if there is none.
+
+    Cost O(m³).
+    """
+
+    @staticmethod
+    def factorized(stack: Tensor) -> tuple[Tensor, ...]:
+        """Return the roots and pivots of a stack."""
+        lower, failed = torch.linalg.cholesky_ex(stack)
+        pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
+        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        roots = torch.linalg.solve_triangular(lower.mT, eye.expand_as(stack), upper=True)
+        return roots, torch.where(failed == 0, pivots, 0.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """An algorithm that is to be run, perhaps beside others."""
+
+    steps: Steps[Any]
+    n_bytes: int = 0
+    """How much memory it works in."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where that is."""
+
+
+class Task(Enum):
+    """What is left to be done for a streaming PCA when rows have come."""
+
+    SETTLE = "what was put off while rows came"
+    REFRESH = "folding all rows in, so that the state is at its smallest"
+    LOOK = "components good enough to watch them"
+    LEARN = "components"
+
+
+def alone(steps: Steps[T]) -> T:
+    """Run one algorithm and return its result."""
+    (result,) = together([Work(steps)])
+    return result  # type: ignore[no-any-return]
+
+
+def together(works: Iterable[Work]) -> list[Any]:
+    """Run algorithms side by side, as many at a time as fit in the memory they may work in, and return their results.
+
+    Raises:
+        Exception: what any of them raises; the others are ended then.
+    """
+    works = list(works)
+    results: list[Any] = [None] * len(works)
+    with torch.no_grad(), unrounded(*(work.device for work in works)):
+        for numbers in _portions(works):
+            _run({number: works[number].steps for number in numbers}, results)
+    return results
+
+
+def _portions(works: Sequence[Work]) -> Iterable[list[int]]:
+    """Yield the numbers of works that run at the same time."""
+    portion: list[int] = []
+    n_bytes = 0
+    for number, work in enumerate(works):
+        on_processor = work.device.type == "cpu"
+        limit = PROCESSOR_BYTES if on_processor else ACCELERATOR_BYTES
+        least = torch.get_num_threads() if on_processor else 1
+        if len(portion) >= least and n_bytes + work.n_bytes > limit:
+            yield portion
+            portion, n_bytes = [], 0
+        portion.append(number)
+        n_bytes += work.n_bytes
+    if portion:
+        yield portion
+
+
+def _run(steps: dict[int, Steps[Any]], results: list[Any]) -> None:
+    waiting: dict[int, Request] = {}
+
+    def advance(number: int, answer: Any) -> None:
+        try:
+            waiting[number] = steps[number].send(answer)
+        except StopIteration as end:
+            results[number] = end.value
+            waiting.pop(number, None)
+
+    try:
+        for number in steps:
+            advance(number, None)
+        while waiting:
+            groups: dict[Hashable, list[int]] = {}
+            for number, request in waiting.items():
+                groups.setdefault(request.key, []).append(number)
+            for numbers in groups.values():
+                requests = [waiting[number] for number in numbers]
+                for number, answer in zip(numbers, list(type(requests[0]).answers(requests)), strict=True):
+                    advance(number, answer)
+    finally:
+        for algorithm in steps.values():
+            algorithm.close()
