@@ -116,6 +116,40 @@ def test_wrong_files(tmp_path, text, message):
         load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("model: a\ntrain:\n  steps: 1\nmodel: b\n", "model", "1 and 4"),
+        ("train:\n  steps: 1\n  batch_size: 2\n  steps: 3\n", "steps", "2 and 4"),
+        ("data:\n  columns: {text: 1, text: 2}\n", "text", "2 and 2"),
+    ],
+)
+def test_a_second_key_of_one_name_is_refused_with_both_lines(tmp_path, text, key, lines):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(EvaError, match=rf"r\.yaml has the key '{key}' twice, in lines {lines}\."):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_setting_of_another_task_says_whose_it_is():
+    with pytest.raises(
+        EvaError, match="section 'data' of task 'generation' has no setting 'image_size'; it belongs to"
+    ):
+        Recipe.from_dict({"data": {"image_size": 32}})
+    with pytest.raises(
+        EvaError, match="of task 'understanding' has no setting 'format'; it belongs to task generation"
+    ):
+        Recipe.from_dict({"task": "understanding", "data": {"format": "text"}})
+
+
+def test_columns_are_a_mapping_in_files_and_words_on_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("task: understanding\ndata:\n  columns: {text: 1, label: gold}\n")
+    assert load_recipe(tmp_path / "r.yaml").data.columns == {"text": "1", "label": "gold"}
+    words = load_recipe(None, {"task": "understanding", "columns": ["text=1", "label=gold"]})
+    assert words.data.columns == {"text": "1", "label": "gold"}
+    with pytest.raises(EvaError, match=r"data\.columns is \['text'\], but must be a mapping"):
+        load_recipe(None, {"columns": ["text"]})
+
+
 def test_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "small.yaml").write_text("")
     with pytest.raises(EvaError, match=r"no recipe file .*smal\.yaml \(did you mean 'small\.yaml'"):

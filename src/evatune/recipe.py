@@ -389,13 +389,33 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = near_misses(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise EvaError(f"there is no recipe file {path}{near}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise EvaError(f"{path} must hold sections such as `model:` and `data:`, not a {type(content).__name__}.")
     return _relative_to(path.parent, content)
+
+
+def _check_keys(node: Any, path: Path) -> None:
+    """Check that no mapping has two keys of one name, of which YAML would take the last in silence."""
+    if node is None or isinstance(node.value, str):
+        return
+    if node.id == "sequence":
+        for item in node.value:
+            _check_keys(item, path)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key.value, str):
+            if key.value in lines:
+                raise EvaError(f"{path} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}.")
+            lines[key.value] = line
+        _check_keys(value, path)
 
 
 def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
