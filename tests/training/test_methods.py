@@ -22,7 +22,7 @@ from evatune.errors import EvaError
 from evatune.models import load_model
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
-from evatune.training import AdaLoraCallback, finetune
+from evatune.training import finetune
 from evatune.training import run as run_module
 from evatune.training.adalora import AdaLoraCallback
 from evatune.training.setup import (
