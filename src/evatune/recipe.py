@@ -90,6 +90,8 @@ class TrainSettings(Section):
     """Learning rate of B over that of A, with `lora+`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
+    final_learning_rate: float = number(0.0, low=0)
+    """Learning rate that a schedule which falls ends at."""
     warmup_ratio: float = number(0.03, low=0, high=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = number(0.0, low=0)
@@ -116,6 +118,15 @@ class TrainSettings(Section):
     """Seed of data order, sampling, dropout and random initialization."""
     threads: int | None = number(None, low=1)
     """Processor threads; by default what PyTorch chooses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        final, highest = self.final_learning_rate, self.learning_rate
+        if final > highest or (final and self.schedule == "constant"):
+            raise EvaError(
+                f"train.final_learning_rate is {final:g}, but must be at most train.learning_rate ({highest:g}), and "
+                "train.schedule one that falls (linear or cosine)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,22 @@ def test_interval_of_a_share_is_that_of_the_normal_approximation(seed):
     assert result.interval("accuracy", seed=seed) == (low, high)
 
 
+def test_outcomes_that_are_all_alike_leave_room_for_doubt():
+    z2, n = 1.959964**2, 20
+    low, high = scores(right=[1.0] * n).interval("accuracy")
+    assert (low, high) == (pytest.approx(n / (n + z2), rel=1e-4), 1.0)
+    low, high = scores(right=[0.0] * n).interval("accuracy")
+    assert (low, high) == (0.0, pytest.approx(z2 / (n + z2), rel=1e-4))
+
+
+def test_standard_error_of_a_share_is_the_textbook_s():
+    right = [1.0] * 240 + [0.0] * 160
+    result = scores(right=right)
+    assert result.standard_error("accuracy") == pytest.approx((0.6 * 0.4 / 400) ** 0.5, rel=0.05)
+    assert result.to_json()["standard_errors"]["accuracy"] == result.standard_error("accuracy")
+    assert scores(right=[1]).to_json()["standard_errors"] == {}
+
+
 def test_interval_of_a_ratio_resamples_examples_and_not_tokens():
     # One long example holds all of the loss: an interval over tokens would be narrow, one over examples is not.
     low, high = scores(nll=[0.0] * 9 + [90.0], tokens=[1.0] * 9 + [81.0]).interval("loss")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from evatune.errors import EvaError
+from evatune.recipe import TrainSettings
 from evatune.training.schedule import rate_factor, scheduler
 
 NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -51,3 +53,19 @@ def test_groups_of_parameters_keep_their_ratio():
         plan.step()
     assert [first for first, _ in seen] == pytest.approx([0.5, 1.0, 2 / 3, 1 / 3])
     assert all(second == pytest.approx(16 * first) for first, second in seen)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_fall_ends_where_it_is_told(schedule):
+    def factor(step: int) -> float:
+        return rate_factor(step, n_steps=100, n_warmup=10, schedule=schedule, end=0.1)
+
+    assert [factor(5), factor(10)] == pytest.approx([0.5, 1.0])
+    assert factor(101) == pytest.approx(0.1)
+    assert factor(10) + factor(101) == pytest.approx(factor(40) + factor(71))  # falls as much before the middle as after
+
+
+@pytest.mark.parametrize("other", [{"schedule": "constant"}, {"learning_rate": 1e-6}])
+def test_an_end_that_makes_no_sense_is_refused(other):
+    with pytest.raises(EvaError, match=r"train.final_learning_rate is 1e-05, but must be at most train.learning_rate"):
+        TrainSettings(**{"final_learning_rate": 1e-5, **other})

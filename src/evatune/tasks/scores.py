@@ -82,6 +82,9 @@ class Scores:
     def interval(self, name: str, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
         """Return a bootstrap interval of a metric over examples (percentile method).
 
+        Where all of several yes-or-no outcomes are the same, resamples are all alike and say nothing; Wilson's interval
+        is taken then (20 of 20: 83.9% to 100%).
+
         Args:
             name: the metric.
             confidence: share of the resamples inside the interval.
@@ -95,12 +98,46 @@ class Scores:
 
         Cost: `N_RESAMPLES` times the number of examples.
         """
+        from scipy.stats import binomtest
+
+        outcomes = self._columns(name)[0]
+        if len(outcomes) > 1 and self._metric(name).statistic == "mean" and set(outcomes) in ({0.0}, {1.0}):
+            ends = binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(confidence, method="wilson")
+            return float(ends.low), float(ends.high)
+        result = self._bootstrap(name, confidence=confidence, seed=seed)
+        return result and (float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+    def standard_error(self, name: str, *, seed: int = 0) -> float | None:
+        """Return the standard deviation of a metric over bootstrap resamples; see `interval`."""
+        result = self._bootstrap(name, confidence=0.95, seed=seed)
+        return result and float(result.standard_error)
+
+    def numbers(self) -> dict[str, float]:
+        """Return every metric's value by name, the headline first."""
+        names = [self.headline, *(name for name in self.metrics if name != self.headline)]
+        return {name: self[name] for name in names if name in self.metrics}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return values, intervals, standard errors, counts and seconds as plain values, without the outcomes."""
+        intervals = {name: self.interval(name) for name in self.metrics}
+        errors = {name: self.standard_error(name) for name in self.metrics}
+        return {
+            "headline": self.headline,
+            "metrics": self.numbers(),
+            "forms": {name: metric.form for name, metric in self.metrics.items()},
+            "intervals": {name: list(ends) for name, ends in intervals.items() if ends},
+            "standard_errors": {name: error for name, error in errors.items() if error is not None},
+            "counts": dict(self.counts),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _bootstrap(self, name: str, *, confidence: float, seed: int) -> Any:
         from scipy.stats import bootstrap
 
         columns = self._columns(name)
         if len(columns[0]) < 2:
             return None
-        result = bootstrap(
+        return bootstrap(
             columns,
             STATISTICS[self._metric(name).statistic],
             n_resamples=N_RESAMPLES,
@@ -111,24 +148,6 @@ class Scores:
             method="percentile",
             rng=np.random.default_rng(seed),
         )
-        return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-    def numbers(self) -> dict[str, float]:
-        """Return every metric's value by name, the headline first."""
-        names = [self.headline, *(name for name in self.metrics if name != self.headline)]
-        return {name: self[name] for name in names if name in self.metrics}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return values, intervals, counts and seconds as plain values, without the outcomes."""
-        intervals = {name: self.interval(name) for name in self.metrics}
-        return {
-            "headline": self.headline,
-            "metrics": self.numbers(),
-            "forms": {name: metric.form for name, metric in self.metrics.items()},
-            "intervals": {name: list(ends) for name, ends in intervals.items() if ends},
-            "counts": dict(self.counts),
-            "seconds": round(self.seconds, 3),
-        }
 
     def _columns(self, name: str) -> list[np.ndarray]:
         return [np.asarray(self.outcomes[column], dtype=np.float64) for column in self._metric(name).columns]

@@ -42,6 +42,7 @@ class TaskTrainer(Trainer):
                 n_steps=num_training_steps,
                 n_warmup=warmup_steps(self.settings, n_steps=num_training_steps),
                 schedule=self.settings.schedule,
+                end=self.settings.final_learning_rate / self.settings.learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
