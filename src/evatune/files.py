@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
+
+CHECKSUMS = "SHA256SUMS"
+"""File with the checksums of a folder's tensors; `sha256sum -c` reads it too."""
 
 
 def user_cache() -> Path:
@@ -125,3 +129,29 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every safetensors file of a folder into `SHA256SUMS`."""
+    files = sorted(folder.glob("*.safetensors"))
+    write_text(folder / CHECKSUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+
+
+def check_checksums(folder: Path) -> None:
+    """Check the tensors of a folder, if it has checksums.
+
+    Raises:
+        EvaError: a file is missing, or is not what was written.
+    """
+    path = folder / CHECKSUMS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        wanted, _, name = line.partition("  ")
+        if not (folder / name).is_file() or _sha256(folder / name) != wanted:
+            raise EvaError(
+                f"{folder / name} is not the file that {CHECKSUMS} beside it tells of; make the folder again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -128,6 +128,20 @@ def test_save_keeps_what_exists(tiny_model, tmp_path):
     assert_same_weights(load_model(tmp_path / "model"), model)
 
 
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_saved_weights_have_a_checksum_that_is_checked(damage, tiny_model, tmp_path):
+    save_model(load_model(tiny_model), tmp_path / "saved")
+    load_model(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    if damage == "changed":
+        weights.write_bytes(content)
+    with pytest.raises(EvaError, match=r"model.safetensors is not the file that SHA256SUMS beside it tells of"):
+        load_model(tmp_path / "saved")
+
+
 def test_a_model_with_an_adapter_is_not_saved(tiny_model, tmp_path):
     from evatune.adapters.attach import attach_adapter
 

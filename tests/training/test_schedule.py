@@ -62,7 +62,9 @@ def test_a_fall_ends_where_it_is_told(schedule):
 
     assert [factor(5), factor(10)] == pytest.approx([0.5, 1.0])
     assert factor(101) == pytest.approx(0.1)
-    assert factor(10) + factor(101) == pytest.approx(factor(40) + factor(71))  # falls as much before the middle as after
+    assert factor(10) + factor(101) == pytest.approx(
+        factor(40) + factor(71)
+    )  # falls as much before the middle as after
 
 
 @pytest.mark.parametrize("other", [{"schedule": "constant"}, {"learning_rate": 1e-6}])

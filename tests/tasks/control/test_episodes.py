@@ -38,7 +38,7 @@ def test_a_file_cut_short_is_named(kept: float, reach_episodes: Path, tmp_path: 
 def test_what_holds_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaError, match="holds no episodes: neither Minari data sets nor"):
         load_episodes(tmp_path)
-    with pytest.raises(EvaError, match="no folder of episodes"):
+    with pytest.raises(EvaError, match="missing holds no episodes"):
         load_episodes(tmp_path / "missing")
 
 
@@ -70,6 +70,7 @@ def test_arrays_of_transitions_are_cut_at_the_ends_of_episodes(axis: bool, tmp_p
     content = transitions(axis=axis)
     np.savez(tmp_path / "hammer-v2.npz", **content)  # type: ignore[arg-type]
     first, second = load_episodes(tmp_path)
+    assert len(load_episodes(tmp_path / "hammer-v2.npz")) == 2
     assert first.environment == "hammer-v3"
     assert (len(first), len(second), first.seed) == (5, 5, None)
     np.testing.assert_allclose(second.states, content["observations"].reshape(-1, 39)[5:10], rtol=1e-6)

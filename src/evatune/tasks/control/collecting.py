@@ -73,7 +73,7 @@ def collect_episodes(
     noise: float = 0.1,
     seed: int = 0,
     processes: int = 1,
-    tell: Callable[[Collected], None] = lambda _: None,
+    tell: Callable[[Collected], object] = lambda _: None,
 ) -> list[Collected]:
     """Collect episodes that succeed, one data set an environment.
 

@@ -17,6 +17,7 @@ from evatune.tasks.control.environments import ACTION_SIZE, STATE_SIZE
 from evatune.tasks.control.names import environment_names
 
 _METADATA = Path("data") / "metadata.json"
+_SUFFIXES = (".npz", ".pkl")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,29 +45,25 @@ class Episode:
 
 
 def load_episodes(source: str | Path, *, limit: int | None = None) -> list[Episode]:
-    """Read the episodes of a folder, environment after environment.
+    """Read episodes, environment after environment.
 
     Args:
-        source: a Minari data set, a folder of several, or a folder with the files of Schmied et al. (2024), one
-            `NAME.npz` or `NAME.pkl` an environment.
+        source: a Minari data set, a file of Schmied et al. (2024), `NAME.npz` or `NAME.pkl`, or a folder of several.
         limit: read this many of each environment, the first ones.
 
     Raises:
         EvaError: there is nothing to read, a file is damaged, or observations or actions have another size.
     """
     source = Path(source).expanduser()
-    if not source.is_dir():
-        raise EvaError(f"there is no folder of episodes {source}.")
-    folders = (
-        [source]
-        if (source / _METADATA).is_file()
-        else sorted(path.parent.parent for path in source.glob(f"*/{_METADATA}"))
-    )
-    files = sorted(path for path in source.iterdir() if path.suffix in (".npz", ".pkl"))
-    if not folders and not files:
+    if (source / _METADATA).is_file() or source.suffix in _SUFFIXES:
+        paths = [source]
+    else:
+        paths = sorted(path.parent.parent for path in source.glob(f"*/{_METADATA}"))
+        paths += sorted(path for path in source.glob("*") if path.suffix in _SUFFIXES)
+    if not paths:
         raise EvaError(f"{source} holds no episodes: neither Minari data sets nor .npz or .pkl files.")
     episodes: list[Episode] = []
-    for path in [*folders, *files]:
+    for path in paths:
         found = _read(path, limit=limit)
         if not found:
             raise EvaError(f"{path} holds no complete episode.")

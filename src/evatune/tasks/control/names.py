@@ -84,6 +84,7 @@ def environment_names(names: Iterable[str]) -> tuple[str, ...]:
             continue
         current = name.removesuffix("-v2").removesuffix("-v3") + "-v3"
         if current not in known:
-            raise EvaError(f"there is no environment {name!r}{near_misses(current, known + tuple(GROUPS))}.")
+            near = near_misses(current, known + tuple(GROUPS))
+            raise EvaError(f"there is no environment {name!r}{near}, nor such a file or folder of episodes.")
         found[current] = None
     return tuple(found)

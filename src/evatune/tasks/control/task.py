@@ -85,13 +85,21 @@ class Control:
     def episodes(self) -> list[Episode]:
         """The training episodes; those of scripted policies are collected now, if they are not in the user's cache."""
         data = self.data
-        folders = [Path(name).expanduser() for name in data.train if Path(name).expanduser().is_dir()]
-        scripted = environment_names(name for name in data.train if not Path(name).expanduser().is_dir())
+        paths = [Path(name).expanduser() for name in data.train if Path(name).expanduser().exists()]
+        scripted = environment_names(name for name in data.train if not Path(name).expanduser().exists())
         if scripted:
-            collected = user_cache() / "episodes" / f"noise-{data.noise:g}-seed-{data.episode_seed}"
-            collect_episodes(scripted, collected, episodes=data.episodes, noise=data.noise, seed=data.episode_seed)
-            folders += [collected / name for name in scripted]
-        return [episode for folder in folders for episode in load_episodes(folder, limit=data.episodes)]
+            folder = user_cache() / "episodes" / f"noise-{data.noise:g}-seed-{data.episode_seed}"
+            with tqdm(total=len(scripted), desc="collect", unit="environment", leave=False, disable=None) as bar:
+                collect_episodes(
+                    scripted,
+                    folder,
+                    episodes=data.episodes,
+                    noise=data.noise,
+                    seed=data.episode_seed,
+                    tell=lambda _: bar.update(),
+                )
+            paths += [folder / name for name in scripted]
+        return [episode for path in paths for episode in load_episodes(path, limit=data.episodes)]
 
     @cached_property
     def train(self) -> Windows:
