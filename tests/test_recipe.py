@@ -183,6 +183,11 @@ def test_shipped_recipes(path, monkeypatch):
     recipe = load_recipe(path)
     assert recipe.model.name
     assert recipe.adapter.method in ("eva", "full")
+    if path.stem.startswith("metaworld") and path.parent.name == "paper":  # Appendix E.2
+        train = recipe.train
+        assert (train.batch_size, train.learning_rate, train.final_learning_rate) == (128, 1e-4, 1e-6)
+        assert (train.steps * train.warmup_ratio, train.max_grad_norm, train.weight_decay) == (4000, 0.25, 0.01)
+        assert (train.schedule, train.precision) == ("cosine", "bf16")
     if path.stem.startswith("llama2"):  # Table 6
         train, adapter = recipe.train, recipe.adapter
         assert (train.batch_size * train.gradient_accumulation, train.epochs, train.learning_rate) == (32, 1.0, 5e-4)

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
+from evatune.activations import measure
 from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.tasks import open_task
@@ -145,6 +146,25 @@ def test_the_preview_shows_windows_and_a_filmstrip(reach_episodes: Path, model_f
         assert "no pictures: " in preview.text
     else:
         assert preview.picture.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("reward_tokens", [True, False])
+def test_eva_measures_every_token_of_every_step_and_no_padding(
+    reward_tokens: bool, reach_episodes: Path, new_model: Callable[..., DecisionTransformer], tmp_path: Path
+) -> None:
+    new_model(reward_tokens=reward_tokens).save_pretrained(tmp_path)
+    task = control(tmp_path, train=[str(reach_episodes)])
+    model, asked = task.load_model(), task.needs(task.load_model())
+    # The windows that end within the first five steps of an episode are shorter than the context of six.
+    windows = [task.train[index] for index in range(len(task.train))]
+    short = [window for window in windows if len(window["rewards"]) < 6]
+    batches = [task.collate(short[:5]), task.collate(short[5:11] + windows[:2])]
+    n_steps = sum(len(window["rewards"]) for window in short[:11] + windows[:2])
+    spectra = measure(
+        model, batches, row_mask=asked.row_mask, exclude_modules=[*asked.without_adapter, *asked.heads], rank=4
+    )
+    assert len(spectra.inputs) == 8
+    assert {one.n_rows for one in spectra.inputs.values()} == {n_steps * (4 if reward_tokens else 3)}
 
 
 @pytest.mark.parametrize("method", ["eva", "lora", "eva+dora"])

@@ -100,6 +100,10 @@ class DecisionTransformer(GPT2PreTrainedModel):
         self.action_head = nn.Linear(size, config.action_size)
         self.post_init()
 
+    def token_mask(self, attention_mask: Tensor) -> Tensor:
+        """Return the mask of the tokens, (b, k · t), from that of the steps, (b, k)."""
+        return attention_mask.repeat_interleave(3 + self.config.reward_tokens, dim=1)
+
     def forward(
         self,
         states: Tensor,
@@ -131,12 +135,11 @@ class DecisionTransformer(GPT2PreTrainedModel):
         tokens_bkth = torch.stack(tokens, dim=2)
         if self.embed_time is not None:
             tokens_bkth = tokens_bkth + self.embed_time(timesteps)[:, :, None]
-        n_tokens = tokens_bkth.shape[2]
-        mask = None if attention_mask is None else attention_mask.repeat_interleave(n_tokens, dim=1)
+        mask = None if attention_mask is None else self.token_mask(attention_mask)
         hidden = self.transformer(
             inputs_embeds=self.embed_norm(tokens_bkth).flatten(1, 2), attention_mask=mask
         ).last_hidden_state
-        at_states = hidden.unflatten(1, (states.shape[1], n_tokens))[:, :, 1]
+        at_states = hidden.unflatten(1, (states.shape[1], -1))[:, :, 1]
         predicted = self.action_head(at_states)
         errors = (predicted.float() - actions).square().mean(-1)
         weights = torch.ones_like(errors) if attention_mask is None else attention_mask.to(errors.dtype)

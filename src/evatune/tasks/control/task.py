@@ -181,7 +181,11 @@ class Control:
 
     def needs(self, model: Any) -> Needs:
         """Return what the model needs; PEFT has no task type for it."""
-        return Needs(heads=("action_head",), without_adapter=EMBEDDINGS)
+        return Needs(
+            heads=("action_head",),
+            without_adapter=tuple(name for name in EMBEDDINGS if getattr(model, name) is not None),
+            row_mask=lambda batch: model.token_mask(batch["attention_mask"]),
+        )
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return windows as a padded batch."""
