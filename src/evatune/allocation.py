@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from evatune.errors import EvaError
 from evatune.settings import Planning, max_components, takes
 from evatune.tables import text_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Array = np.ndarray
 
@@ -176,12 +172,6 @@ class RankPlan:
             return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data or name in required})
         except KeyError as error:
             raise EvaError(f"this is not a rank plan: the entry {error} is missing.") from None
-
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw ranks and their changes as layers × matrices (Figures 12 and 13 of the paper), and save it to `path`."""
-        from evatune.report.figures import rank_heatmap
-
-        return rank_heatmap(self, path=path)
 
 
 def _n_trainable(in_features: int, out_features: int, *, train_a: bool) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
-from evatune.tasks import DOMAINS
-
-_TASKS = [name for name, domain in DOMAINS.items() if domain.collects]
+from evatune.tasks import collecting_domains
 
 SUMMARY = "make training data, where a task can"
 USAGE = "[RECIPE]"
 DESCRIPTION = f"""
-Make the training data that a recipe asks for and keep them as a data set of their own (tasks: {", ".join(_TASKS)}).
+Make the training data that a recipe asks for and keep them as a data set of their own (tasks:
+{", ".join(collecting_domains())}).
 `evatune finetune` does the same by itself, in the user's cache. Data that are there already are kept and added to, so
 an interrupted command can be given again.
 """

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
-from evatune.errors import EvaError
 from evatune.settings import Measuring
 
 if TYPE_CHECKING:
-    from evatune.activations.estimate import Estimate
-    from evatune.recipe import Recipe
     from evatune.spectra import Spectra
-    from evatune.tasks.task import Task
 
 SUMMARY = "measure the activations that data cause in a model"
 USAGE = "[RECIPE]"
@@ -65,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.files import check_writable
+    from evatune.training.from_disk import estimate_recipe, measure_recipe_from_disk
     from evatune.training.setup import (
         is_interrupted,
         load_base,
@@ -77,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         recipe.require("model")
         use_threads(recipe)
-        told = _estimate(recipe)
+        told = estimate_recipe(recipe)
         answer(args, text=told.table(), content=told.to_json())
         return
     recipe.require("model", "data", "output")
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     task = open_recipe(recipe)
     say(f"data      {task.summary()}")
     if args.from_disk:
-        spectra = _measure_from_disk(recipe, task)
+        spectra = measure_recipe_from_disk(recipe, task)
     else:
         spectra = measure_recipe(recipe, load_base(recipe, task), task=task)
     folder = spectra.save(recipe.output, overwrite=args.overwrite)
@@ -98,56 +94,6 @@ def run(args: argparse.Namespace) -> None:
     say(f"saved     {folder}")
     if is_interrupted(spectra):
         raise KeyboardInterrupt
-
-
-def _source(recipe: Recipe) -> str:
-    """Return what names the model, with the GGUF file in it."""
-    name, file = recipe.model.name, recipe.model.gguf_file
-    return f"{name}/{file}" if file else name
-
-
-def _stored(recipe: Recipe) -> dict[str, Any]:
-    """Return what measuring from disk and its estimate have to know of the stored model."""
-    import torch
-
-    model = recipe.model
-    return {
-        "weights_dtype": getattr(torch, model.dtype),
-        "task": _head(recipe),
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "settings": recipe.measuring,
-    }
-
-
-def _head(recipe: Recipe) -> str:
-    """Return the head of the model, for tasks whose rows are token ids."""
-    from evatune.tasks import find_domain
-
-    head = find_domain(recipe.task).head
-    if head is None:
-        raise EvaError(f"--dry-run and --from-disk need rows of token ids, which task {recipe.task!r} does not have.")
-    return head
-
-
-def _estimate(recipe: Recipe) -> Estimate:
-    from evatune.activations import estimate
-
-    data: Any = recipe.data  # of a task whose rows are token ids
-    size, length = recipe.measure.batch_size, data.max_length
-    return estimate(_source(recipe), batch_size=size, length=length, **_stored(recipe))
-
-
-def _measure_from_disk(recipe: Recipe, task: Task) -> Spectra:
-    from evatune.activations import measure_from_disk
-    from evatune.tasks.task import batches
-
-    return measure_from_disk(
-        _source(recipe),
-        batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
-        progress=sys.stderr.isatty(),
-        **_stored(recipe),
-    )
 
 
 def _summary(spectra: Spectra) -> str:

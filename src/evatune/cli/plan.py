@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         say(f"saved     {write_json(args.save, plan.to_json(), indent=2)}")
     if args.plot:
-        plan.plot(args.plot)
+        from evatune.report.figures import rank_heatmap
+
+        rank_heatmap(plan, path=args.plot)
         say(f"drew      {args.plot}")
     answer(args, text=plan.table(), content=plan.to_json())

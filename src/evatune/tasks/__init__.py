@@ -86,6 +86,11 @@ DEFAULT = next(iter(DOMAINS))
 """The domain of a recipe that names none."""
 
 
+def collecting_domains() -> list[str]:
+    """Return the names of the domains that can make training data."""
+    return [name for name, domain in DOMAINS.items() if domain.collects]
+
+
 def find_domain(name: str) -> Domain:
     """Return the row of a domain.
 
