@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from evatune.cli.main import main
+from evatune.spectra import Spectra
 
 
 @pytest.fixture
@@ -98,8 +100,11 @@ def test_no_matching_target(tell, run):
     assert "q_proj" in message
 
 
-def test_spectra_of_another_model(tell, run, measured, tiny_model):
-    message = tell("init", *run[:2], *run[4:6], "--spectra", measured, "--rank", 2, "--target-modules", "q_proj")
+def test_spectra_of_another_model(tell, run, measured, tmp_path):
+    whole = Spectra.load(measured)
+    targets = {name: target for name, target in whole.targets.items() if not name.endswith("k_proj")}
+    replace(whole, targets=targets).save(tmp_path / "part")
+    message = tell("init", *run[:2], *run[4:6], "--spectra", tmp_path / "part", "--rank", 2)
     assert "k_proj" in message
 
 
