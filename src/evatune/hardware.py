@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager[Any]:
+    """Return the context in which a forward pass computes in another dtype than that of the weights.
+
+    Args:
+        device: where it runs.
+        dtype: name of a float dtype; `auto` is bfloat16 where the device computes it fast; None changes nothing.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device.type) else None
+    return nullcontext() if dtype is None else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def describe_machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from evatune.allocation import ComponentVariances, RankPlan, allocate
 from evatune.errors import EvaError, near_misses
 from evatune.files import replace_folder
-from evatune.settings import Planning, takes
+from evatune.settings import Planning, Reason, takes
 from evatune.tables import text_table
 
 FORMAT_VERSION = 1
@@ -43,8 +43,8 @@ class Spectrum:
     """How many rows were seen."""
     n_batches: int
     """In how many batches."""
-    stopped: str
-    """Why measuring ended: "converged", "accurate", "batch cap", "data exhausted" or "interrupted"."""
+    stopped: Reason
+    """Why measuring ended; `stopped.text` says what that means and which setting changes it."""
     backend: str
     """The backend of `StreamingPCA` that was used."""
     captured_error: float | None = None
@@ -249,7 +249,7 @@ class Spectra(Mapping[str, Spectrum]):
             inputs = {}
             for index, (key, entry) in enumerate(manifest["inputs"].items()):
                 facts = {name: entry[name] for name in ("n_rows", "n_batches", "total_variance", "stopped", "backend")}
-                facts["captured_error"] = entry.get("captured_error")
+                facts |= {"stopped": Reason(entry["stopped"]), "captured_error": entry.get("captured_error")}
                 inputs[key] = Spectrum(**{name: tensors[f"{index}.{name}"] for name in _TENSORS}, **facts)
             targets = {entry["name"]: Target(**entry) for entry in manifest["targets"]}
             for target in targets.values():
@@ -260,6 +260,6 @@ class Spectra(Mapping[str, Spectrum]):
             raise EvaError(
                 f"{tensors_path} cannot be read ({error}); it is damaged or cut short: measure again."
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise EvaError(f"{manifest_path} is damaged ({error!r}); measure again.") from None
         return cls(targets=targets, inputs=inputs, **facts)

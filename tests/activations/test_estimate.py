@@ -19,7 +19,7 @@ from transformers import (
 
 from evatune import EvaError, estimate, measure
 from evatune.activations.estimate import _size
-from evatune.activations.run import Measurement
+from evatune.activations.run import Run
 
 SETTINGS = {"batch_size": 6, "length": 12, "timing": False}
 
@@ -29,16 +29,16 @@ def states(monkeypatch):
     """Measure and return, by input, the bytes of the largest state there was, and the rows of each batch."""
     largest: dict[str, int] = {}
     rows: dict[str, list[int]] = {}
-    ordinary = Measurement.end_batch
+    ordinary = Run.end_batch
 
     def end_batch(self, *args, **kwargs):
-        for key, pca in self.pcas.items():
-            n_bytes = sum(tensor.nbytes for tensor in pca.state_dict().values())
+        for key, state in self.inputs.items():
+            n_bytes = sum(tensor.nbytes for tensor in state.pca.state_dict().values())
             largest[key] = max(largest.get(key, 0), n_bytes)
-            rows.setdefault(key, []).append(pca.n_samples_seen_)
+            rows.setdefault(key, []).append(state.pca.n_samples_seen_)
         return ordinary(self, *args, **kwargs)
 
-    monkeypatch.setattr(Measurement, "end_batch", end_batch)
+    monkeypatch.setattr(Run, "end_batch", end_batch)
 
     def run(model, batches, **options):
         largest.clear()

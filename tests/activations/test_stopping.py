@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from evatune import EvaError, EvaWarning, StreamingPCA, measure
-from evatune.activations.stopping import StoppingMonitor, is_check
+from evatune.activations.input_state import InputState
+from evatune.activations.stopping import begin, decide, find, is_check
 from evatune.settings import Stopping
 
 D = 12
@@ -118,16 +119,16 @@ def test_the_gain_that_is_foretold_is_the_one_that_more_data_bring(backend, seed
     """Scored on many fresh rows: components of 24 batches against those of 12, and what the check at 12 had said."""
     deviations = torch.arange(1, 201) ** -0.25
     generator = torch.Generator().manual_seed(seed)
-    monitor = StoppingMonitor(Stopping())
-    pca = StreamingPCA(16, backend=backend)
+    state, rule = InputState(pca=StreamingPCA(16, backend=backend)), Stopping()
     components, foretold = {}, {}
     for n_batches in range(1, 25):
-        pca.partial_fit(torch.randn(700, 200, generator=generator) * deviations)
+        state.pca.partial_fit(torch.randn(700, 200, generator=generator) * deviations)
         if is_check(n_batches):
-            monitor.score_unseen("input", pca, n_needed=16)
-            monitor.conclude()
-            monitor.begin_check("input", pca.components_, pca)
-            components[n_batches], foretold[n_batches] = pca.components_, monitor.gains.get("input")
+            state.reason = None
+            decide({"input": state}, {"input": find(state, rule, n_needed=16)}, rule)
+            components[n_batches], foretold[n_batches] = state.pca.components_, state.gain
+            state.reason = None
+            begin(state, rule, per_doubling=2)
     assert foretold[8] is None, "6 to 8 batches are fewer rows than a gain is measured on"
     fresh = torch.randn(20000, 200, generator=generator) * deviations
     captured = {n: float((fresh @ components[n].T).square().sum()) for n in (12, 24)}
@@ -159,6 +160,7 @@ def test_the_checks_are_noted(linear):
 
 def test_checks_grow_rare():
     assert [n for n in range(70) if is_check(n)] == [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert [n for n in range(70) if is_check(n, per_doubling=1)] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_a_rank_says_how_many_components_are_kept(linear):

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from evatune.errors import EvaError
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model: that of its first parameter with values."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
 def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments with which a batch enters a model.
 
@@ -27,7 +32,7 @@ def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tup
     """
     if isinstance(batch, tuple | list) and batch:
         batch = batch[0]
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = device_of(model)
     if isinstance(batch, Tensor):
         return (batch.to(device, non_blocking=True),), {}
     if not isinstance(batch, Mapping):

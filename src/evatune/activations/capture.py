@@ -18,8 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from evatune.activations.absent import AbsentTensor
-from evatune.activations.layer_type import LayerType
-from evatune.activations.layers.targets import TargetModule
+from evatune.activations.layer_type import LayerType, TargetModule
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -145,3 +146,21 @@ def described(entering: Any) -> str:
 
 
 LINEAR = LinearType()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetModule:
+    """A target and the module whose input is measured."""
+
+    name: str
+    """Name in the base model, without the prefixes that PEFT and compilation add."""
+    module: nn.Module
+    """The module to hook: the target itself, or the base layer inside a PEFT layer."""
+    in_features: int
+    """Width of its input."""
+    out_features: int
+    """Width of its output."""
+    layer: LayerType = LINEAR
+    """How its input becomes rows."""
+    parameter: str | None = None
+    """Name of the parameter in that module, where the target is one of its parameters and not the module."""

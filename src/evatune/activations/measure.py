@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -14,21 +13,24 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from evatune.activations.batches import forward_arguments
+from evatune.activations.batches import device_of, forward_arguments
 from evatune.activations.capture import Capture, encoder_output_test
 from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
 from evatune.activations.passes import Passes
+from evatune.activations.planning import PlanAhead
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
-from evatune.activations.processes.lockstep import Ranks, drive
-from evatune.activations.processes.sharded_models import held_interrupts, sharded_again, sharding_of, without_engine
+from evatune.activations.processes.exchange import Processes
+from evatune.activations.processes.lockstep import measure_in_lockstep
+from evatune.activations.processes.sharded_models import sharded_again, sharding_of, without_engine
+from evatune.activations.results import spectra_of, warn_of_errors
 from evatune.activations.rows import RowMasks
-from evatune.activations.run import Measurement, warn_of_errors
+from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
-from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED, StoppingMonitor
 from evatune.errors import EvaError, near_misses
+from evatune.hardware import autocast
+from evatune.interruption import held_interrupts
 from evatune.pca import StreamingPCA
-from evatune.pca.products import has_fast_bfloat16
-from evatune.settings import Measuring, Planning, Stopping, takes
+from evatune.settings import Measuring, Planning, Reason, Stopping, takes
 from evatune.spectra import Spectra
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -74,101 +76,104 @@ def measure(
     (`evatune.pca.sketch`).
     """
     settings = Measuring.of(options, settings=settings, call="evatune.measure")
-    n_components = settings.n_kept
     new_pca = pca_maker(settings)
-    new_pca(n_components)  # refuses settings before the first batch is passed
+    new_pca(settings.n_kept)  # refuses settings before the first batch is passed
     model = without_engine(model)
     sharded = sharding_of(model) is not None
     targets = find_targets(model, settings.part(TargetRules))
     settings = with_ranks_of(settings, [target.name for target in targets])
-    ranks = Ranks() if Ranks.present() else None
+    processes = Processes() if Processes.present() else None
     base = unwrap(model)
-    measurement = Measurement(
-        targets=targets,
-        new_pca=new_pca,
-        n_components=n_components,
-        monitor=StoppingMonitor(settings.part(Stopping), checks_per_doubling=2 if ranks is None else 1),
-        planned=None if settings.rank is None else settings.part(Planning),
-        alone=ranks is None,
-        state_device=None if settings.state_device is None else torch.device(settings.state_device),
-    )
+    device = device_of(base)
     encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    autocast = autocast_of(base, settings.dtype)
     started = time.perf_counter()
-    stopped, n_batches = EXHAUSTED, 0
-    # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
-    full_precision = torch.autocast(_device_type(base), enabled=False)
-    shared = SharedInputs(full_precision(measurement.consume), measurement.split)
-    capture = Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded)
     bar = tqdm(
         total=settings.max_batches,
         unit="batch",
         desc="measuring",
-        disable=not progress or (ranks is not None and ranks.rank > 0),
+        disable=not progress or (processes is not None and processes.number > 0),
         dynamic_ncols=True,
     )
-    # The loader runs inside, so that its shuffling does not advance the caller's generators either.
-    with (
-        torch.inference_mode(False),  # tensors made in inference mode cannot tell whether they were changed in place
-        torch.no_grad(),
-        preserved_random_state(),
-        measuring_state(base),
-        uncompiled(model),
-        capture,
-        encoder_output_test(base) if encoder_decoder else nullcontext() as is_encoder_output,
-        autocast,
-        bar,
-        sharded_again(model),
-        held_interrupts() if sharded else nullcontext(lambda: False) as interrupted,
-    ):
-        measurement.is_encoder_output = is_encoder_output or measurement.is_encoder_output
-        masks_of = partial(RowMasks.of, encoder_decoder=encoder_decoder, use_label_mask=settings.use_label_mask)
-        if row_mask is not None:
-            masks_of = partial(_given_mask, row_mask)
-        # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
-        ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
-        prepare = ours if forward is None else partial(_given_call, forward, model)
-        passes = Passes(batches, prepare=prepare, masks_of=masks_of, capture=capture, measurement=measurement)
-        try:
-            if ranks is None:
-                for n_batches in passes:
-                    bar.update()
-                    bar.set_postfix_str(measurement.progress_text())
-                    if measurement.all_done() or n_batches == settings.max_batches:
-                        stopped = BATCH_CAP
-                        break
-                    if interrupted():
-                        raise KeyboardInterrupt
-            else:
-                n_batches, stopped = drive(
-                    passes,
-                    measurement,
-                    ranks,
-                    max_batches=settings.max_batches,
-                    bar=bar,
-                    together=sharded,
-                    interrupted=interrupted,
+    with held_interrupts(held=1 if sharded else 2) as interrupted:
+        # The loader runs inside, so that its shuffling does not advance the caller's generators either.
+        with (
+            torch.inference_mode(False),  # tensors made in inference mode cannot tell whether they were changed
+            torch.no_grad(),
+            preserved_random_state(),
+            measuring_state(base),
+            uncompiled(model),
+            encoder_output_test(base if encoder_decoder else None) as is_encoder_output,
+            autocast(device, settings.dtype),
+            bar,
+            sharded_again(model),
+        ):
+            run = Run(
+                targets=targets,
+                new_pca=new_pca,
+                n_components=settings.n_kept,
+                rule=settings.part(Stopping),
+                needed=None if settings.rank is None else PlanAhead(settings.part(Planning), targets),
+                is_encoder_output=is_encoder_output,
+                state_device=None if settings.state_device is None else torch.device(settings.state_device),
+                checks_per_doubling=2 if processes is None else 1,
+                alone=processes is None,
+            )
+            # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
+            shared = SharedInputs(torch.autocast(device.type, enabled=False)(run.take), run.split)
+            # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
+            ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
+            masks_of = partial(RowMasks.of, encoder_decoder=encoder_decoder, use_label_mask=settings.use_label_mask)
+            if row_mask is not None:
+                masks_of = partial(_given_mask, row_mask)
+            with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
+                passes = Passes(
+                    batches,
+                    prepare=ours if forward is None else partial(_given_call, forward, model),
+                    masks_of=masks_of,
+                    capture=capture,
+                    run=run,
                 )
-        except KeyboardInterrupt:
-            if n_batches == 0:  # nothing whole was measured
-                raise
-            stopped = INTERRUPTED
-    kept = settings.to_json() | {"n_components": n_components, "n_batches": n_batches}
-    if ranks is not None:
-        kept |= {"processes": ranks.size, "bytes_sent": ranks.bytes_sent}
-    table = measurement.target_table(measurement.input_of, n_batches=n_batches)
+                go = _measure_alone if processes is None else partial(measure_in_lockstep, processes=processes)
+                learned, stopped = go(
+                    passes, run, max_batches=settings.max_batches, bar=bar, together=sharded, interrupted=interrupted
+                )
+        reached, inputs = spectra_of(learned, targets, n_components=settings.n_kept, stopped=stopped)
+    kept = settings.to_json() | {"n_components": settings.n_kept, "n_batches": learned.n_batches}
+    if processes is not None:
+        kept |= {"processes": processes.size, "bytes_sent": processes.bytes_sent}
     spectra = Spectra(
-        targets=table,
-        inputs=measurement.spectra(stopped, n_batches=n_batches),
+        targets=reached,
+        inputs=inputs,
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch")},
         seconds=time.perf_counter() - started,
-        history=measurement.history,
-        unreached=tuple(target.name for target in targets if target.name not in table),
+        history=learned.history,
+        unreached=tuple(target.name for target in targets if target.name not in reached),
     )
     warn_of_errors(spectra.inputs)
     return spectra
+
+
+def _measure_alone(
+    passes: Passes, run: Run, *, max_batches: int, bar: Any, interrupted: Callable[[], bool], together: bool
+) -> tuple[Learned, Reason]:
+    """Pass batches until something ends it, and return what was learned and why it ended."""
+    stopped = Reason.EXHAUSTED
+    try:
+        for n_batches in passes:
+            bar.update()
+            bar.set_postfix_str(run.progress_text())
+            if run.is_done or n_batches == max_batches:
+                stopped = Reason.BATCH_CAP
+                break
+            if together and interrupted():
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if passes.n_passed == 0:  # nothing whole was measured
+            raise
+        stopped = Reason.INTERRUPTED
+    return run.learned(), stopped
 
 
 def _call(model: nn.Module, base: nn.Module, batch: Any, *, keep_labels: bool) -> Callable[[], Any]:
@@ -212,17 +217,3 @@ def with_ranks_of(settings: Measuring, names: Sequence[str]) -> Measuring:
     if missing:
         raise EvaError(f"rank names no value for {len(missing)} targets, the first {missing[0]!r}.")
     return replace(settings, rank={name: ranks[name] for name in names})
-
-
-def autocast_of(model: nn.Module, dtype: str | None) -> Any:
-    """Return the context in which the forward pass runs: autocast in this dtype, `auto` where bfloat16 is fast."""
-    if dtype is None:
-        return nullcontext()
-    device_type = _device_type(model)
-    if dtype == "auto":
-        return torch.autocast(device_type, torch.bfloat16) if has_fast_bfloat16(device_type) else nullcontext()
-    return torch.autocast(device_type, getattr(torch, dtype))
-
-
-def _device_type(model: nn.Module) -> str:
-    return next((parameter.device.type for parameter in model.parameters() if parameter.device.type != "meta"), "cpu")

@@ -8,8 +8,7 @@ from typing import Any
 from evatune.activations.capture import Capture
 from evatune.activations.preserve import random_state
 from evatune.activations.rows import RowMasks
-from evatune.activations.run import Measurement
-from evatune.errors import EvaError
+from evatune.activations.run import Run
 
 Forward = Callable[[], Any]
 
@@ -25,12 +24,11 @@ class Passes:
         prepare: returns the call of the model with a batch.
         masks_of: returns which positions of a batch count.
         capture: the hooks.
-        measurement: what takes the rows.
+        run: takes the rows.
 
     Attributes:
         n_passed: how many batches were passed.
         loaded: whether there is a batch that was not passed yet.
-        batch: the last one that was loaded or borrowed, if any.
     """
 
     def __init__(
@@ -40,19 +38,18 @@ class Passes:
         prepare: Callable[[Any], Forward],
         masks_of: Callable[[Any], RowMasks],
         capture: Capture,
-        measurement: Measurement,
+        run: Run,
     ) -> None:
         self._batches = batches
         self._iterator: Iterator[Any] | None = None
         self._prepare = prepare
         self._masks_of = masks_of
         self._capture = capture
-        self._measurement = measurement
+        self._run = run
         self._forward: Forward | None = None
         self._as_at_first: Callable[[], None] = lambda: None
         self.n_passed = 0
         self.loaded = False
-        self.batch: Any = None
 
     def __iter__(self) -> Iterator[int]:
         while self.load():
@@ -78,17 +75,12 @@ class Passes:
             batch = next(self._iterator)
         except StopIteration:
             return False
-        self._measurement.begin_batch(self.n_passed, self._masks_of(batch))
+        self._run.begin_batch(self._masks_of(batch))
         self._capture.shared.begin_batch()
-        self.borrow(batch)
-        self.loaded = True
-        return True
-
-    def borrow(self, batch: Any) -> None:
-        """Take a batch for `idle` alone."""
         self._forward = self._prepare(batch)
         self._as_at_first = random_state()
-        self.batch = batch
+        self.loaded = True
+        return True
 
     def run(self) -> bool:
         """Pass the batch that was loaded; returns False if the very same batch must be passed once more."""
@@ -96,17 +88,12 @@ class Passes:
         self._as_at_first()
         if not self._capture.run(self._forward):
             return False
-        self._measurement.end_batch(self._capture.shared.input_of)
+        self._run.end_batch(self._capture.shared.input_of)
         self.n_passed += 1
         self.loaded = False
         return True
 
     def idle(self) -> None:
-        """Repeat the last batch without measuring anything, because other processes need this one in their pass.
-
-        Raises:
-            EvaError: there is none.
-        """
-        if self._forward is None:
-            raise EvaError("there is no batch to repeat; borrow one first.")
+        """Repeat the last batch without measuring anything, because other processes need this one in their pass."""
+        assert self._forward is not None
         self._capture.watch(self._forward, lambda name, number, entering: None)

@@ -16,6 +16,7 @@ from evatune.settings.measuring import (
     check_kept,
     max_components,
 )
+from evatune.settings.reasons import Reason
 from evatune.settings.section import Section, convert, describe_kind, field_docs, number, same_as, takes
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Planning",
     "Preparing",
     "Ranking",
+    "Reason",
     "Rows",
     "Section",
     "Stopping",

@@ -1,11 +1,10 @@
-"""Ctrl-C while other processes need this one in a pass; what spreads models is tested in `test_lockstep`."""
+"""What spreads a model over processes; how such models are measured is tested in `test_lockstep`."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import signal
-import threading
 
 import pytest
 import torch
@@ -14,36 +13,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import evatune
 from evatune import EvaError
-from evatune.activations.processes.sharded_models import held_interrupts, sharding_of
+from evatune.activations.processes.sharded_models import sharding_of
 
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_the_first_interrupt_is_held_and_the_second_is_not():
-    before = signal.getsignal(signal.SIGINT)
-    with held_interrupts() as interrupted:
-        assert not interrupted()
-        interrupt()
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt, match=r"^$"):
-            interrupt()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_other_threads_leave_signals_alone():
-    before = signal.getsignal(signal.SIGINT)
-    found = []
-
-    def act():
-        with held_interrupts() as interrupted:
-            found.extend([interrupted(), signal.getsignal(signal.SIGINT) is before])
-
-    thread = threading.Thread(target=act)
-    thread.start()
-    thread.join()
-    assert found == [False, True]
 
 
 def test_an_ordinary_model_is_not_sharded():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from evatune.activations.capture import Capture
 from evatune.activations.from_disk.checkpoint import StoredWeights
 from evatune.activations.from_disk.outline import HIDDEN, Call, Outline
 from evatune.activations.from_disk.waiting import WaitingTensors
-from evatune.activations.layers.targets import TargetModule
+from evatune.activations.layer_type import TargetModule
+from evatune.activations.results import no_batch, spectra_of
 from evatune.activations.rows import RowMasks
-from evatune.activations.run import Measurement
+from evatune.activations.run import Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError
+from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
 
@@ -43,7 +45,9 @@ class BlockwiseRun:
         weights: fills parts of the model.
         device: where blocks run.
         autocast: returns the context of a forward pass.
-        new_measurement: returns the state of a measurement of `targets`.
+        new_run: returns a run that measures `targets`.
+        n_components: how many components are kept of each input at most.
+        max_batches: how many batches are taken at most.
         masks_of: reads which rows of a batch count.
         forward: calls the model with a batch, or None for the default.
 
@@ -62,7 +66,9 @@ class BlockwiseRun:
         weights: StoredWeights,
         device: torch.device,
         autocast: Callable[[], Any],
-        new_measurement: Callable[..., Measurement],
+        new_run: Callable[..., Run],
+        n_components: int,
+        max_batches: int,
         masks_of: Callable[[Any], RowMasks],
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
@@ -71,7 +77,9 @@ class BlockwiseRun:
         self.weights = weights
         self.device = device
         self.autocast = autocast
-        self.new_measurement = new_measurement
+        self.new_run = new_run
+        self.n_components = n_components
+        self.max_batches = max_batches
         self.masks_of = masks_of
         self.forward = forward
         self.targets_of: dict[str, list[TargetModule]] = {name: [] for name in blocks}
@@ -87,11 +95,16 @@ class BlockwiseRun:
         self._masks: list[RowMasks] = []
         self._calls: list[list[Call]] = []
 
+    @property
+    def stopped(self) -> Reason:
+        """Why there were no more batches."""
+        return Reason.BATCH_CAP if self.n_batches == self.max_batches else Reason.EXHAUSTED
+
     def run(self, batches: Iterable[Any], waiting: WaitingTensors, bar: tqdm[Any]) -> None:
         """Measure all targets on all batches.
 
         Args:
-            batches: gone through once.
+            batches: gone through once, up to `max_batches`.
             waiting: keeps hidden states and arguments between blocks.
             bar: moves by one for each batch in each block.
 
@@ -104,9 +117,8 @@ class BlockwiseRun:
         last_measured = [name for name, targets in self.targets_of.items() if targets][-1]
         # Targets outside the blocks may come behind them; the first pass tells.
         outline = Outline(self.model, self.blocks, last=list(self.blocks)[-1] if self.outside else last_measured)
-        outside = self.new_measurement(targets=self.outside)
-        before = self._run_before(batches, outline, outside, waiting, bar)
-        behind = [target for target in self.outside if target.name not in before]
+        self._run_before(islice(batches, self.max_batches), outline, waiting, bar)
+        behind = [target for target in self.outside if target.name not in self.table]
         names = list(self.blocks)
         names = names[: names.index(outline.last if behind else last_measured) + 1]
         bar.total = self.n_batches * (1 + len(names))
@@ -116,24 +128,23 @@ class BlockwiseRun:
             last = position + 1 == len(names)
             with self.weights.filled(name):
                 output = self._run_block(name, position, waiting, bar, to_the_end=not last or bool(behind))
-        after = self._run_behind(behind, outline, outside, waiting, output) if behind else {}
-        if self.outside:
-            self._conclude(outside, before | after)
+        if behind:
+            self._run_behind(behind, outline, waiting, output)
 
     def _run_before(
         self,
         batches: Iterable[Any],
         outline: Outline,
-        measurement: Measurement,
         waiting: WaitingTensors,
         bar: tqdm[Any],
-    ) -> dict[str, str]:
-        """Run what comes before the blocks for every batch, and return which targets were reached there."""
+    ) -> None:
+        """Run what comes before the blocks for every batch."""
         iterator = iter(batches)
         first = next(iterator, None)
         if first is None:
-            measurement.target_table({}, n_batches=0)  # raises
-        capture = self._capture(measurement, self.outside, to_the_end=True)
+            raise no_batch()
+        run = self.new_run(targets=self.outside)
+        capture = self._capture(run, self.outside, to_the_end=True)
         with self._filled_on_demand():
             try:
                 outline.learn_style(self._forward(first))
@@ -146,72 +157,74 @@ class BlockwiseRun:
                 for number, batch in enumerate(chain([first], iterator)):
                     forward = self._forward(batch)
                     self._masks.append(self.masks_of(batch))
-                    hidden, calls = self._measure_pass(number, measurement, capture, partial(outline.record, forward))
+                    hidden, calls = self._measure_pass(number, run, capture, partial(outline.record, forward))
                     waiting["hidden", number] = hidden
                     self._calls.append(_put_away(calls, number, waiting))
                     if self.outside:
                         self._forwards.append(forward)
                     self.n_batches += 1
                     bar.update()
-        return capture.shared.input_of
+        self._conclude(run, [target for target in self.outside if target.name in capture.shared.input_of])
 
     def _run_block(self, name: str, position: int, waiting: WaitingTensors, bar: tqdm[Any], *, to_the_end: bool) -> Any:
         """Run all batches through one block, and return the form of its output."""
         block, targets = self.blocks[name], self.targets_of[name]
-        measurement = self.new_measurement(targets=targets)
+        run = self.new_run(targets=targets)
         output: Any = None
         # Entered once a block, since autocast keeps its copies of weights until it is left.
-        with self._capture(measurement, targets, to_the_end=to_the_end) as capture, self.autocast():
+        with self._capture(run, targets, to_the_end=to_the_end) as capture, self.autocast():
             for number, calls in enumerate(self._calls):
                 call = calls[position]
                 if call.block != name:
                     raise EvaError(f"{type(self.model).__name__} does not call its blocks in the order of its list.")
                 hidden = waiting["hidden", number].to(self.device)
                 args, kwargs = (_fetched(part, hidden, waiting, self.device) for part in (call.args, call.kwargs))
-                result = self._measure_pass(number, measurement, capture, partial(block, *args, **kwargs))
+                result = self._measure_pass(number, run, capture, partial(block, *args, **kwargs))
                 if to_the_end:
                     output = result
                     waiting["hidden", number] = result if isinstance(result, Tensor) else result[0]
                 bar.update()
-        if targets:
-            self._conclude(measurement, capture.shared.input_of)
+        self._conclude(run, targets)
         return output
 
     def _run_behind(
         self,
         targets: Sequence[TargetModule],
         outline: Outline,
-        measurement: Measurement,
         waiting: WaitingTensors,
         output: Any,
-    ) -> dict[str, str]:
-        """Run what comes behind the blocks for every batch, and return which targets were reached there."""
-        capture = self._capture(measurement, targets, to_the_end=False)
+    ) -> None:
+        """Run what comes behind the blocks for every batch."""
+        run = self.new_run(targets=targets)
+        capture = self._capture(run, targets, to_the_end=False)
         with self._filled_on_demand(), capture:
             for number, forward in enumerate(self._forwards):
                 hidden = waiting["hidden", number].to(self.device)
                 given = hidden if isinstance(output, Tensor) else (hidden, *(None for _ in output[1:]))
-                self._measure_pass(number, measurement, capture, partial(outline.finish, forward, given))
-        return capture.shared.input_of
+                self._measure_pass(number, run, capture, partial(outline.finish, forward, given))
+        self._conclude(run, targets)
 
-    def _capture(self, measurement: Measurement, targets: Sequence[TargetModule], *, to_the_end: bool) -> Capture:
+    def _capture(self, run: Run, targets: Sequence[TargetModule], *, to_the_end: bool) -> Capture:
         full_precision = torch.autocast(self.device.type, enabled=False)
-        shared = SharedInputs(full_precision(measurement.consume), measurement.split)
+        shared = SharedInputs(full_precision(run.take), run.split)
         return Capture(self.model, targets, shared, to_the_end=to_the_end)
 
-    def _measure_pass(self, number: int, measurement: Measurement, capture: Capture, forward: Callable[[], Any]) -> Any:
+    def _measure_pass(self, number: int, run: Run, capture: Capture, forward: Callable[[], Any]) -> Any:
         """Return what `forward` returns, or None where it was ended early."""
         results: list[Any] = [None]
-        measurement.begin_batch(number, self._masks[number])
+        run.begin_batch(self._masks[number])
         capture.shared.begin_batch()
         while not capture.run(lambda: results.append(forward())):
             pass
+        run.end_batch(capture.shared.input_of)
         return results[-1]
 
-    def _conclude(self, measurement: Measurement, input_of: Mapping[str, str]) -> None:
-        """Keep the spectra of a measurement; its states can go."""
-        self.table |= measurement.target_table(input_of, n_batches=self.n_batches)
-        self.spectra |= measurement.spectra("", n_batches=self.n_batches)
+    def _conclude(self, run: Run, targets: Sequence[TargetModule]) -> None:
+        """Keep the spectra of a run; its states can go."""
+        if targets:
+            reached, spectra = spectra_of(run.learned(), targets, n_components=self.n_components, stopped=self.stopped)
+            self.table |= reached
+            self.spectra |= spectra
 
     def _forward(self, batch: Any) -> Callable[[], Any]:
         def run() -> Any:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,12 +23,13 @@ from evatune.activations.from_disk.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.from_disk.empty import empty_model, model_folder, read_config
 from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
-from evatune.activations.measure import Forward, autocast_of, pca_maker, with_ranks_of
+from evatune.activations.measure import Forward, pca_maker, with_ranks_of
 from evatune.activations.preserve import measuring_state, preserved_random_state
+from evatune.activations.results import warn_of_errors
 from evatune.activations.rows import RowMasks
-from evatune.activations.run import Measurement, warn_of_errors
-from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, StoppingMonitor
+from evatune.activations.run import Run
 from evatune.errors import EvaError
+from evatune.hardware import autocast
 from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra
 
@@ -113,19 +112,18 @@ def measure_from_disk(
     targets = find_targets(empty, settings.part(TargetRules))
     settings = with_ranks_of(settings, [target.name for target in targets])
     device = torch.device(device)
-    run = BlockwiseRun(
+    blockwise = BlockwiseRun(
         model=empty,
         targets=targets,
         blocks=find_blocks(empty, targets),
         weights=StoredWeights(empty, checkpoint, device=device),
         device=device,
-        autocast=partial(autocast_of, empty, settings.dtype),
-        new_measurement=partial(
-            Measurement,
-            new_pca=pca_maker(settings),
-            n_components=settings.n_kept,
-            monitor=StoppingMonitor(Stopping(tau=None, min_gain=None)),
+        autocast=partial(autocast, device, settings.dtype),
+        new_run=partial(
+            Run, new_pca=pca_maker(settings), n_components=settings.n_kept, rule=Stopping(tau=None, min_gain=None)
         ),
+        n_components=settings.n_kept,
+        max_batches=settings.max_batches,
         masks_of=partial(RowMasks.of, encoder_decoder=False, use_label_mask=settings.use_label_mask),
         forward=forward,
     )
@@ -138,26 +136,21 @@ def measure_from_disk(
         WaitingTensors(int(waiting_gib * 2**30), folder=scratch) as waiting,
         bar,
     ):
-        run.run(islice(batches, settings.max_batches), waiting, bar)
-    stopped = BATCH_CAP if run.n_batches == settings.max_batches else EXHAUSTED
+        blockwise.run(batches, waiting, bar)
     kept = settings.to_json() | {
         "n_components": settings.n_kept,
-        "n_batches": run.n_batches,
+        "n_batches": blockwise.n_batches,
         "weights_dtype": str(empty.dtype),
         "from_disk": True,
     }
     spectra = Spectra(
-        targets={target.name: run.table[target.name] for target in targets if target.name in run.table},
-        inputs={
-            target.name: replace(run.spectra[target.name], stopped=stopped)
-            for target in targets
-            if target.name in run.spectra
-        },
+        targets={target.name: blockwise.table[target.name] for target in targets if target.name in blockwise.table},
+        inputs={target.name: blockwise.spectra[target.name] for target in targets if target.name in blockwise.spectra},
         model_name=os.fspath(model),
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
         seconds=time.perf_counter() - started,
-        unreached=tuple(target.name for target in targets if target.name not in run.table),
+        unreached=tuple(target.name for target in targets if target.name not in blockwise.table),
     )
     warn_of_errors(spectra.inputs)
     return spectra

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType, whole_shape
+from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType, TargetModule, whole_shape
 from evatune.activations.layers.attention import AttentionType
 from evatune.activations.layers.convolution import ConvolutionType
 from evatune.activations.layers.experts import ExpertsType
@@ -74,24 +74,6 @@ class TargetRules(Targets):
         expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for expression in expressions if (match := re.match(expression, name))), None)
         return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetModule:
-    """A target and the module whose input is measured."""
-
-    name: str
-    """Name in the base model, without the prefixes that PEFT and compilation add."""
-    module: nn.Module
-    """The module to hook: the target itself, or the base layer inside a PEFT layer."""
-    in_features: int
-    """Width of its input."""
-    out_features: int
-    """Width of its output."""
-    layer: LayerType = LINEAR
-    """How its input becomes rows."""
-    parameter: str | None = None
-    """Name of the parameter in that module, where the target is one of its parameters and not the module."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evatune.errors import EvaError
-
 State = dict[str, Tensor]
 Layout = list[tuple[str, str, list[int]]]
 
@@ -24,17 +22,17 @@ BUCKET_BYTES = 64 * 1024**2
 """How much one process sends at a time; every process receives as much from each of the others."""
 
 
-class Ranks:
+class Processes:
     """The processes of the default group, and what this one has sent them.
 
     Attributes:
-        rank: the number of this process.
+        number: of this process, from 0.
         size: how many there are.
         bytes_sent: what this process contributed to all exchanges, padding included.
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.number, self.size = dist.get_rank(), dist.get_world_size()
         self.bytes_sent = 0
         # What is exchanged goes over the processor for gloo and over the accelerator for the others.
         on_cpu = dist.get_backend() in ("gloo", "mpi")
@@ -53,22 +51,18 @@ class Ranks:
         self.bytes_sent += tensor.numel() * tensor.element_size()
         return everyone
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all processes, the same in each."""
-        return torch.stack(self.gather(tensor)).sum(dim=0).to(tensor.device)
-
     def gather_numbers(self, *numbers: int) -> list[list[int]]:
         """Return the whole numbers that each process gave, as many as the others."""
         return [row.tolist() for row in self.gather(torch.tensor(numbers, dtype=torch.int64))]
 
     def gather_json(self, value: Any) -> list[Any]:
         """Return what all processes gave, of any length."""
-        text = zlib.compress(json.dumps(value).encode(), level=1)
-        lengths = [length for (length,) in self.gather_numbers(len(text))]
-        texts = self.gather(_padded(torch.frombuffer(bytearray(text), dtype=torch.uint8), max(lengths)))
+        packed = zlib.compress(json.dumps(value).encode(), level=1)
+        lengths = [length for (length,) in self.gather_numbers(len(packed))]
+        everyone = self.gather(_padded(torch.frombuffer(bytearray(packed), dtype=torch.uint8), max(lengths)))
         return [
-            json.loads(zlib.decompress(bytes(text[:length].tolist())))
-            for text, length in zip(texts, lengths, strict=True)
+            json.loads(zlib.decompress(bytes(received[:length].tolist())))
+            for received, length in zip(everyone, lengths, strict=True)
         ]
 
     def gather_states(
@@ -85,52 +79,19 @@ class Ranks:
             for name in dict.fromkeys(name for layout in layouts for name in layout)
         }
         for bucket in _buckets(sizes):
-            filled = [sum(sizes[name][rank] for name in bucket) for rank in range(self.size)]
+            filled = [sum(sizes[name][number] for name in bucket) for number in range(self.size)]
             own = [as_bytes(tensor).to(self.device) for name in bucket for tensor in states.get(name, {}).values()]
             sent = torch.cat(own) if own else torch.zeros(0, dtype=torch.uint8, device=self.device)
             received = self.gather(_padded(sent, max(filled)))
             starts = [0] * self.size
             for name in bucket:
                 found = []
-                for rank, layout in enumerate(layouts):
+                for number, layout in enumerate(layouts):
                     if name in layout:
-                        stop = starts[rank] + sizes[name][rank]
-                        found.append(_from_bytes(received[rank][starts[rank] : stop], layout[name]))
-                        starts[rank] = stop
+                        stop = starts[number] + sizes[name][number]
+                        found.append(_from_bytes(received[number][starts[number] : stop], layout[name]))
+                        starts[number] = stop
                 yield name, found
-
-    def lend(self, batch: Any, *, lender: int) -> Any:
-        """Return the batch that one process gave, in all of them.
-
-        Args:
-            batch: mappings, lists and tuples of tensors, numbers, texts and None; looked at in the lender only.
-            lender: the number of that process.
-
-        Raises:
-            EvaError: in all processes, if there is something else in it.
-        """
-        tensors: list[Tensor] = []
-        told: Any = None
-        if self.rank == lender:
-            try:
-                told = [_described(batch, tensors), layout_of({"": dict(_numbered(tensors))})]
-            except TypeError as error:
-                told = str(error)
-        told = self.gather_json(told)[lender]
-        if isinstance(told, str):
-            raise EvaError(
-                f"some process has no batch and cannot repeat one of process {lender}, which holds {told}; give every "
-                "process at least one batch."
-            )
-        shape, layout = told
-        flat = torch.empty(_n_bytes(layout[""]), dtype=torch.uint8, device=self.device)
-        if tensors:
-            flat.copy_(torch.cat([as_bytes(tensor) for tensor in tensors]))
-        dist.broadcast(flat, src=lender)
-        if self.rank == lender:
-            self.bytes_sent += flat.numel()
-            return batch
-        return _rebuilt(shape, list(_from_bytes(flat, layout[""]).values()))
 
 
 def layout_of(states: Mapping[str, State]) -> dict[str, Layout]:
@@ -174,45 +135,11 @@ def _buckets(sizes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
     """Yield names in groups that are small enough to be sent at once, the same in all processes."""
     bucket: list[str] = []
     n_bytes = 0
-    for name, of_rank in sizes.items():
-        if bucket and n_bytes + max(of_rank) > BUCKET_BYTES:
+    for name, of_processes in sizes.items():
+        if bucket and n_bytes + max(of_processes) > BUCKET_BYTES:
             yield bucket
             bucket, n_bytes = [], 0
         bucket.append(name)
-        n_bytes += max(of_rank)
+        n_bytes += max(of_processes)
     if bucket:
         yield bucket
-
-
-def _numbered(tensors: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((str(number), tensor) for number, tensor in enumerate(tensors))
-
-
-def _described(value: Any, tensors: list[Tensor]) -> Any:
-    """Return a batch as JSON has it, its tensors by their numbers, and collect these.
-
-    Raises:
-        TypeError: there is something else in it; the message says what.
-    """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {"mapping": {name: _described(entry, tensors) for name, entry in value.items()}}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_described(entry, tensors) for entry in value]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"plain": value}
-    raise TypeError(f"a {type(value).__name__}")
-
-
-def _rebuilt(described: Any, tensors: Sequence[Tensor]) -> Any:
-    ((kind, value),) = described.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "plain":
-        return value
-    if kind == "mapping":
-        return {name: _rebuilt(entry, tensors) for name, entry in value.items()}
-    entries = [_rebuilt(entry, tensors) for entry in value]
-    return tuple(entries) if kind == "tuple" else entries

@@ -1,33 +1,35 @@
-"""Measuring in many processes: each passes its own batches, and only small matrices are exchanged.
+"""Measuring in many processes: each passes its own batches, and what they have learned is exchanged once, at the end.
 
-Every process follows its rows with its own `StreamingPCA`. After 1, 2, 4, 8, … steps they meet to check whether to go
-on, for which the leading components of inputs that are not done suffice (`AnyPCA.leading`), and at the end
-they exchange whole states: some d x l numbers per input and process, whatever the number of rows, where gathering
-activations would send n x d. Every process merges the same states in the same order, so that all end with the same bits
-on equal hardware.
+Every process follows its rows with its own `StreamingPCA`. After 1, 2, 4, 8, … batches the processes meet to apply the
+stopping rules. Each has compared its own components on its own rows; what they tell each other are four numbers for
+every input that is not done. When all inputs are done everywhere, they exchange their states: some d x l numbers per
+input and process, whatever the number of rows, where gathering activations would send n x d. Every process merges the
+same states in the same order, so that all end with the same bits on equal hardware.
 
-Processes walk in lockstep from meeting to meeting. One that has run out of data, or never had any, keeps taking part;
-one that fails says so at the next meeting, and then all end with an error: none waits for a process that is gone.
+A process that has run out of data, or never had any, keeps taking part. One that fails says so at the next meeting, and
+then all end with an error: none waits for a process that is gone.
 
-Where a pass itself needs all processes (`sharded_models.py`), they walk in lockstep from pass to pass: each
-says before a pass whether it has a batch, has failed or was interrupted. One without a batch repeats its last one, or
-one that another lends it, and measures nothing.
+Where a pass itself needs all processes (`sharded_models.py`), they meet before each pass, and each says whether it has
+a batch, has failed or was interrupted. One without a new batch repeats its last one and measures nothing.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from evatune.activations.passes import Passes
-from evatune.activations.processes.exchange import Ranks, layout_of
-from evatune.activations.run import Measurement
-from evatune.activations.stopping import BATCH_CAP, EXHAUSTED, INTERRUPTED
+from evatune.activations.processes.exchange import Processes, layout_of
+from evatune.activations.run import Learned, Run
+from evatune.activations.stopping import Finding, is_check
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, from_state
+from evatune.settings import Reason
 
 
 class _Facts(NamedTuple):
@@ -90,147 +92,147 @@ class _Member:
             self.passes.run()
 
 
-def drive(
+def measure_in_lockstep(
     passes: Passes,
-    measurement: Measurement,
-    ranks: Ranks,
+    run: Run,
+    processes: Processes,
     *,
     max_batches: int,
     bar: Any,
     together: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
-) -> tuple[int, str]:
-    """Walk through the batches of this process in lockstep with the others, merging and checking where they meet.
+) -> tuple[Learned, Reason]:
+    """Walk through the batches of this process in lockstep with the others, and merge what all have learned.
 
     Args:
         passes: of this process.
-        measurement: of this process; at the end it holds the merged states, the same in every process.
-        ranks: the processes.
+        run: of this process.
+        processes: all of them.
         max_batches: the most batches that one process passes.
         bar: the progress bar.
         together: whether every single pass needs all processes.
         interrupted: tells whether Ctrl-C was pressed, where it does not interrupt by itself.
 
     Returns:
-        How many batches all processes have passed together, and why measuring ended.
+        What all have learned together, the same in every process, and why measuring ended.
 
     Raises:
         EvaError: another process has failed. What this process itself raised is raised again.
     """
     member = _Member(passes, max_batches=max_batches)
-    assembly = _Assembly(measurement, ranks)
     n_steps, n_met = 0, 0
     while True:
         if together:
             if member.running:
                 member.attempt(member.load)
             member.interrupted |= interrupted()
-        if together or _is_meeting(n_steps) or n_steps >= max_batches:
-            everyone = [_Facts(*numbers) for numbers in ranks.gather_numbers(*member.facts())]
+        if together or is_check(n_steps, per_doubling=1) or n_steps >= max_batches:
+            everyone = [_Facts(*numbers) for numbers in processes.gather_numbers(*member.facts())]
             _raise_failure(member.failure, [facts.failed for facts in everyone])
-            n_batches = sum(facts.n_passed for facts in everyone)
             if together:
                 n_steps = max(facts.n_passed for facts in everyone)
-            stopped = None
-            if any(facts.interrupted for facts in everyone):
-                stopped = INTERRUPTED
-            elif n_steps >= max_batches:
-                stopped = BATCH_CAP
-            elif not any(facts.running for facts in everyone):
-                stopped = EXHAUSTED
-            elif _is_meeting(n_steps) and n_steps > n_met:
-                stopped = assembly.check(n_batches)
+            stopped, all_done = None, False
+            is_interrupted = any(facts.interrupted for facts in everyone)
+            if is_check(n_steps, per_doubling=1) and n_steps > n_met and not is_interrupted:
                 n_met = n_steps
-                bar.set_postfix_str(measurement.progress_text())
-            if stopped:
-                assembly.conclude(n_batches, checked=n_met == n_steps)
-                return n_batches, stopped
-            lacking = [rank for rank, facts in enumerate(everyone) if not facts.can_pass]
+                _check(run, processes)
+                all_done = all(is_done for (is_done,) in processes.gather_numbers(run.is_done))
+            if is_interrupted:
+                stopped = Reason.INTERRUPTED
+            elif n_steps >= max_batches or all_done:
+                stopped = Reason.BATCH_CAP
+            elif not any(facts.running for facts in everyone):
+                stopped = Reason.EXHAUSTED
+            if stopped is not None:
+                return _exchange(run.learned(), processes), stopped
+            lacking = [number for number, facts in enumerate(everyone) if not facts.can_pass]
             if together and lacking:
-                lender = next(rank for rank, facts in enumerate(everyone) if facts.running)
-                batch = ranks.lend(passes.batch, lender=lender)
-                if ranks.rank in lacking:
-                    member.attempt(functools.partial(passes.borrow, batch))
-                continue  # and hear whether all can make a pass now
-        measurement.pcas = assembly.own
+                raise EvaError(
+                    f"process {lacking[0]} has no batch, but every pass of a sharded model needs all processes; give "
+                    "each of them at least one batch."
+                )
         if together:
             member.attempt(passes.run if passes.loaded else passes.idle)
         elif member.running:
             member.attempt(member.walk)
         n_steps += 1
         bar.update(passes.n_passed - bar.n)
-
-
-def _is_meeting(n_steps: int) -> bool:
-    """Tell whether processes meet after so many steps: 1, 2, 4, 8, …"""
-    return n_steps > 0 and n_steps & (n_steps - 1) == 0
+        bar.set_postfix_str(run.progress_text())
 
 
 def _raise_failure(failure: Exception | None, failed: Sequence[int]) -> None:
     if failure is not None:
         raise failure
     if any(failed):
-        rank = next(rank for rank, has_failed in enumerate(failed) if has_failed)
-        raise EvaError(f"process {rank} failed while measuring, so all end; its own message says why.")
+        number = next(number for number, has_failed in enumerate(failed) if has_failed)
+        raise EvaError(f"process {number} failed while measuring, so all end; its own message says why.")
 
 
-class _Assembly:
-    """What all processes have measured together, as of the last meeting.
+def _check(run: Run, processes: Processes) -> None:
+    """Apply the stopping rules to what all processes have found on their own rows."""
+    found: dict[str, Finding] = {}
+    failure: Exception | None = None
+    try:
+        found = run.findings()
+    except Exception as error:  # told to the others, who would wait for what this process has found
+        failure = error
+    told = processes.gather_json([failure is not None, {key: _numbers(finding) for key, finding in found.items()}])
+    _raise_failure(failure, [failed for failed, _ in told])
+    run.conclude({key: _together([numbers[key] for _, numbers in told if key in numbers]) for key in found})
 
-    Attributes:
-        own: what this process has measured.
-    """
 
-    def __init__(self, measurement: Measurement, ranks: Ranks) -> None:
-        self.own = measurement.pcas
-        self._measurement = measurement
-        self._ranks = ranks
-        self._merged: dict[str, AnyPCA] = {}
+def _numbers(finding: Finding) -> list[Any]:
+    """Return what is told of an input: its share, its energies, and its rows since the last check and before it."""
+    share = None if finding.share is None else float(finding.share)
+    energies = None if finding.energies_2 is None else finding.energies_2.tolist()
+    return [share, energies, finding.n_rows, finding.n_rows_before]
 
-    def check(self, n_batches: int) -> str | None:
-        """Exchange what the stopping rules need, after so many batches of all; returns why to end here, if so."""
-        monitor = self._measurement.monitor
-        if not monitor.rule.has_rule:
-            return None  # nothing would be done with it
-        self._measurement.pool(self.own, self._ranks.add)
-        undone = {key: pca for key, pca in self.own.items() if key not in monitor.done}
-        table, merged = self._merge(undone, lambda pca: pca.leading())
-        self._merged |= merged
-        self._adopt(table, n_batches)
-        return BATCH_CAP if self._measurement.all_done() else None
 
-    def conclude(self, n_batches: int, *, checked: bool) -> None:
-        """Exchange everything; with a last check, if there was none after this step."""
-        table, self._merged = self._merge(self.own, lambda pca: pca.condensed())
-        if not checked:
-            self._measurement.pool(self.own, self._ranks.add)
-            self._adopt(table, n_batches)
-        absent = [self._measurement.targets[key] for key in dict.fromkeys(table.values()) if key not in self._merged]
-        for target in absent:  # all its rows are masked, everywhere
-            new_pca, n_components = self._measurement.new_pca, self._measurement.n_components
-            self._merged[target.name] = target.layer.new_pca(target.module, n_components, new_pca)
-        self._measurement.input_of, self._measurement.pcas = table, self._merged
+def _together(told: Sequence[list[Any]]) -> Finding:
+    """Return what several processes have found of an input: the least share, and the sum of all rows' energies."""
+    shares = [share for share, _, _, _ in told if share is not None]
+    scored = [numbers for numbers in told if numbers[1] is not None]
+    energies = torch.tensor([energies for _, energies, _, _ in scored], dtype=torch.float64)
+    return Finding(
+        share=torch.tensor(min(shares), dtype=torch.float64) if shares else None,
+        energies_2=energies.sum(dim=0) if scored else None,
+        n_rows=sum(n_rows for _, _, n_rows, _ in scored),
+        n_rows_before=sum(n_rows_before for _, _, _, n_rows_before in scored),
+        n_processes=max(len(scored), 1),
+    )
 
-    def _adopt(self, table: Mapping[str, str], n_batches: int) -> None:
-        reached = {name: key for name, key in table.items() if key in self._merged}
-        self._measurement.adopt(reached, dict(self._merged), self.own, n_batches=n_batches)
 
-    def _merge(
-        self, local: Mapping[str, AnyPCA], sent_of: Callable[[AnyPCA], AnyPCA]
-    ) -> tuple[dict[str, str], dict[str, AnyPCA]]:
-        """Return the table of inputs and the merged state of each, the same in all processes."""
-        states: dict[str, dict[str, Tensor]] = {}
-        failure: Exception | None = None
-        try:
-            states = {key: sent_of(pca).state_dict() for key, pca in local.items() if pca.is_fitted}
-        except Exception as error:  # not a number, or no memory: told to the others, who would wait for the states
-            failure = error
-        told = self._ranks.gather_json([failure is not None, dict(self._measurement.input_of), layout_of(states)])
-        _raise_failure(failure, [failed for failed, _, _ in told])
-        layouts = [layout for _, _, layout in told]
-        merged = {key: _merged(found) for key, found in self._ranks.gather_states(states, layouts)}
-        table = _agreed([inputs for _, inputs, _ in told])
-        return table, {key: merged[key] for key in dict.fromkeys(table.values()) if key in merged}
+def _exchange(own: Learned, processes: Processes) -> Learned:
+    """Return what all processes have learned together, the same in each."""
+    states: dict[str, dict[str, Tensor]] = {}
+    failure: Exception | None = None
+    try:
+        states = {key: pca.condensed().state_dict() for key, pca in own.pcas.items() if pca.is_fitted}
+    except Exception as error:  # not a number, or no memory: told to the others, who would wait for the states
+        failure = error
+    told = processes.gather_json([failure is not None, layout_of(states), replace(own, pcas={}).__dict__])
+    _raise_failure(failure, [failed for failed, _, _ in told])
+    everyone = [Learned(**learned) for _, _, learned in told]
+    received = processes.gather_states(states, [layout for _, layout, _ in told])
+    pcas = {key: _merged(found) for key, found in received}
+    input_of = _agreed([learned.input_of for learned in everyone])
+    return Learned(
+        input_of=input_of,
+        pcas={key: pcas[key] for key in dict.fromkeys(input_of.values()) if key in pcas},
+        reasons=_common_reasons(everyone),
+        n_batches=sum(learned.n_batches for learned in everyone),
+        history=everyone[0].history,
+    )
+
+
+def _common_reasons(everyone: Sequence[Learned]) -> dict[str, Reason]:
+    """Return why inputs are done: of those that are done in every process that has reached them, the first's reason."""
+    reasons: dict[str, Reason] = {}
+    for key in dict.fromkeys(key for learned in everyone for key in learned.input_of.values()):
+        found = [learned.reasons.get(key) for learned in everyone if key in learned.input_of.values()]
+        if found[0] is not None and None not in found:
+            reasons[key] = Reason(found[0])
+    return reasons
 
 
 def _merged(states: Sequence[dict[str, Tensor]]) -> AnyPCA:

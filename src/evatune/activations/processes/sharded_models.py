@@ -7,10 +7,8 @@ and what was gathered would stay.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,26 +61,6 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
     finally:
         for module in _fully_sharded(model):
             module.reshard()
-
-
-@contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed; only a second one interrupts at once."""
-    pressed: list[bool] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _fully_sharded(model: nn.Module) -> Iterator[Any]:

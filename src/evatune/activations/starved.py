@@ -19,13 +19,12 @@ from collections.abc import Mapping
 
 import torch
 
-from evatune.activations.layer_type import LINEAR
-from evatune.activations.layers.targets import TargetModule
+from evatune.activations.layer_type import LINEAR, TargetModule
 from evatune.pca import AnyPCA
 from evatune.pca.subspace import complete_basis
+from evatune.settings import Reason
 from evatune.spectra import Spectrum
 
-TOO_FEW = "too few rows"
 _EXPERT = re.compile(r"(?P<group>.*experts?[^.]*)\.(?P<number>\d+)\.(?P<part>.+)")
 
 
@@ -111,7 +110,7 @@ def _spectrum_of(pca: AnyPCA, n_batches: int) -> Spectrum:
         total_variance=pca.total_variance_,
         n_rows=pca.n_samples_seen_,
         n_batches=n_batches,
-        stopped=TOO_FEW,
+        stopped=Reason.TOO_FEW_ROWS,
         backend="pooled experts",
     )
 
@@ -128,6 +127,6 @@ def _like_siblings(own: AnyPCA | None, fed: list[AnyPCA], number: int, n_batches
         total_variance=sum(pca.total_variance_ for pca in fed) / len(fed),
         n_rows=n_rows,
         n_batches=n_batches,
-        stopped=TOO_FEW,
+        stopped=Reason.TOO_FEW_ROWS,
         backend="mean of experts",
     )
