@@ -6,8 +6,9 @@ import os
 import stat
 
 import pytest
+import torch
 
-from evatune import EvaError
+from evatune import EvaError, files
 from evatune.files import check_writable, replace_folder, write_text
 
 
@@ -141,3 +142,70 @@ def test_a_path_that_can_be_written_comes_back_absolute(tmp_path, monkeypatch):
     assert listing(tmp_path) == [], "nothing is made"
     (tmp_path / "there").mkdir()
     assert check_writable("there", overwrite=True) == tmp_path / "there"
+
+
+def tensors(path, **more):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.int8)}, path, **more)
+    return path
+
+
+def test_a_sealed_file_is_the_same_for_every_reader(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    path = tensors(tmp_path / "x.safetensors", metadata={"format": "pt"})
+    before = load_file(path)
+    files.seal_tensors(path)
+    files.seal_tensors(path)  # again: nothing changes
+    after = load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+    files.check_tensors(path)
+
+
+def test_any_changed_byte_of_a_tensor_or_name_is_noticed(tmp_path):
+    path = tensors(tmp_path / "x.safetensors")
+    files.check_tensors(path)  # of another program: nothing to compare with
+    files.seal_tensors(path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for position in (8 + length, len(whole) - 1, whole.index(b'"a"') + 1):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(EvaError, match=r"x\.safetensors is damaged"):
+            files.check_tensors(tmp_path)
+    for size in (0, 4, 20, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(EvaError, match=r"x\.safetensors is damaged or cut short"):
+            files.check_tensors(path)
+
+
+def test_folders_are_sealed_when_they_are_complete(tmp_path):
+    with replace_folder(tmp_path / "ours", holds="x") as folder:
+        tensors(folder / "x.safetensors")
+    path = tmp_path / "ours" / "x.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(EvaError, match="is damaged or cut short: its checksum is not that of what was written"):
+        files.check_tensors(tmp_path / "ours")
+
+
+def test_checksums_tell_what_is_missing_or_changed(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    assert files.damaged_files(tmp_path) is None
+    files.write_checksums(tmp_path)
+    assert files.damaged_files(tmp_path) == []
+    (tmp_path / "a").write_text("c")
+    (tmp_path / "b").unlink()
+    assert files.damaged_files(tmp_path) == ["a", "b"]
+    (tmp_path / "checksums.json").write_text("{")
+    assert files.damaged_files(tmp_path) == ["checksums.json"]
+
+
+def test_json_has_no_word_for_what_is_not_finite():
+    assert files.json_text({"a": [float("nan"), 1.0, (float("inf"),)]}) == '{"a": [null, 1.0, [null]]}'

@@ -174,13 +174,13 @@ def test_a_truncated_tensor_file_is_named(folder, share):
     path = folder / "spectra.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(EvaError, match=r"spectra\.safetensors cannot be read .* damaged or cut short: measure again"):
+    with pytest.raises(EvaError, match=r"spectra\.safetensors is damaged or cut short: "):
         Spectra.load(folder)
 
 
 def test_bytes_that_are_no_tensor_file_are_named(folder):
     (folder / "spectra.safetensors").write_bytes(b"\x80\x04pickle me")
-    with pytest.raises(EvaError, match="cannot be read"):
+    with pytest.raises(EvaError, match="is damaged or cut short: it is no file of tensors"):
         Spectra.load(folder)
 
 
@@ -202,7 +202,7 @@ def test_a_manifest_that_is_damaged_is_named(folder, content):
 def test_every_entry_of_the_manifest_is_needed(folder):
     path = folder / "spectra.json"
     manifest = json.loads(path.read_text())
-    for name in set(manifest) - {"format"}:
+    for name in set(manifest) - {"format", "unreached"}:
         path.write_text(json.dumps({key: value for key, value in manifest.items() if key != name}))
         with pytest.raises(EvaError, match=r"spectra\.json is damaged"):
             Spectra.load(folder)

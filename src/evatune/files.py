@@ -15,8 +15,6 @@ from typing import Any
 
 from evatune.errors import EvaError
 
-CHECKSUMS = "SHA256SUMS"
-"""File with the checksums of a folder's tensors; `sha256sum -c` reads it too."""
 
 
 def user_cache() -> Path:
@@ -56,6 +54,8 @@ def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | No
 def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
 
+    Every `.safetensors` file in it gets a checksum, see `check_tensors`.
+
     Args:
         path: the folder to write.
         holds: a file that the folder will hold; a folder that exists without it is not replaced.
@@ -69,6 +69,8 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield temporary
+        for tensors in temporary.rglob("*.safetensors"):
+            seal_tensors(tensors)
         # mkdtemp makes a private folder; what replaces `path` gets the permissions of any other new folder.
         umask = os.umask(0)
         os.umask(umask)
@@ -131,27 +133,98 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every safetensors file of a folder into `SHA256SUMS`."""
-    files = sorted(folder.glob("*.safetensors"))
-    write_text(folder / CHECKSUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+_CHECKSUM = "evatune_sha256"
+"""Where a `.safetensors` file keeps its checksum: in the metadata that every reader of the format passes over."""
 
 
-def check_checksums(folder: Path) -> None:
-    """Check the tensors of a folder, if it has checksums.
+def seal_tensors(path: str | Path) -> None:
+    """Put a checksum of names, shapes and values into a `.safetensors` file; it is rewritten, or stays as it was.
+
+    Cost: the file is read and written once.
+    """
+    path = Path(path)
+    header, start = _header(path)
+    metadata = header.pop("__metadata__", {}) | {_CHECKSUM: _checksum(path, header, start)}
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as target, path.open("rb") as source:
+            target.write(len(text).to_bytes(8, "little") + text)
+            source.seek(start)
+            shutil.copyfileobj(source, target, _CHUNK)
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_tensors(path: str | Path) -> None:
+    """Check the `.safetensors` file at `path`, or all in a folder, against the checksum that each was written with.
+
+    A file without one, such as another program writes, is only checked for its length.
 
     Raises:
-        EvaError: a file is missing, or is not what was written.
+        EvaError: a file is not what was written.
     """
-    path = folder / CHECKSUMS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        wanted, _, name = line.partition("  ")
-        if not (folder / name).is_file() or _sha256(folder / name) != wanted:
+    path = Path(path)
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        header, start = _header(file)
+        metadata = header.pop("__metadata__", {})
+        if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(file, header, start):
             raise EvaError(
-                f"{folder / name} is not the file that {CHECKSUMS} beside it tells of; make the folder again."
+                f"{file} is damaged or cut short: its checksum is not that of what was written; make it again."
             )
 
 
-def _sha256(path: Path) -> str:
+def write_checksums(folder: str | Path) -> Path:
+    """Write `checksums.json` with the checksum of every other file in a folder: what has it is complete."""
+    folder = Path(folder)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _CHECKSUMS)
+    return write_json(
+        folder / _CHECKSUMS, {str(file.relative_to(folder)): _sha256(file, 0) for file in files}, indent=1
+    )
+
+
+def damaged_files(folder: str | Path) -> list[str] | None:
+    """Return the files of a folder that are not what `write_checksums` saw; None where it never saw the folder."""
+    folder = Path(folder)
+    if not (folder / _CHECKSUMS).is_file():
+        return None
+    try:
+        kept = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+    except ValueError:
+        return [_CHECKSUMS]
+    return [name for name, value in kept.items() if not (folder / name).is_file() or _sha256(folder / name, 0) != value]
+
+
+_CHECKSUMS = "checksums.json"
+_CHUNK = 1 << 22
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a `.safetensors` file, and where its tensors begin."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length) if 0 < length <= path.stat().st_size else b"")
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise EvaError(f"{path} is damaged or cut short: it is no file of tensors; make it again.") from None
+    if 8 + length + max(ends, default=0) != path.stat().st_size:
+        raise EvaError(f"{path} is damaged or cut short: its length is not what its header says; make it again.")
+    return header, 8 + length
+
+
+def _checksum(path: Path, header: dict[str, Any], start: int) -> str:
+    return _sha256(path, start, json.dumps(header, sort_keys=True).encode())
+
+
+def _sha256(path: Path, start: int, first: bytes = b"") -> str:
+    digest = hashlib.sha256(first)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(start)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

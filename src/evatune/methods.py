@@ -89,8 +89,6 @@ class Method:
     callbacks: tuple[str, ...] = ()
     """Homes of what training has to do besides, each a function that takes the checkpoint that training resumes from,
     or None, and returns a callback of transformers' `Trainer`."""
-    checkpoint_files: tuple[str, ...] = ()
-    """Files that these callbacks write into checkpoints, without which training cannot resume."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Options that make no sense with it, and why."""
 
@@ -144,7 +142,6 @@ METHODS: dict[str, Method] = {
             layers=_MATRICES,
             config="evatune.adapters.configs:adalora",
             callbacks=("evatune.training.adalora:AdaLoraCallback",),
-            checkpoint_files=("adalora.safetensors",),
             refuses=_alone("learns a singular value decomposition whose ranks change in training")
             | {"qlora": "is tested with full-precision weights only"},
         ),

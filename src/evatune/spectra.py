@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evatune.allocation import ComponentVariances, RankPlan, allocate
 from evatune.errors import EvaError, near_misses
-from evatune.files import replace_folder
+from evatune.files import check_tensors, json_text, replace_folder
 from evatune.settings import Planning, Reason, takes
 from evatune.tables import text_table
 
@@ -223,7 +223,7 @@ class Spectra(Mapping[str, Spectrum]):
         }
         with replace_folder(directory, holds="spectra.json", overwrite=overwrite) as folder:
             save_file(tensors, folder / "spectra.safetensors")
-            (folder / "spectra.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            (folder / "spectra.json").write_text(json_text(self.to_json(), indent=1) + "\n", encoding="utf-8")
         return Path(directory)
 
     @classmethod
@@ -240,6 +240,7 @@ class Spectra(Mapping[str, Spectrum]):
                 raise EvaError(
                     f"{directory} is not a folder of spectra: {path.name} is missing; run `evatune measure`."
                 )
+        check_tensors(tensors_path)
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
             if manifest["format_version"] > FORMAT_VERSION:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from evatune.adapters.base_change import base_change, convert_saved, load_start
 from evatune.errors import EvaError
-from evatune.files import replace_folder
+from evatune.files import check_tensors, replace_folder
 
 
 def attach_adapter(
@@ -73,6 +73,7 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
     """
     if not (Path(directory) / "adapter_config.json").is_file():
         raise EvaError(f"{directory} holds no adapter: it has no adapter_config.json.")
+    check_tensors(directory)
     try:
         with quiet_peft():
             if is_trainable and (started := load_start(model, directory)) is not None:

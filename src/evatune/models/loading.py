@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evatune.files import check_checksums
 from evatune.models.calls import check_choice, explained, no_progress_bars
 from evatune.models.sources import DTYPES, find_source
 
@@ -62,8 +61,6 @@ def load_model(
     check_choice("head", head, HEADS)
     source = find_source(name_or_path, gguf_file, dtype=dtype, revision=revision)
     loader = getattr(transformers, HEADS[head])
-    if isinstance(source, Path):
-        check_checksums(source)
     classes: dict[str, Any] = {}
     if labels is not None:
         classes["id2label"] = dict(enumerate(labels))

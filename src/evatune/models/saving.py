@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evatune.errors import EvaError
-from evatune.files import replace_folder, write_checksums
+from evatune.files import replace_folder
 from evatune.models.calls import no_progress_bars
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def save_model(
         (_without_quantization(model) if method else model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_checksums(folder)
     return Path(directory)
 
 

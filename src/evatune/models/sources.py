@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evatune.errors import EvaError, near_misses
-from evatune.files import user_cache
+from evatune.files import check_tensors, user_cache
 from evatune.models.calls import explained, no_progress_bars
 from evatune.models.saving import save_model
 
@@ -84,6 +84,8 @@ def find_source(
             found = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files with gguf_file: {', '.join(found)}" if found else ""
             raise EvaError(f"the folder {path} holds no model: it has no config.json{hint}.")
+        if dtype is not None:  # weights are wanted
+            check_tensors(path)
         return path
     if path.exists() or _looks_local(name):
         raise EvaError(f"there is no model folder {path}; give a hub id, a local folder or a .gguf file.")

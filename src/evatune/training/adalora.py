@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from evatune.adapters.adalora import allocator_state, kept_directions, restore_allocator, set_kept_directions
 from evatune.errors import EvaError
-from evatune.files import write_bytes
+from evatune.files import check_tensors, seal_tensors, write_bytes
 
 FILE_NAME = "adalora.safetensors"
 
@@ -49,6 +49,7 @@ class AdaLoraCallback(TrainerCallback):
                     f"{folder} holds no {FILE_NAME}, without which AdaLoRA cannot go on as planned; "
                     "resume from another checkpoint or start again."
                 )
+            check_tensors(folder / FILE_NAME)
             self._kept = restore_allocator(kwargs["model"], load_file(folder / FILE_NAME))
 
     def on_optimizer_step(
@@ -65,7 +66,7 @@ class AdaLoraCallback(TrainerCallback):
         """Put the scores into the checkpoint."""
         if state.is_world_process_zero:
             scores = allocator_state(kwargs["model"], self._kept)
-            write_bytes(_checkpoint(args, state) / FILE_NAME, save(scores))
+            seal_tensors(write_bytes(_checkpoint(args, state) / FILE_NAME, save(scores)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from evatune.files import json_text, write_text
+from evatune.files import json_text, write_checksums, write_text
 
 
 class RequireEva(TrainerCallback):
@@ -118,6 +118,15 @@ class ConsoleCallback(TrainerCallback):
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class ChecksumCallback(TrainerCallback):
+    """Finish a checkpoint with the checksums of its files: one that has them is complete."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write `checksums.json`."""
+        if state.is_world_process_zero:
+            write_checksums(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 class LastStepCallback(TrainerCallback):

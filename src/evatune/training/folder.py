@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
-from evatune.files import check_writable, write_text
+from evatune.files import check_writable, damaged_files, write_text
 from evatune.recipe import Recipe, load_recipe
 
 RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
@@ -52,19 +52,20 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
 
 
-def last_checkpoint(folder: Path, *, holding: Collection[str]) -> Path | None:
-    """Return the newest complete checkpoint of a run.
+def last_checkpoint(folder: Path, *, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint of a run that is complete and whole, by its checksums, which are written last.
 
     Args:
         folder: the run's folder.
-        holding: files without which a checkpoint is not complete; the Trainer writes its state last.
+        say: is told of checkpoints that are damaged.
     """
-    complete = [
-        path
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if all((path / name).is_file() for name in {"trainer_state.json", *holding})
-    ]
-    return max(complete, key=checkpoint_step) if complete else None
+    for checkpoint in sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=checkpoint_step, reverse=True):
+        damaged = damaged_files(checkpoint)
+        if damaged == []:
+            return checkpoint
+        why = "was not written to its end" if damaged is None else f"is damaged ({', '.join(damaged)})"
+        say(f"passed    {checkpoint.name}, which {why}")
+    return None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

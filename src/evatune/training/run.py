@@ -45,6 +45,7 @@ from evatune.tasks.scores import Scores, score_line
 from evatune.tasks.task import Task
 from evatune.training.arguments import total_steps, training_arguments
 from evatune.training.callbacks import (
+    ChecksumCallback,
     ConsoleCallback,
     InterruptCallback,
     JsonLinesCallback,
@@ -148,7 +149,7 @@ class _Run:
         if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
             # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
             adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
-            checkpoint = last_checkpoint(self.folder, holding=recipe.adapter.choice.method.checkpoint_files)
+            checkpoint = last_checkpoint(self.folder, say=self.say)
         else:
             adapted, checkpoint = self._new_adapter(model), None
         before = self._before(adapted)
@@ -261,6 +262,7 @@ class _Run:
             callbacks=callbacks,
             optimizers=(self._optimizer(model), None),
         )
+        trainer.add_callback(ChecksumCallback())  # after all that write into checkpoints
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         step = checkpoint_step(checkpoint) if checkpoint else None
