@@ -16,7 +16,6 @@ from typing import Any
 from evatune.errors import EvaError
 
 
-
 def user_cache() -> Path:
     """Return the folder for what can be made again: `EVATUNE_CACHE`, by default `~/.cache/evatune`."""
     return Path(os.environ.get("EVATUNE_CACHE") or "~/.cache/evatune").expanduser()
