@@ -7,6 +7,7 @@ A new layer type is one subclass of `LayerType` and one entry in `evatune.activa
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA
 from evatune.pca.one_hot import OneHotPCA
+
+EXPERT = re.compile(r"(?P<group>.*experts?[^.]*)\.(?P<number>\d+)\.(?P<part>.+)")
+"""Names of targets that are a part of one expert of several: "...experts.3.down_proj"."""
 
 Rows = Any
 """What the PCA of a layer type takes: a matrix (n, d), token numbers (n,), or one matrix for each part."""

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-
-IGNORED_LABEL = -100
-"""The label that the losses of PyTorch and transformers ignore."""
+from evatune.settings import IGNORED_LABEL
 
 _INPUTS = ("input_ids", "inputs_embeds")
 

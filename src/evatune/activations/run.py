@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from evatune.activations.input_state import InputState
-from evatune.activations.layer_type import Rows, TargetModule
+from evatune.activations.layer_type import EXPERT, Rows, TargetModule
 from evatune.activations.rows import RowMasks
-from evatune.activations.starved import is_expert
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import AnyPCA, StreamingPCA
@@ -114,7 +113,7 @@ class Run:
         in_decoder = "decoder" in key.split(".") and not any(
             map(self._is_encoder_output, target.layer.tensors(entering)[:1])
         )
-        if not self._warned_of_padding and is_expert(key) and self._hidden_among(entering):
+        if not self._warned_of_padding and EXPERT.fullmatch(key) and self._hidden_among(entering):
             self._warned_of_padding = True
             warnings.warn(
                 f"rows that enter the expert {key!r} cannot be told from the padding that is routed with them; "

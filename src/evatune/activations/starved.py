@@ -13,24 +13,16 @@ Fused experts follow their own rule, in `evatune.activations.layers.experts`.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 
-from evatune.activations.layer_type import LINEAR, TargetModule
+from evatune.activations.layer_type import EXPERT, LINEAR, TargetModule
 from evatune.pca import AnyPCA
 from evatune.pca.subspace import complete_basis
 from evatune.settings import Reason
 from evatune.spectra import Spectrum
-
-_EXPERT = re.compile(r"(?P<group>.*experts?[^.]*)\.(?P<number>\d+)\.(?P<part>.+)")
-
-
-def is_expert(name: str) -> bool:
-    """Tell whether a target is a part of one expert of several: "...experts.3.down_proj"."""
-    return _EXPERT.fullmatch(name) is not None
 
 
 def stand_ins(
@@ -55,7 +47,7 @@ def stand_ins(
     """
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, target in targets.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match and target.layer is LINEAR:
             families[match["group"], match["part"]].append(name)
     enters = _entered_parts(input_of)
@@ -89,7 +81,7 @@ def _entered_parts(input_of: Mapping[str, str]) -> set[tuple[str, str]]:
     first: dict[tuple[str, str], str] = {}
     entered = set()
     for name, key in input_of.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match and first.setdefault((match["group"], match["number"]), key) == key:
             entered.add((match["group"], match["part"]))
     return entered

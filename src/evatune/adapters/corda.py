@@ -17,9 +17,9 @@ from evatune.activations.batches import forward_arguments
 from evatune.activations.gradients import first_batches
 from evatune.activations.layer_type import LINEAR
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.rows import IGNORED_LABEL
 from evatune.adapters.preparation import Preparation, preprocessing
 from evatune.errors import EvaError
+from evatune.settings import IGNORED_LABEL
 
 
 @torch.no_grad()

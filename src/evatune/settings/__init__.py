@@ -6,6 +6,7 @@ nothing but the standard library and `evatune.errors`, so that `evatune --help` 
 
 from evatune.settings.adapter import Adapter, Gradients, Preparing
 from evatune.settings.measuring import (
+    IGNORED_LABEL,
     Decomposition,
     Measuring,
     Planning,
@@ -20,6 +21,7 @@ from evatune.settings.reasons import Reason
 from evatune.settings.section import Section, convert, describe_kind, field_docs, number, same_as, takes
 
 __all__ = [
+    "IGNORED_LABEL",
     "Adapter",
     "Decomposition",
     "Gradients",

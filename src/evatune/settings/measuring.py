@@ -9,6 +9,9 @@ from typing import Any, Literal
 from evatune.errors import EvaError
 from evatune.settings.section import Section, number
 
+IGNORED_LABEL = -100
+"""The label that the losses of PyTorch and transformers ignore."""
+
 DEFAULT_COMPONENTS = 32
 """How many components are kept where no rank says how many a plan may need: those of rank 16 with rho 2."""
 

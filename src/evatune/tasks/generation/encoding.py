@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evatune.errors import EvaError
+from evatune.settings import IGNORED_LABEL
 from evatune.tasks.generation.formats import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+IGNORED = IGNORED_LABEL
 """Label of a position that the loss leaves out."""
 
 
