@@ -31,7 +31,7 @@ from torch import nn
 
 from evatune import StreamingPCA
 from evatune.files import write_text
-from evatune.pca.threads import on_one_thread_each
+from evatune.pca import learn_all
 from evatune.settings import max_components
 from evatune.tables import markdown_table, text_table
 from initialization import load, processor, text_batches
@@ -66,7 +66,7 @@ class Timed:
     def finish(self, rank: int) -> float:
         """Find the final components of all inputs; returns the seconds it took."""
         started = time.perf_counter()
-        on_one_thread_each(lambda pca: pca.refresh().components_, self.pcas[rank].values())
+        learn_all(self.pcas[rank].values())
         return time.perf_counter() - started
 
 

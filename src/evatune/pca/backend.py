@@ -25,10 +25,9 @@ from evatune.pca.together import Steps, alone
 Pairs = tuple[Tensor, Tensor]
 """Orthonormal eigenvectors in columns (d, p) and their eigenvalues (p,), descending."""
 
-
 WORKING_COPIES = 4
-"""A factorization works in so many copies of a state, counted in the code: a scatter matrix or a sketch without the
-mean, and another in float64."""
+"""A factorization works in so many copies of a state, as counted in the code: the state without the mean, the same in
+float64, and what is multiplied with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class State(ABC):
     @property
     @abstractmethod
     def is_due(self) -> bool:
-        """Whether the rows since the last time are so many that the state should settle."""
+        """Whether so many rows came since the state last settled that it should settle again."""
 
     @abstractmethod
     def settle(self) -> Steps[State]:
@@ -117,7 +116,7 @@ class State(ABC):
 
     @abstractmethod
     def condensed(self) -> State:
-        """Return a state that merges about as well and is smaller, if there is one."""
+        """Return a smaller state that merges about as well, if there is one, else this one."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
