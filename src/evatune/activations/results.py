@@ -10,8 +10,7 @@ from evatune.activations.layer_type import TargetModule
 from evatune.activations.run import Learned
 from evatune.activations.starved import stand_ins
 from evatune.errors import EvaError, EvaWarning
-from evatune.pca import AnyPCA
-from evatune.pca.threads import on_one_thread_each
+from evatune.pca import AnyPCA, learn_all
 from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
@@ -69,8 +68,7 @@ def spectra_of(
     for key in dict.fromkeys(learned.input_of.values()):
         if key not in fitted and key not in standing_in:
             raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
-    if all(pca.mean_.device.type == "cpu" for pca in fitted.values()):
-        on_one_thread_each(_finish, fitted.values())  # an accelerator is busy with one
+    learn_all(fitted.values())
     inputs = standing_in | {
         key: _spectrum(pca, n_batches=n_batches, stopped=learned.reasons.get(key, stopped))
         for key, pca in fitted.items()
@@ -110,11 +108,6 @@ def _check_rows(n_rows: int, n_components: int, n_batches: int) -> None:
             f"{n_rows} rows in {n_batches} batches are fewer than the {n_components} components asked for; "
             "give more or longer batches, or a smaller rank, rho or n_components."
         )
-
-
-def _finish(pca: AnyPCA) -> None:
-    """Find the final components."""
-    _ = pca.refresh().components_
 
 
 def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason) -> Spectrum:

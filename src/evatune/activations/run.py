@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from evatune.activations.layer_type import EXPERT, Rows, TargetModule
 from evatune.activations.rows import RowMasks
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared
 from evatune.errors import EvaError, EvaWarning
-from evatune.pca import AnyPCA, StreamingPCA
-from evatune.pca.threads import on_one_thread_each
+from evatune.pca import AnyPCA, StreamingPCA, look_all, settle_all
 from evatune.settings import Reason, Stopping
 
 Needed = Callable[[Mapping[str, str], Mapping[str, InputState]], Mapping[str, int]]
@@ -92,7 +91,6 @@ class Run:
         self._input_of: dict[str, str] = {}
         self._n_batches = 0
         self._masks = RowMasks()
-        self._side_by_side = True  # an accelerator is busy with one factorization
         self._warned_of_padding = False
         self._started = time.perf_counter()
 
@@ -103,7 +101,7 @@ class Run:
         self._masks = masks
         if self._rule.has_rule and is_check(self._n_batches + 1, per_doubling=self._per_doubling):
             compared = [state for state in self._fitted() if is_compared(state, self._rule)]
-            self._each(_look, compared)
+            look_all(state.pca for state in compared)
             for state in compared:
                 state.before = state.pca.look()
 
@@ -131,12 +129,11 @@ class Run:
                 break
             if self._state_device is not None:
                 rows = _moved(rows, self._state_device)
-            self._side_by_side &= (rows if isinstance(rows, Tensor) else rows[0]).device.type == "cpu"
             if key not in self.inputs:
                 pca = target.layer.new_pca(target.module, self._n_components, self._new_pca)
                 self.inputs[key] = InputState(pca=pca)
             try:
-                self.inputs[key].pca.partial_fit(rows)
+                self.inputs[key].pca.add(rows)
             except EvaError as error:
                 raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
         return True
@@ -158,6 +155,7 @@ class Run:
         """
         self._input_of = dict(input_of)
         self._n_batches += 1
+        settle_all(state.pca for state in self.inputs.values())
         if self._alone and is_check(self._n_batches, per_doubling=self._per_doubling):
             self.conclude(self.findings())
 
@@ -168,21 +166,18 @@ class Run:
         if not self._rule.has_rule:
             return {}
         undone = {key: state for key, state in self.inputs.items() if state.pca.is_fitted and state.reason is None}
-        self._each(_look, undone.values())
+        look_all(state.pca for state in undone.values())
         needed = self._needed(self._input_of, self.inputs) if self._needed is not None else {}
-        findings: dict[str, Finding] = {}
-
-        def search(key: str) -> None:
-            findings[key] = find(undone[key], self._rule, n_needed=needed.get(key, self._n_components))
-
-        self._each(search, undone)
-        return {key: findings[key] for key in undone}
+        return {
+            key: find(state, self._rule, n_needed=needed.get(key, self._n_components)) for key, state in undone.items()
+        }
 
     def conclude(self, findings: Mapping[str, Finding]) -> None:
         """Apply the rules to what was found, here or by several processes together, and prepare for the next check."""
         states = {key: self.inputs[key] for key in findings}
         decide(states, findings, self._rule)
-        self._each(lambda state: begin(state, self._rule, per_doubling=self._per_doubling), states.values())
+        for state in states.values():
+            begin(state, self._rule, per_doubling=self._per_doubling)
         self._note()
 
     def _note(self) -> None:
@@ -227,18 +222,6 @@ class Run:
 
     def _most_rows(self) -> int:
         return max((state.pca.n_samples_seen_ for state in self._fitted()), default=0)
-
-    def _each(self, action: Callable[[Any], None], items: Iterable[Any]) -> None:
-        if self._side_by_side:
-            on_one_thread_each(action, items)
-        else:
-            for item in items:
-                action(item)
-
-
-def _look(state: InputState) -> None:
-    """Find components good enough for checks; they stay known until more rows come."""
-    state.pca.look()
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:

@@ -155,13 +155,6 @@ class AnyPCA(Protocol):
     # -- exchange and saving ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def leading(self) -> AnyPCA:
-        """Return an object that knows the leading components, their variances and the mean, and merges with its like.
-
-        Processes exchange it while they go on: (k + 1) d numbers instead of the (d, l) or (d, d) of the state.
-        """
-
-    @abstractmethod
     def condensed(self) -> AnyPCA:
         """Return an object for processes to exchange at the end: it merges as this one does, and is smaller if it can.
 

@@ -183,12 +183,8 @@ class OneHotPCA(AnyPCA):
         """Singular values of the centred rows, (k,)."""
         return self._decompose()[1]
 
-    def leading(self) -> Self:
-        """Return this object: counts are smaller than components."""
-        return self
-
     def condensed(self) -> Self:
-        """Return this object."""
+        """Return this object: counts are smaller than components."""
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

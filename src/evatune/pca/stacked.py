@@ -171,10 +171,6 @@ class StackedPCA(AnyPCA):
 
     # -- exchange and saving ------------------------------------------------------------------------------------------
 
-    def leading(self) -> Self:
-        """Return a stack of what `StreamingPCA.leading` returns for each part."""
-        return self._of([part.leading() if part.is_fitted else part for part in self.parts], alike=self.alike)
-
     def condensed(self) -> Self:
         """Return a stack of what `StreamingPCA.condensed` returns for each part."""
         return self._of([part.condensed() if part.is_fitted else part for part in self.parts], alike=self.alike)

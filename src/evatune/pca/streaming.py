@@ -19,7 +19,6 @@ from evatune.pca.backends import AUTO, BACKENDS, STATES, choose_backend
 from evatune.pca.checks import check_rows, refuse_non_finite
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
 from evatune.pca.cost import Cost
-from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype, unrounded
 from evatune.pca.subspace import complete_basis, fix_signs
@@ -316,11 +315,6 @@ class StreamingPCA(AnyPCA):
         return self._fitted().name
 
     # -- exchange and saving ------------------------------------------------------------------------------------------
-
-    def leading(self) -> StreamingPCA:
-        """Return an object that knows the components of `look`, their variances, the mean and the total variance."""
-        state, look = self._fitted(), self.look()
-        return self._of(LeadingState.of(state.wanted, state.moments, look.components, look.singular_values))
 
     @torch.no_grad()
     def condensed(self) -> StreamingPCA:
