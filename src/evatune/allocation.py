@@ -1,6 +1,6 @@
 """Rank allocation: redistribute a budget of LoRA ranks over all targets by explained variance (Section 3.3).
 
-Shapes: k components of one target, N targets. This module knows numbers only, neither models nor tensors.
+Shapes: k components of one target, N targets. This module works on numbers, not on models or tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _ratio(target: ComponentVariances) -> Array:
 
 
 def _paper(target: ComponentVariances) -> Array:
-    """Equation 3 to the letter: σ² / ((M - 1) · ‖σ‖₁) with the ℓ1 norm of the kept singular values below."""
+    """Equation 3 literally: σ² / ((M - 1) · ‖σ‖₁), where ‖σ‖₁ is the ℓ1 norm of the kept singular values."""
     singular_values = np.sqrt(target.explained_variance * (target.n_rows - 1))
     return target.explained_variance / singular_values.sum()
 
@@ -52,12 +52,12 @@ def _raw(target: ComponentVariances) -> Array:
 
 
 def _max(target: ComponentVariances) -> Array:
-    """Eigenvalues over the largest of the same input (EVA-Max, Table 20)."""
+    """Eigenvalues divided by the largest one of the same input (EVA-Max, Table 20)."""
     return target.explained_variance / target.explained_variance.max()
 
 
 def _sum(target: ComponentVariances) -> Array:
-    """Eigenvalues over the sum of the kept ones of the same input."""
+    """Eigenvalues divided by the sum of the kept ones of the same input."""
     return target.explained_variance / target.explained_variance.sum()
 
 
@@ -80,7 +80,7 @@ class RankPlan:
     alphas: dict[str, float]
     """lora_alpha of each target: alpha · r_new / r, under rsLoRA alpha · √(r_new / r) (Section 4.1 of the paper)."""
     base_ranks: dict[str, int]
-    """What uniform LoRA would have given each target."""
+    """Rank of each target in uniform LoRA."""
     explained: dict[str, float]
     """Share of the variance of its input that the components of each target explain."""
     in_features: dict[str, int]
@@ -94,23 +94,23 @@ class RankPlan:
     use_rslora: bool = False
     """Whether scale is alpha / √r instead of alpha / r."""
     budget_in: str = "components"
-    """What was given away: `components`, or trainable `parameters`."""
+    """Unit of the budget: `components`, or trainable `parameters`."""
     train_a: bool = True
-    """Whether A is trained as well as B; where it is frozen, B alone is counted as trainable."""
+    """Whether A is trained as well as B; if A is frozen, only the parameters of B count."""
 
     @property
     def budget(self) -> int:
-        """How many components there were to give away."""
+        """The budget in components: the sum of the ranks of uniform LoRA."""
         return sum(self.base_ranks.values())
 
     @property
     def total(self) -> int:
-        """How many were given; a budget in components is used up unless targets are too narrow to take more."""
+        """The sum of the planned ranks; equal to a budget in components unless all targets are at their limits."""
         return sum(self.ranks.values())
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters of the adapter: Σ r (in + out), or Σ r · out where A is frozen."""
+        """Trainable parameters of the adapter: Σ r (in + out), or Σ r · out if A is frozen."""
         return self._count(self.ranks)
 
     @property
@@ -187,15 +187,15 @@ def allocate(
     settings: Planning | None = None,
     **options: Any,
 ) -> RankPlan:
-    """Give the Σ r components that explain most to their targets, at most round(rho * r) to one.
+    """Select the Σ r components with the highest scores over all targets, at most round(rho * r) of one target.
 
-    With a budget in parameters, a component of a target costs in_features + out_features, uniform LoRA's parameters are
-    what there is to spend, and the components that explain most per parameter get it, as long as they can be paid. Only
-    parameters that are trained count: where A is frozen (`train_a=False`), a component costs out_features, the column
-    of B, and what there is to spend are the parameters of uniform LoRA's B.
+    With a budget in parameters, a component of a target costs in_features + out_features, the budget is the number of
+    parameters of uniform LoRA, and components are sorted by score per parameter; one that costs more than what is left
+    of the budget is skipped. Only trained parameters count: if A is frozen (`train_a=False`), a component costs
+    out_features, the column of B, and the budget is the number of parameters of uniform LoRA's B.
 
-    Ties are broken by component number, then by the order of targets, so that equal targets get equal ranks as far as
-    the budget allows. Components of an input that never varies come last.
+    Equal scores are ordered by component number, then by the order of the targets. So equal targets get equal ranks,
+    unless the budget ends among them. Components of an input without variance have score zero.
 
     Args:
         targets: variances by target name, in the order of the model.
@@ -260,9 +260,9 @@ def allocate(
 
 
 def _spend(owners: Array, costs: Mapping[str, int], *, available: int) -> dict[str, int]:
-    """Give components to their owners in this order, each that can still be paid.
+    """Return the ranks after selecting components in this order; one that costs more than what is left is skipped.
 
-    Components of one target cost the same, so after one that cannot be paid none of it can: ranks are prefixes.
+    All components of one target cost the same, so after a skipped one all later ones of that target are skipped too.
     """
     names = list(costs)
     ranks = dict.fromkeys(names, 0)
@@ -275,10 +275,10 @@ def _spend(owners: Array, costs: Mapping[str, int], *, available: int) -> dict[s
 
 
 def _scores(metric: str, target: ComponentVariances) -> Array:
-    """Return the scores of one target, non-increasing; zeros where its input never varies."""
+    """Return the scores of one target, non-increasing; zeros if its input has no variance."""
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = np.nan_to_num(METRICS[metric](target), nan=0.0, posinf=0.0, neginf=0.0)
-    # Rounding must not let a later component win over an earlier one of the same target: ranks are prefixes.
+    # Despite rounding, a later component of a target must not score higher than an earlier one.
     return np.minimum.accumulate(np.maximum(scores, 0.0))
 
 

@@ -15,7 +15,7 @@ class EvaError(ValueError):
 
 
 class EvaWarning(UserWarning):
-    """Something that evatune did differently from what was asked, and said so."""
+    """evatune did something else than what was asked, or a result may be inaccurate."""
 
 
 def near_misses(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -17,7 +17,7 @@ from evatune.errors import EvaError
 
 
 def user_cache() -> Path:
-    """Return the folder for what can be made again: `EVATUNE_CACHE`, by default `~/.cache/evatune`."""
+    """Return the folder for cached files: `EVATUNE_CACHE`, by default `~/.cache/evatune`."""
     return Path(os.environ.get("EVATUNE_CACHE") or "~/.cache/evatune").expanduser()
 
 
@@ -70,7 +70,7 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
         yield temporary
         for tensors in temporary.rglob("*.safetensors"):
             seal_tensors(tensors)
-        # mkdtemp makes a private folder; what replaces `path` gets the permissions of any other new folder.
+        # mkdtemp makes a private folder; the folder at `path` gets the permissions of any other new folder.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -84,7 +84,7 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
-    """Return plain values as JSON; what is not finite becomes null, since JSON has no word for it."""
+    """Return plain values as JSON; numbers that are not finite become null, since JSON cannot express them."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -133,11 +133,11 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 _CHECKSUM = "evatune_sha256"
-"""Where a `.safetensors` file keeps its checksum: in the metadata that every reader of the format passes over."""
+"""Key of the checksum in a `.safetensors` file's metadata, which all readers of the format ignore."""
 
 
 def seal_tensors(path: str | Path) -> None:
-    """Put a checksum of names, shapes and values into a `.safetensors` file; it is rewritten, or stays as it was.
+    """Put a checksum of names, shapes and values into a `.safetensors` file; after an error the file is unchanged.
 
     Cost: the file is read and written once.
     """
@@ -162,7 +162,7 @@ def seal_tensors(path: str | Path) -> None:
 def check_tensors(path: str | Path) -> None:
     """Check the `.safetensors` file at `path`, or all in a folder, against the checksum that each was written with.
 
-    A file without one, such as another program writes, is only checked for its length.
+    A file without a checksum (written by another program) is only checked for its length.
 
     Raises:
         EvaError: a file is not what was written.
@@ -178,7 +178,7 @@ def check_tensors(path: str | Path) -> None:
 
 
 def write_checksums(folder: str | Path) -> Path:
-    """Write `checksums.json` with the checksum of every other file in a folder: what has it is complete."""
+    """Write `checksums.json` with the checksum of every other file in a folder: a folder that has it is complete."""
     folder = Path(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _CHECKSUMS)
     return write_json(
@@ -187,7 +187,7 @@ def write_checksums(folder: str | Path) -> Path:
 
 
 def damaged_files(folder: str | Path) -> list[str] | None:
-    """Return the files of a folder that are not what `write_checksums` saw; None where it never saw the folder."""
+    """Return the files of a folder that have changed since `write_checksums`; None if it was never called on it."""
     folder = Path(folder)
     if not (folder / _CHECKSUMS).is_file():
         return None

@@ -1,7 +1,7 @@
 """The recipe: everything that one fine-tuning run depends on, as plain dataclasses.
 
-A recipe comes from a YAML file, from the options of the command line, or from Python; each of the three builds the same
-objects, which check themselves. The text under a field is its help on the command line.
+A recipe comes from a YAML file, from the options of the command line, or from Python; all three build the same
+objects, which check their values. The text under a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TrainSettings(Section):
     learning_rate: float = number(5e-4, above=0)
     """Highest learning rate of AdamW."""
     lora_plus_ratio: float = number(16.0, low=1)
-    """Learning rate of B over that of A, with `lora+`."""
+    """Learning rate of B divided by that of A, with `lora+`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
     final_learning_rate: float = number(0.0, low=0)
@@ -97,11 +97,11 @@ class TrainSettings(Section):
     weight_decay: float = number(0.0, low=0)
     """Weight decay of AdamW."""
     layer_decay: float = number(1.0, above=0, high=1)
-    """Learning rate of a block over that of the next one above, for full fine-tuning; 1 keeps them equal."""
+    """Learning rate of a block divided by that of the next higher block, for full fine-tuning; 1 keeps them equal."""
     max_grad_norm: float = number(1.0, low=0)
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    """Gradients with a larger norm are scaled down to this norm; 0 switches this off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16` is autocast; `auto` uses it where this machine computes it fast."""
+    """`bf16` is autocast; `auto` uses it if this machine computes it fast."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
     allow_nonfinite: bool = False
@@ -111,7 +111,7 @@ class TrainSettings(Section):
     eval_steps: int | None = number(None, low=1)
     """Also evaluate the held-out data every so many steps."""
     save_steps: int | None = number(None, low=1)
-    """Write a checkpoint every so many steps; without it only an interruption writes one."""
+    """Write a checkpoint every so many steps; by default only an interruption writes one."""
     keep_checkpoints: int = number(1, low=1)
     """Newest checkpoints that stay on disk."""
     seed: int = number(0, low=0)
@@ -258,7 +258,7 @@ class Setting:
     path: str
     """Dotted name, for example `train.learning_rate`."""
     option: str
-    """Shortest option that names it alone, for example `--learning-rate`."""
+    """Shortest option that names this setting only, for example `--learning-rate`."""
     kind: Any
     """Its type annotation."""
     default: Any
@@ -280,7 +280,7 @@ def all_settings() -> tuple[Setting, ...]:
     for section, leaf, kind in leaves:
         path = f"{section.section}.{leaf.name}".lstrip(".")
         short = leaf.name if names.count(leaf.name) == 1 else path
-        # The first setting of model and data is what people mean by `--model` and `--data`.
+        # `--model` and `--data` mean the main setting of these sections.
         short = {"model.name": "model", "data.train": "data"}.get(path, short)
         having = tuple(name for name, domain in DOMAINS.items() if leaf.name in domain.settings.field_names())
         settings.append(
@@ -330,7 +330,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 
 def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
-    """Yield section, field and type of every setting; what several tasks have in `data` comes once."""
+    """Yield section, field and type of every setting; a setting that several tasks have in `data` comes once."""
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         kinds: list[Any] = [hints[field.name]]
@@ -412,7 +412,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(node: Any, path: Path) -> None:
-    """Check that no mapping has two keys of one name, of which YAML would take the last in silence."""
+    """Check that no mapping has the same key twice; YAML would silently take the last one."""
     if node is None or isinstance(node.value, str):
         return
     if node.id == "sequence":
@@ -435,7 +435,7 @@ def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     def local(value: Any) -> Any:
         if not isinstance(value, str) or not value or value.startswith(("~", "$", "package:")):
             return value
-        # A hub id looks like a relative path: what is there as a file is a file.
+        # A hub id looks like a relative path: if the path exists, it is a path.
         return os.path.normpath(folder / value) if (folder / value).exists() else value
 
     content = dict(content)

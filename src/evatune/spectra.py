@@ -1,7 +1,7 @@
-"""`Spectra`: what was measured of a model's activations, as a value that can be saved, loaded, merged and planned from.
+"""`Spectra`: what was measured of a model's activations, as a value that can be saved, loaded and planned from.
 
-A folder of spectra holds `spectra.safetensors` (the numbers) and `spectra.json` (what they are). Nothing is unpickled,
-and neither the model nor the data are needed to plan from it.
+A folder of spectra holds `spectra.safetensors` (the numbers) and `spectra.json` (what they are). Nothing is unpickled.
+Planning needs neither the model nor the data.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Spectrum:
     backend: str
     """The backend of `StreamingPCA` that was used."""
     captured_error: float | None = None
-    """Estimated share of the variance that the best k components capture that these miss; None where unknown."""
+    """Estimate of the variance that these components miss, as a share of what the best k capture; None if unknown."""
 
     @property
     def explained_variance(self) -> Tensor:
@@ -57,7 +57,7 @@ class Spectrum:
 
     @property
     def explained_variance_ratio(self) -> Tensor:
-        """Share of the total variance along each component, (k,); zeros where the input never varies."""
+        """Share of the total variance along each component, (k,); zeros if the input has no variance."""
         if self.total_variance <= 0:
             return torch.zeros_like(self.singular_values)
         return self.explained_variance / self.total_variance
@@ -70,7 +70,7 @@ class Target:
     name: str
     """Its name in the base model."""
     input: str
-    """Key of its input in `Spectra.inputs`; targets that receive the very same tensor share one."""
+    """Key of its input in `Spectra.inputs`; targets that receive the same tensor object share one."""
     in_features: int
     """Width of its input."""
     out_features: int
@@ -84,7 +84,7 @@ class Spectra(Mapping[str, Spectrum]):
     targets: dict[str, Target]
     """The targets by name, in the order of the model."""
     inputs: dict[str, Spectrum]
-    """The measured inputs by key, the name of the first target that receives each."""
+    """The measured inputs; the key is the name of the first target that receives the input."""
     model_name: str = ""
     """Name or path of the model."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Spectra(Mapping[str, Spectrum]):
             rank: rank r of uniform LoRA, for all targets or by target name; the budget is its sum. By default 16.
             rho: a target gets at most round(rho * r) components; 1 keeps the ranks uniform. By default 2.
             weights: factor on the scores of each target, by name; by default 1.
-            settings: all options in one object; what else is given changes it.
+            settings: all options in one object; other arguments override its fields.
             options: see the list below.
 
         Returns:

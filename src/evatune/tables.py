@@ -21,7 +21,7 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, alig
     Args:
         headers: one title a column.
         rows: the cells; `None` is shown as a dash, whole numbers get thousands separators, other numbers four
-            significant digits. Give a string where another form is wanted.
+            significant digits. For another format, give a string.
         align: one letter a column, "l" or "r"; by default columns of numbers go right and the others left.
 
     Returns:
@@ -75,7 +75,7 @@ def bar(value: float, largest: float, *, width: int = 20) -> str:
         width: characters of a full bar.
 
     Returns:
-        The bar, without blanks behind it.
+        The bar, without trailing spaces.
 
     Example:
         >>> bar(3, 4, width=2)

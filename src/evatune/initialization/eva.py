@@ -15,7 +15,7 @@ def eva(components_kd: Tensor, rank: int, *, singular_values: Tensor | None = No
     """Return the rows of `A`: the leading `rank` components, whitened if asked.
 
     With `B` = 0 the adapter starts as A = (v_1 ... v_r), or A = (v_1 / sqrt(s_1) ... v_r / sqrt(s_r)) when whitened.
-    A direction in which the input does not vary (s_j is zero to rounding) has nothing to whiten: it keeps length one.
+    A direction without variance (s_j is zero to rounding) is not whitened: it keeps length one.
 
     Args:
         components_kd: principal components, shape (k, in_features), leading first, rows of length one.
@@ -24,8 +24,8 @@ def eva(components_kd: Tensor, rank: int, *, singular_values: Tensor | None = No
         whiten: divide each row by the square root of its singular value, as the authors' code does.
 
     Returns:
-        `A` of shape (rank, in_features), on the device and in the dtype of the components. It owns its memory: targets
-        that share an input can each take one, whiten it and train it apart.
+        `A` of shape (rank, in_features), on the device and in the dtype of the components. It has memory of its own,
+        so targets that share an input can each train their own copy.
 
     Raises:
         EvaError: `rank` is out of range, or `whiten` without one singular value a component.

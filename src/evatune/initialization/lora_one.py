@@ -16,7 +16,7 @@ def lora_one(gradient_od: Tensor, rank: int, *, scaling: float = 1.0, step: floa
 
     With G = U S V^T the gradient of the loss by the weight:  s B A = -step * U_r S_r V_r^T / S_1,  B = -U_r D and
     A = D V_r^T with D = sqrt(step S_r / (s S_1)). The largest singular value of the change of the weight is `step`,
-    whatever the size of the gradient. The base weight stays as it is, so the model's outputs change: that is the step.
+    whatever the size of the gradient. The base weight is not changed, so the model's outputs change by this step.
 
     Args:
         gradient_od: gradient of the loss by the weight, shape (out_features, in_features).

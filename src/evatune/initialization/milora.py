@@ -15,8 +15,8 @@ def milora(weight_od: Tensor, rank: int, *, scaling: float = 1.0) -> tuple[Tenso
     """Return `A` and `B` whose scaled product is the part of the weight with the smallest singular values.
 
     With W = U S V^T and the last r singular triples U_r, S_r, V_r:  A = sqrt(S_r / s) V_r^T,  B = U_r sqrt(S_r / s),
-    so that s B A = U_r S_r V_r^T, which the caller takes out of the frozen weight. Training starts from W and moves
-    first where the pretrained weight holds least.
+    so that s B A = U_r S_r V_r^T, which the caller subtracts from the frozen weight. Training starts from W and
+    changes the directions with the smallest singular values first.
 
     Args:
         weight_od: shape (out_features, in_features).

@@ -12,7 +12,7 @@ from torch import Tensor
 def rotated(A_rd: Tensor, *, seed: int = 0) -> Tensor:
     """Return Q A with a random orthogonal r x r matrix Q: other directions in the same span (EVA-rot).
 
-    As EVA's rows are orthonormal, so are the new ones, and A^T A, hence the span, stays what it was.
+    EVA's rows are orthonormal, so the new ones are too. A^T A and the span do not change.
 
     Args:
         A_rd: shape (rank, in_features).
@@ -29,7 +29,7 @@ def rotated(A_rd: Tensor, *, seed: int = 0) -> Tensor:
 def permuted(A_rd: Tensor, *, seed: int = 0) -> Tensor:
     """Return the same rows in random order (EVA-perm).
 
-    As B starts from zero and an optimizer treats all rows alike, nothing but rounding can come of it: a control.
+    B starts from zero and an optimizer treats all rows alike, so results differ by rounding only: this is a control.
 
     Args:
         A_rd: shape (rank, in_features).
@@ -44,8 +44,8 @@ def permuted(A_rd: Tensor, *, seed: int = 0) -> Tensor:
 def shuffled(A_rd: Tensor, *, seed: int = 0) -> Tensor:
     """Return the matrix with the entries of each column in random order: same entries, other directions (EVA-shuffle).
 
-    This is what the authors' published image-classification code calls a permutation, and what fits the paper's words
-    that it keeps the scale but spoils directions and row norms.
+    The authors' published image-classification code calls this a permutation. It fits the paper's statement that the
+    permutation keeps the scale but changes directions and row norms.
 
     Args:
         A_rd: shape (rank, in_features).

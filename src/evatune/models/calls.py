@@ -32,7 +32,7 @@ def explained(name: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Silence the progress bars of transformers (a bar for loading weights that takes no time)."""
+    """Switch off the progress bars of transformers, such as the one for loading weights."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

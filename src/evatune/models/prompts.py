@@ -1,4 +1,4 @@
-"""How a prompt becomes what a model reads: the same in training and in use, and kept beside the adapter."""
+"""The template around a prompt: the same in training and at inference, saved beside the adapter."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class PromptTemplate:
     """
 
     text: str | None = "{prompt}"
-    """What the model reads, with `{prompt}` for the prompt; the answer follows at once. None: the chat template."""
+    """What the model reads, with `{prompt}` for the prompt; the answer follows directly. None: the chat template."""
 
     def render(
         self, prompt: str, tokenizer: PreTrainedTokenizerBase | None = None, *, system: str | None = None
     ) -> str:
-        """Return the text that stands before the answer.
+        """Return the string that comes before the answer.
 
         Args:
             prompt: what the user wrote.
-            tokenizer: writes the chat template, which needs one; its special tokens are in the text then.
+            tokenizer: needed for the chat template only; the string then contains its special tokens.
             system: the system message of the chat template.
 
         Raises:

@@ -26,8 +26,9 @@ def save_model(
 ) -> Path:
     """Save a model, also one that was loaded from GGUF, as an ordinary folder of configuration and safetensors.
 
-    Transformers refuses to save a model that it loaded from GGUF, although its weights are plain floats. Here the same
-    tensors (no copy is made) are put into a model of the same class without the quantization entry, and that is saved.
+    Transformers refuses to save a model that it loaded from GGUF, although its weights are plain floats. This
+    function puts the same tensors (no copies) into a model of the same class without the quantization entry and saves
+    that model.
     Tied weights stay tied. The given model is not changed.
 
     Args:

@@ -28,7 +28,7 @@ class _Gguf:
     path: Path
 
     def converted(self, dtype: str | None) -> Path:
-        """Return the folder of the dequantized copy, made now if needed; with `dtype` None any copy will do."""
+        """Return the folder of the dequantized copy, which is made if needed; with `dtype` None a copy in any dtype."""
         stat = self.path.stat()
         key = hashlib.sha256(f"{self.path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
         cache = user_cache() / "gguf"

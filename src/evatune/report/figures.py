@@ -1,6 +1,6 @@
 """The figures: rank heat maps, explained-variance curves, loss and gradient-norm curves.
 
-Each function returns a `matplotlib.figure.Figure` that belongs to no window, and writes it where `path` says so.
+Each function returns a `matplotlib.figure.Figure` without a window, and writes it to `path` if one is given.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def rank_heatmap(plan: RankPlan, *, path: str | Path | None = None) -> Figure:
     right.set_title(f"Change from {uniform}")
     right.tick_params(labelleft=False)
 
-    # Thin out the numbers of layers where they would touch; what has a name of its own keeps it.
+    # Leave out some numbers of layers if they would overlap; rows with names keep their labels.
     step = 1 if cell_height >= 0.14 else 2
     shown = [i for i, row in enumerate(ranks.rows) if not row.isdecimal() or int(row) % step == 0]
     left.set_yticks(shown, [ranks.rows[i] for i in shown], fontsize=7.5 if cell_height >= 0.14 else 6.5)
@@ -187,7 +187,7 @@ def explained_variance_curves(spectra: Spectra, *, path: str | Path | None = Non
 
 
 def _curves_by_kind(spectra: Spectra) -> dict[str, np.ndarray]:
-    """Return cumulative shares (inputs, components) by the matrices that share an input, NaN behind a short one."""
+    """Return cumulative shares (inputs, components) by the matrices that share an input; short rows end with NaN."""
     places = locate(spectra.targets)
     receivers: dict[str, list[str]] = {key: [] for key in spectra.inputs}
     for name, target in spectra.targets.items():
@@ -209,7 +209,7 @@ def loss_curves(runs: Mapping[str, Log], *, smooth: int = 5, path: str | Path | 
 
     Args:
         runs: the log of each run by its label: entries with "step" and "loss" or "eval_loss".
-        smooth: the bold line is the mean of this many steps, up to and including the present one; 1 draws no other.
+        smooth: the bold line is the mean of this many steps, the last of which is the step itself; 1 draws one line.
         path: where to write the figure, as .svg, .png or .pdf.
 
     Returns:
@@ -223,7 +223,7 @@ def loss_curves(runs: Mapping[str, Log], *, smooth: int = 5, path: str | Path | 
     for label, look in looks(runs).items():
         steps, values = series(runs[label], "eval_loss")
         if len(steps):
-            if len(steps) < 3:  # before and after are two points and no curve
+            if len(steps) < 3:  # values before and after training alone make no curve
                 look = look | {"linestyle": "none"}
             axes.plot(
                 steps, values, marker="D", markersize=5, mfc="white", linewidth=1, label=f"{label}, held out", **look
@@ -263,7 +263,7 @@ def gradient_norms(runs: Mapping[str, Log], *, smooth: int = 1, path: str | Path
 
 
 def series(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and values of the entries of a log that hold both, in order of steps."""
+    """Return steps and values of the log entries that have both, in the order of the steps."""
     points = sorted(
         (entry["step"], float(entry[key])) for entry in log if "step" in entry and entry.get(key) is not None
     )
@@ -272,7 +272,7 @@ def series(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the mean of each value and the `width - 1` before it, of fewer at the start."""
+    """Return the mean of each value and the `width - 1` values before it (fewer at the start)."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)

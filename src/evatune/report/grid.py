@@ -25,13 +25,13 @@ class Place:
     """Where a target stands in a grid."""
 
     row: str
-    """The layer, as it is shown: "12", "decoder 12" where there are several stacks, the name outside any layer."""
+    """Title of the row: "12", "decoder 12" if there are several stacks, or the name of a module outside all layers."""
     column: str
     """The matrix, as it is shown: the shortest end of its path that no other matrix shares."""
     stack: str | None
-    """What the layer is part of, such as "model.layers"; None outside any layer."""
+    """The list that the layer is in, such as "model.layers"; None outside all layers."""
     index: int
-    """Number of the layer; -1 outside any layer."""
+    """Number of the layer; -1 outside all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,13 @@ class Grid:
     """One number for each layer and matrix."""
 
     rows: list[str]
-    """Titles of the rows: layers in ascending order stack by stack, then what is outside any layer."""
+    """Titles of the rows: the layers of each stack in ascending order, then modules outside all layers."""
     columns: list[str]
     """Titles of the columns, in the order of the model."""
     values: np.ndarray
-    """Mean of the values that fall into each cell, (rows, columns); NaN where there is no target."""
+    """Mean of the values in each cell, (rows, columns); NaN in a cell without a target."""
     counts: np.ndarray
-    """How many targets fall into each cell, (rows, columns); more than one for the experts of a layer."""
+    """Number of targets in each cell, (rows, columns); more than one for the experts of a layer."""
     breaks: list[int]
     """Rows before which another stack begins."""
 
@@ -88,7 +88,7 @@ def grid(values: Mapping[str, float]) -> Grid:
     """
     places = locate(values)
     stacks = {place.stack: number for number, place in reversed(list(enumerate(places.values())))}
-    stacks[None] = len(places)  # what is outside any layer stands below all layers
+    stacks[None] = len(places)  # modules outside all layers come below the layers
     ordered = sorted(places.values(), key=lambda place: (stacks[place.stack], place.index))
     rows = list(dict.fromkeys(place.row for place in ordered))
     columns = _columns(places.values())
@@ -107,7 +107,7 @@ Path = tuple[str, ...]
 
 
 def _columns(places: Collection[Place]) -> list[str]:
-    """Return the columns in the order of the model; what only some layers have stands where it stands in them."""
+    """Return the columns in the order of the model; a matrix that only some layers have keeps its place in them."""
     columns: list[str] = []
     before: Place | None = None
     for place in places:
@@ -119,7 +119,7 @@ def _columns(places: Collection[Place]) -> list[str]:
 
 
 def _split(name: str) -> tuple[Path | None, int, Path]:
-    """Return stack, layer and path inside the layer; the stack is None where no part of the name is a number."""
+    """Return stack, layer and path inside the layer; the stack is None if no part of the name is a number."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if first is None:

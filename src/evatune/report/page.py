@@ -1,4 +1,4 @@
-"""One HTML file with text, tables and figures that needs nothing else: no script, font or picture from elsewhere."""
+"""One HTML file with text, tables and figures, without scripts, fonts or pictures from other files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Section:
     title: str
     """The heading."""
     content: Sequence[str | Table | Picture | Verbatim]
-    """Texts (blank lines part paragraphs, `backticks` mark code), tables and pictures, in order."""
+    """Strings (a blank line ends a paragraph, `backticks` mark code), tables and pictures, in order."""
 
 
 def write_page(path: str | Path, *, title: str, sections: Sequence[Section], lead: str = "") -> Path:

@@ -78,13 +78,13 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def fresh_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of this size in inches with one axes; it belongs to no window and no global state."""
+    """Return a figure of this size in inches with one axes, without a window and outside matplotlib's global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
-    """Give each label a colour: methods of the paper always their own, others the rest of the palette in turn."""
+    """Give each label a colour: a fixed one for each method of the paper, else the next one of the palette."""
     labels = list(labels)
     own = {label: _METHODS[label.lower()] for label in labels if label.lower() in _METHODS}
     free = [colour for colour in PALETTE if colour not in own.values()]

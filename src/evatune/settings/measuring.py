@@ -13,7 +13,7 @@ IGNORED_LABEL = -100
 """The label that the losses of PyTorch and transformers ignore."""
 
 DEFAULT_COMPONENTS = 32
-"""How many components are kept where no rank says how many a plan may need: those of rank 16 with rho 2."""
+"""Number of components kept if no rank is given: as many as a plan with rank 16 and rho 2 needs."""
 
 Metric = Literal["ratio", "paper", "raw", "max", "sum"]
 Budget = Literal["components", "parameters"]
@@ -81,7 +81,7 @@ class Stopping(Section):
 
     @property
     def has_rule(self) -> bool:
-        """Whether either rule can end the measurement; without one, checks would factorize for nothing."""
+        """Whether a stopping rule is on; if not, checks are skipped, since they cost factorizations."""
         return self.tau is not None or self.min_gain is not None
 
 
@@ -112,8 +112,8 @@ class Rows(Section):
 class Measuring(Rows, Decomposition, Stopping, Targets, Ranking):
     """All options of `measure`.
 
-    The rank is that of the later plan, and so are rho, metric, budget and `train_a`: the stopping rules look only at
-    the components that this plan, made from the present spectra, would use.
+    Rank, rho, metric, budget and `train_a` are those of the later plan: the stopping rules look only at the components
+    that this plan would use if it were made from the current spectra.
     """
 
     rank: int | Mapping[str, int] | None = number(None, low=1)  # type: ignore[assignment]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """One row: what is known of a domain before anything is loaded."""
+    """One row: the facts on a domain that are known before anything is loaded."""
 
     idea: str
     """What is learned, in a few words."""
@@ -41,7 +41,7 @@ class Domain:
     home: str
     """The module that has `open_task(data, *, model, seed)`."""
     collects: bool = False
-    """Whether the home can also make training data; it has `collect(data, *, folder, processes, say)` then."""
+    """Whether the home can also make training data, with a function `collect(data, *, folder, processes, say)`."""
     head: str | None = None
     """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
     `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
@@ -80,7 +80,7 @@ DOMAINS: dict[str, Domain] = {
         collects=True,
     ),
 }
-"""All domains by the word that stands after `task:` in a recipe."""
+"""All domains by their name after `task:` in a recipe."""
 
 DEFAULT = next(iter(DOMAINS))
 """The domain of a recipe that names none."""

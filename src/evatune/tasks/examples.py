@@ -1,4 +1,4 @@
-"""Examples from the rows of several sources, in an order that depends on the seed alone."""
+"""Examples from the rows of several sources, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evatune.tasks.rows import Row, read_rows
 
 Item = TypeVar("Item")
 Convert = Callable[[Row], Item | None]
-"""Makes an example of a row, or None where the row has no answer."""
+"""Makes an example of a row, or None if the row has no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def gather(
     hub_config: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Examples[Item]:
-    """Read examples and put them into a random order that depends on the seed alone.
+    """Read examples and shuffle them in an order that depends only on the seed.
 
     Args:
         sources: files, which are mixed, or a hub data set id; see `read_rows`.

@@ -1,4 +1,4 @@
-"""Rows of data sets: from JSON, CSV and Parquet files or from a hub, each with the words by which errors call it."""
+"""Rows of data sets: from JSON, CSV and Parquet files or from a hub, each with its place, for error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 def read_rows(
     name: str, *, split: str = "train", hub_config: str | None = None, columns: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one source, each with the place where it stands, for errors.
+    """Yield the rows of one source, each with its place (file and line), for error messages.
 
     Args:
         name: a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set id. Quotes mean nothing in a .tsv file.
@@ -169,7 +169,7 @@ def _parsed(text: str, *, where: str) -> Any:
         raise EvaError(f"{where} is not JSON: {error.msg} at {place}.") from None
     except RecursionError:
         raise EvaError(f"{where} is not JSON that can be read: it is nested too deeply.") from None
-    if "\\ud" in text.lower():  # an escape may be half of a character, which no tokenizer can take
+    if "\\ud" in text.lower():  # an escape may be half of a surrogate pair, which no tokenizer accepts
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -181,7 +181,7 @@ def _parsed(text: str, *, where: str) -> Any:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let CSV fields be as long as they are; Python's limit is 131,072 characters."""
+    """Lift Python's limit of 131,072 characters in a CSV field."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -11,7 +11,7 @@ import numpy as np
 from evatune.errors import EvaError, near_misses
 
 N_RESAMPLES = 2000
-"""Resamples of a bootstrap; the ends of a 95% interval then move by some 3% of its width from seed to seed."""
+"""Resamples of a bootstrap; another seed then moves the ends of a 95% interval by about 3% of its width."""
 
 
 def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -58,7 +58,7 @@ class Scores:
     headline: str
     """The metric that is reported first."""
     metrics: Mapping[str, Metric]
-    """All metrics by name; one that these examples do not have (accuracy without questions) is left out."""
+    """All metrics by name, without those that these examples do not have (such as accuracy without questions)."""
     outcomes: Mapping[str, Sequence[float]]
     """One number an example, by name; intervals and paired tests are computed from them."""
     counts: Mapping[str, int]
@@ -82,8 +82,8 @@ class Scores:
     def interval(self, name: str, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
         """Return a bootstrap interval of a metric over examples (percentile method).
 
-        Where all of several yes-or-no outcomes are the same, resamples are all alike and say nothing; Wilson's interval
-        is taken then (20 of 20: 83.9% to 100%).
+        If all of several yes-or-no outcomes are equal, all resamples are equal too. Wilson's interval is returned then
+        (20 of 20: 83.9% to 100%).
 
         Args:
             name: the metric.

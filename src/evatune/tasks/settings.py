@@ -36,7 +36,7 @@ class ModelSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Section):
-    """Training data and held-out data that are rows of files; a domain adds what else it needs."""
+    """Training data and held-out data that are rows of files; a domain adds its own fields."""
 
     section: ClassVar[str] = "data"
     main: ClassVar[str] = "train"
@@ -62,5 +62,5 @@ class RowSettings(DataSettings):
     """Data that are rows of text in tables."""
 
     columns: Mapping[str, str] | None = None
-    """What the source calls the columns that are wanted, for example `prompt: question`; in a .csv or .tsv file without
+    """Names of the columns in the source, for example `prompt: question`; in a .csv or .tsv file without
     header a column is a number, from 1 on."""

@@ -1,4 +1,4 @@
-"""What training, evaluation and the command line know of a domain."""
+"""The protocol of a domain: all that training, evaluation and the command line use of it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Needs:
     task_type: str | None = None
     """PEFT's task type, which a saved adapter names; None where PEFT has none for it."""
     heads: tuple[str, ...] = ()
-    """Modules that are new: trained and saved whole, never measured, and without an adapter."""
+    """New modules: all their weights are trained and saved, they are not measured and have no adapter."""
     without_adapter: tuple[str, ...] = ()
     """Further modules that stay frozen and without an adapter."""
     row_mask: Callable[[Any], Tensor] | None = None
-    """Returns which positions of a batch are measured, (B, T); None goes by the batch's own masks."""
+    """Returns which positions of a batch are measured, (B, T); None uses the batch's own masks."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers' `TrainingArguments` that differ from what `training/` gives."""
 
@@ -45,15 +45,15 @@ class Preview:
 
 
 class Task(Protocol):
-    """One domain with its data and its model; what takes time happens when it is first asked for.
+    """One domain with its data and its model; data are read and weights are loaded at the first access.
 
-    The caller reads `train` and `held_out` before it loads the model, so that a mistake in the data is told at once,
-    and sets the seed before `load_model`, which may make new heads.
+    The caller reads `train` and `held_out` before it loads the model, so that an error in the data is raised
+    early, and sets the seed before `load_model`, which may make new heads.
     """
 
     @property
     def train(self) -> Any:
-        """The training examples: a data set with `len` and numbers as keys, in an order that the seed alone decides."""
+        """The training examples: a data set with `len` and integer keys, in an order that depends only on the seed."""
 
     @property
     def held_out(self) -> Sized:
@@ -81,7 +81,7 @@ class Task(Protocol):
         """Return the same as plain values for the record, with the number of held-out examples."""
 
     def save_processor(self, folder: Path) -> None:
-        """Write what turns raw examples into batches (tokenizer, image processor, ...) beside a saved model."""
+        """Save the preprocessor (tokenizer, image processor, ...) beside a saved model."""
 
 
 def batches(task: Task, *, batch_size: int, seed: int | None = None) -> DataLoader[Any]:

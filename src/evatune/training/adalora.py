@@ -1,4 +1,4 @@
-"""AdaLoRA in transformers' `Trainer`: cuts after every step, and checkpoints from which they go on as planned."""
+"""AdaLoRA in transformers' `Trainer`: cuts after every step, also after resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FILE_NAME = "adalora.safetensors"
 class AdaLoraCallback(TrainerCallback):
     """Let AdaLoRA weigh its directions and cut the least important ones after every optimizer step.
 
-    A resumed training ends with the very weights of an uninterrupted one. For that, checkpoints hold all directions,
-    also those that are cut at the moment and may come back, and `adalora.safetensors` with their scores. The adapter
-    that is saved after training holds only what the last cut kept.
+    A resumed training ends with exactly the weights of an uninterrupted one. For that, checkpoints contain all
+    directions (one that is cut now may come back later) and their scores (`adalora.safetensors`). The adapter that is
+    saved after training contains only the directions that the last cut kept.
 
     Args:
         resume_from: the checkpoint that training is resumed from; by default the one of its step in the output folder.

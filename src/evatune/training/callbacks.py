@@ -19,7 +19,7 @@ from evatune.files import json_text, write_checksums, write_text
 
 
 class RequireEva(TrainerCallback):
-    """Refuse to train an adapter that was to start from EVA and was never initialized.
+    """Raise an error before training if the adapter asks for EVA and was never initialized.
 
     Args:
         adapter_name: the adapter.
@@ -52,7 +52,7 @@ def require_eva(resume_from: Any = None) -> RequireEva:
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Write one JSON object a logged step; after resuming, the file holds no step twice.
+    """Write one JSON object for each logged step; after resuming, the file contains each step once.
 
     Args:
         path: the file.
@@ -121,7 +121,7 @@ class ConsoleCallback(TrainerCallback):
 
 
 class ChecksumCallback(TrainerCallback):
-    """Finish a checkpoint with the checksums of its files: one that has them is complete."""
+    """Write the checksums of a checkpoint's files last: a checkpoint that has them is complete."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write `checksums.json`."""
@@ -130,7 +130,7 @@ class ChecksumCallback(TrainerCallback):
 
 
 class LastStepCallback(TrainerCallback):
-    """Log the last step, also where it is no multiple of the logging steps."""
+    """Log the last step, also if it is not a multiple of the logging steps."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log entry at the end."""
@@ -146,7 +146,7 @@ class InterruptCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch Ctrl-C while the block runs (only in the main thread, as Python demands)."""
+        """Catch Ctrl-C while the block runs (only in the main thread; Python allows no other)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

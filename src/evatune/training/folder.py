@@ -16,7 +16,7 @@ INITIAL, CHECKPOINTS, ADAPTER, MODEL = "initial_adapter", "checkpoints", "adapte
 
 FREE = {"output", "measure.spectra", "train.threads"}
 FREE |= {f"train.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "keep_checkpoints")}
-"""Settings that may change when a run is resumed: they touch neither weights nor scores."""
+"""Settings that may change when a run is resumed: they change neither weights nor scores."""
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -53,7 +53,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def last_checkpoint(folder: Path, *, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint of a run that is complete and whole, by its checksums, which are written last.
+    """Return the newest complete and undamaged checkpoint of a run; its checksums, which are written last, tell.
 
     Args:
         folder: the run's folder.

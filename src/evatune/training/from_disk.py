@@ -20,7 +20,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     """Return the memory and work that measuring takes, from the configuration of the recipe's model alone.
 
     Raises:
-        EvaError: the rows of the recipe's task are no token ids, or see `evatune.estimate`.
+        EvaError: the rows of the recipe's task are not token ids, or see `evatune.estimate`.
     """
     stored = _stored(recipe)  # refuses tasks whose data have no length in tokens
     data: Any = recipe.data
@@ -35,7 +35,7 @@ def measure_recipe_from_disk(recipe: Recipe, task: Task) -> Spectra:
         task: has the training data.
 
     Raises:
-        EvaError: the rows of the task are no token ids, or see `evatune.measure_from_disk`.
+        EvaError: the rows of the task are not token ids, or see `evatune.measure_from_disk`.
     """
     return measure_from_disk(
         _source(recipe),

@@ -40,10 +40,10 @@ def layerwise_optimizer(
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Return how many layers stand below each parameter: 0 below all blocks, n + 1 above n blocks.
+    """Return the number of layers below each parameter: 0 before all blocks, n + 1 after n blocks.
 
-    The blocks are the list of modules (`encoder.layer.0`, `encoder.layer.1`, ...) that holds the most parameters; what
-    is registered before it stands below it, what is registered after it above.
+    The blocks are the list of modules (`encoder.layer.0`, `encoder.layer.1`, ...) that holds the most parameters;
+    modules that are registered before it are below it, modules that are registered after it are above it.
     """
     parameters = dict(model.named_parameters())
     places = {name: match for name in parameters if (match := re.match(r"(.*?\.)(\d+)\.", name))}

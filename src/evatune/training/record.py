@@ -1,4 +1,4 @@
-"""The record of a run: what was asked, on what, how long it took and what came out."""
+"""The record of a run: recipe, data, machine, times and results."""
 
 from __future__ import annotations
 

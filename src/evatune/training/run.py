@@ -140,14 +140,14 @@ class _Run:
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
         with self._timed("load"):
-            # Data before weights: what is wrong with them is told within seconds.
+            # Data before weights, so that an error in the data is raised within seconds.
             facts = self.task.facts()
             model = load_base(recipe, self.task)
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {self.task.summary()}")
         if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
-            # The adapter's shape, which differs from layer to layer, must stand before a checkpoint fills it.
+            # The adapter's shape differs from layer to layer: build it before its weights are loaded from a checkpoint.
             adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
             checkpoint = last_checkpoint(self.folder, say=self.say)
         else:
@@ -180,7 +180,7 @@ class _Run:
         return record
 
     def _new_adapter(self, model: Any) -> Any:
-        """Return the adapter, ready for training, and start the folder: only now, when nothing can be wrong."""
+        """Return the adapter, ready for training, and create the folder only now, after all checks."""
         quantize_as_asked(self.recipe, model, self.task.needs(model))
         spectra = self._spectra(model) if measures(self.recipe) else None
         with self._timed("prepare"):
@@ -230,7 +230,7 @@ class _Run:
         if settings.gradient_checkpointing:
             with quiet_peft():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()  # else no gradient reaches the adapters through frozen embeddings
+            model.enable_input_require_grads()  # without it, no gradient reaches the adapters through frozen embeddings
             model.config.use_cache = False
         interrupt = InterruptCallback()
         callbacks: list[TrainerCallback] = [

@@ -10,10 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def rate_factor(step: int, *, n_steps: int, n_warmup: int, schedule: str, end: float = 0.0) -> float:
-    """Return the learning rate of a step over the highest one.
+    """Return the learning rate of a step divided by the highest one.
 
-    It rises in equal parts over the warm-up, whose first step has a part already (a rate of zero would waste a step and
-    its data), and falls such that the step after the last would have the rate at the end.
+    It rises linearly over the warm-up. The first step's rate is above zero, since a rate of zero would waste a step and
+    its data. Then it falls so that the step after the last one would have the rate `end`.
 
     Args:
         step: from 1 on.

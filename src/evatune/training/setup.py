@@ -27,12 +27,12 @@ from evatune.tasks.task import Needs, Task, batches
 
 
 def uses_bf16(settings: TrainSettings) -> bool:
-    """Return whether to compute in bfloat16 autocast: as told, or where this machine does it fast."""
+    """Return whether to compute in bfloat16 autocast: as the settings say; `auto` means if it is fast here."""
     return settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bfloat16(best_device().type))
 
 
 def use_threads(recipe: Recipe) -> None:
-    """Use as many processor threads as the recipe says, if it does."""
+    """Set the number of processor threads, if the recipe gives one."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
 
@@ -88,7 +88,7 @@ def without_adapter(recipe: Recipe, needs: Needs) -> str | Sequence[str] | None:
 
 
 def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> None:
-    """Hold the targets in 4 bits if the recipe says `qlora`: what is measured then is the model that will run."""
+    """Quantize the targets to 4 bits if the method has `qlora`, so that the measured model is the trained one."""
     if recipe.adapter.choice.in_four_bits:
         quantize_targets(
             model, target_modules=recipe.adapter.target_modules, exclude_modules=without_adapter(recipe, needs)
@@ -103,7 +103,7 @@ def is_interrupted(spectra: Spectra) -> bool:
 def measures(recipe: Recipe) -> bool:
     """Return whether the recipe's method starts from spectra that were given or that `measure_recipe` can measure.
 
-    All components, which some methods need, are too many to keep with a run: `prepare` measures them.
+    Methods that need all components are measured by `prepare`: so many components are not saved with a run.
     """
     method = recipe.adapter.choice.method
     return method.needs_spectra and (not method.needs_all_components or recipe.measure.spectra is not None)
@@ -168,7 +168,7 @@ def new_adapter(
 
 
 def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: Task) -> Any:
-    """Return the model as `new_adapter` made it, from the adapter that was saved then, for a checkpoint to fill."""
+    """Return the model with the saved initial adapter, whose weights a checkpoint then replaces."""
     if not recipe.adapter.choice.method.has_adapter:
         return model.requires_grad_(True)
     quantize_as_asked(recipe, model, task.needs(model))

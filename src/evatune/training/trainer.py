@@ -1,4 +1,4 @@
-"""Transformers' `Trainer` for a task: its scores, a schedule whose first step trains, and an end where numbers end."""
+"""Transformers' `Trainer` for a task: scores, a schedule without a rate of zero, errors for numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TaskTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Make the learning rate's schedule, whose first step has a rate already."""
+        """Make the schedule of the learning rate; the first step's rate is above zero."""
         if self.lr_scheduler is None:
             chosen = optimizer or self.optimizer
             assert chosen is not None
@@ -72,7 +72,7 @@ class TaskTrainer(Trainer):
 
 
 class FiniteGradientCallback(TrainerCallback):
-    """End the run, or skip the step, where the gradient is not finite; the weights have not moved then.
+    """End the run, or skip the step, if the gradient is not finite, before the weights change.
 
     Args:
         skip: go on without the step.

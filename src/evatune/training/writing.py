@@ -1,4 +1,4 @@
-"""Text from a language model, with or without an adapter, whose prompt is written as it was in training."""
+"""Generating text with a language model and an optional adapter, with the prompt template of its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as text: turns are written by the tokenizer's chat template, and those of the assistant are learned."""
+"""Conversations as strings, written by the tokenizer's chat template; the turns of the assistant are learned."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Message = dict[str, Any]
 
 
 def is_conversation(value: Any) -> bool:
-    """Return whether a field holds turns, and no text."""
+    """Return whether a field holds turns, not a string."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def read_messages(turns: Any) -> list[Message]:
-    """Return turns with `role` and `content` as text, whatever their source calls them.
+    """Return turns with `role` and `content` as strings, from any spelling of the source.
 
     Args:
         turns: mappings with `role` and `content`, or with `from` and `value` (ShareGPT); content may be parts.
 
     Raises:
-        EvaError: a turn has no known role, or content that is no text.
+        EvaError: a turn has no known role, or its content is not a string.
     """
     if not isinstance(turns, list | tuple):
         raise EvaError(f"a conversation must be a list of turns, not {_shown(turns)}.")
@@ -48,7 +48,7 @@ def read_messages(turns: Any) -> list[Message]:
 def written(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Any = None, first_learned: int = 0
 ) -> list[tuple[str, bool]]:
-    """Return a conversation as pieces of text, each learned or not.
+    """Return a conversation as strings, each learned or not.
 
     Args:
         messages: the turns.
@@ -100,7 +100,7 @@ def _message(turn: Any, number: int) -> Message:
             f"turn {number} is of role {source!r}{near_misses(str(source), ROLES)}; known are {', '.join(ROLES)}."
         )
     content = turn["content"] if "content" in turn else turn.get("value")
-    # What a template may use besides, such as tool_calls, stays as it is.
+    # Other keys that a template may use, such as tool_calls, are kept.
     rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
     return {key: value for key, value in rest.items() if value is not None} | {
         "role": role,

@@ -46,9 +46,9 @@ def encode_examples(
 ) -> EncodedExamples:
     """Tokenize examples; labels are -100 wherever nothing is learned.
 
-    Prompt and completion are tokenized as one text, as the model will see them; a token belongs to the piece that its
-    last character stands in. A learned end is closed by the tokenizer's end token. What is too long loses the
-    beginning of its prompt, then the end of its completion.
+    Prompt and completion are tokenized as one string. A token belongs to the piece that contains its last character. If
+    the last piece is learned, the tokenizer's end token follows it. A sequence that is too long loses the beginning of
+    its prompt, then the end of its completion.
 
     Args:
         examples: what to tokenize.
@@ -80,7 +80,7 @@ def encode_examples(
             labels = _labels(examples[index], ids, offsets, train_on_prompt=train_on_prompt)
             if special and examples[index].pieces[-1][1] and tokenizer.eos_token_id is not None:
                 ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-                if ids[-2:-1] == ids[-1:] and labels[-2] == IGNORED:  # the tokenizer had closed the text itself
+                if ids[-2:-1] == ids[-1:] and labels[-2] == IGNORED:  # the tokenizer had added an end token itself
                     ids, labels = ids[:-1], [*labels[:-2], labels[-1]]
             truncated += len(ids) > max_length
             rows[index] = _shorten({"input_ids": ids, "labels": labels}, max_length)
@@ -102,7 +102,7 @@ def _shorten(row: dict[str, list[int]], max_length: int) -> dict[str, list[int]]
     if excess <= 0:
         return row
     first = next((index for index, label in enumerate(row["labels"]) if label != IGNORED), 0)
-    # The first token stays: for most models it is the begin token. So does one token of prompt before what is learned.
+    # Keep the first token (the begin token of most models), and one prompt token before the first learned one.
     cut = max(0, min(excess, first - 2))
     return {key: (values[:1] + values[1 + cut :])[:max_length] for key, values in row.items()}
 
@@ -112,7 +112,7 @@ class Collator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = 0 if pad is None else pad  # the attention mask hides it, whatever it is
+        self.pad_token_id = 0 if pad is None else pad  # any id will do, since the attention mask hides it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels`, each of shape (examples, longest)."""

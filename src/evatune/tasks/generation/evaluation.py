@@ -1,7 +1,7 @@
-"""Evaluation on held-out examples: loss of the completions, and accuracy where the answers are choices.
+"""Evaluation on held-out examples: loss of the completions, and accuracy of multiple-choice questions.
 
 The head of a language model costs as much as many layers, so logits are computed for the last positions of a batch
-only; examples of like length share a batch, which keeps that part short and the padding small.
+only. Examples of similar length share a batch, so that these positions and the padding are few.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def evaluate(
 ) -> Scores:
     """Measure the loss of completions and the accuracy of choices.
 
-    The choices of a question mostly begin alike (`the correct answer is answer`...); where they part in one token, one
-    pass gives the probabilities of all of them. Otherwise each choice is scored by the log-likelihood of its tokens.
+    The choices of most questions have the same beginning (`the correct answer is answer`...). If they differ in one
+    token only, one pass gives the probabilities of all choices. Otherwise each choice is scored by the log-likelihood of its
+    tokens.
 
     Args:
         model: a causal language model, with or without adapter; its mode is restored.
@@ -99,7 +100,7 @@ def evaluate(
 
 
 def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[dict[str, Any]]:
-    """Return what must be run: each example with its true completion, and with others where choices need it."""
+    """Return the rows to run: each example with its true completion, and with its other choices if they need passes."""
     encoded = encode_examples(examples, tokenizer, max_length=max_length)
     rows: list[dict[str, Any]] = []
     for index, example in enumerate(examples):
@@ -124,7 +125,7 @@ def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, ma
 
 
 def _bucketed(rows: list[dict[str, Any]], batch_tokens: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of rows of like length, the longest first (so that memory runs out at once or never)."""
+    """Yield batches of rows of similar length, the longest first, so that a lack of memory shows in the first batch."""
     batch: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         if batch and (len(batch) + 1) * len(batch[0]["input_ids"]) > batch_tokens:
@@ -144,7 +145,7 @@ def _score(
     inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
     labels = inputs.pop("labels")
     first = min(_first_learned(row) for row in batch)
-    kept = labels.shape[1] - first + 1  # logits of position p - 1 tell of token p
+    kept = labels.shape[1] - first + 1  # logits of position p - 1 predict token p
     if takes_logits_to_keep(model):
         inputs["logits_to_keep"] = kept  # type: ignore[assignment]
     with autocast(device, bf16=bf16):

@@ -1,7 +1,7 @@
 """How a row of a data set becomes a prompt and a completion.
 
 Each format names the fields that it reads and turns one row into one `Example`, or into None where the row has no
-answer. Nothing stands between prompt and completion but what a format's template says.
+answer. Only the format's template stands between prompt and completion.
 The templates of `commonsense` and `metamath` are those of Table 5 in the paper (arXiv:2410.07170, Appendix B).
 """
 
@@ -40,18 +40,18 @@ _ALPACA_INPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One text, in pieces that are learned and pieces that are only read."""
+    """One training string, in pieces that are learned and pieces that are only read."""
 
     pieces: tuple[tuple[str, bool], ...]
-    """(text, learned) in order; the text of the example is their concatenation."""
+    """(string, learned) in order; the concatenation of the strings is what the model reads."""
     choices: tuple[str, ...] = ()
     """For a multiple-choice question, every possible completion."""
     answer: int | None = None
     """Index of the right choice."""
     special_tokens: bool = True
-    """Whether the tokenizer adds its begin and end tokens; a chat template has written them already."""
+    """Whether the tokenizer adds its begin and end tokens; false if a chat template has written them already."""
     template: str | None = PLAIN
-    """What a prompt like this one is put into, see `evatune.models.prompts.PromptTemplate`."""
+    """The template around such a prompt, see `evatune.models.prompts.PromptTemplate`."""
 
     @property
     def text(self) -> str:

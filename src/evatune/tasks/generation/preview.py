@@ -1,4 +1,4 @@
-"""Examples as text again, from the very tokens that the model will see, with what is learned marked."""
+"""Examples decoded from exactly the tokens that the model reads; the learned parts are marked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _example(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBas
     pieces, done, end = [], "", 0
     for is_learned, group in groupby(learned):
         end += len(list(group))
-        # Decoded from the beginning: some tokenizers drop the blank before the first token of what they decode.
+        # Decode from the beginning: some tokenizers drop the space before the first decoded token.
         text = str(tokenizer.decode(list(row["input_ids"][:end]), clean_up_tokenization_spaces=False))
         pieces.append({"text": text[len(done) :], "learned": is_learned})
         done = text

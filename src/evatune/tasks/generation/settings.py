@@ -16,8 +16,8 @@ class GenerationData(RowSettings):
     format: Literal[
         "auto", "commonsense", "alpaca", "gsm8k", "metamath", "completion", "messages", "sharegpt", "text"
     ] = "auto"
-    """How a row becomes a prompt and a completion; `auto` goes by the names of its fields."""
+    """How a row becomes a prompt and a completion; `auto` chooses by the names of its fields."""
     max_length: int = number(512, low=8)
-    """Longest sequence in tokens; longer prompts lose their beginning, longer completions their end."""
+    """Longest sequence in tokens; a longer one loses the beginning of its prompt, then the end of its completion."""
     train_on_prompt: bool = False
     """Also learn the tokens of the prompt."""

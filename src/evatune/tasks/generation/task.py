@@ -80,7 +80,7 @@ class Generation:
         )
 
     def needs(self, model: Any) -> Needs:
-        """Return what the model needs: no new head, it keeps the one that it was trained with."""
+        """Return what the model needs: its pretrained head, no new one."""
         return Needs(task_type="CAUSAL_LM")
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
