@@ -95,6 +95,8 @@ class Spectra(Mapping[str, Spectrum]):
     """How long measuring took."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per convergence check: batch, rows, converged inputs, seconds."""
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    """A few weights of the model that was measured, by target: see `evatune.fingerprint`."""
     unreached: tuple[str, ...] = ()
     """Names of targets that got no input, and so have no spectrum."""
 
@@ -200,6 +202,7 @@ class Spectra(Mapping[str, Spectrum]):
             "targets": [asdict(target) for target in self.targets.values()],
             "inputs": inputs,
             "history": self.history,
+            "weights": self.weights,
             "unreached": list(self.unreached),
         }
 
@@ -256,6 +259,7 @@ class Spectra(Mapping[str, Spectrum]):
             for target in targets.values():
                 _ = inputs[target.input]
             facts = {name: manifest[name] for name in ("model_name", "settings", "versions", "seconds", "history")}
+            facts["weights"] = dict(manifest.get("weights", {}))
             facts["unreached"] = tuple(manifest.get("unreached", ()))
         except (SafetensorError, OSError) as error:
             raise EvaError(

@@ -27,6 +27,7 @@ from evatune.activations.rows import RowMasks
 from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses
+from evatune.fingerprint import sampled_weights
 from evatune.hardware import autocast
 from evatune.interruption import held_interrupts
 from evatune.pca import StreamingPCA
@@ -149,6 +150,7 @@ def measure(
         versions={name: metadata.version(name) for name in ("evatune", "torch")},
         seconds=time.perf_counter() - started,
         history=learned.history,
+        weights=sampled_weights(base, reached),
         unreached=tuple(target.name for target in targets if target.name not in reached),
     )
     warn_of_errors(spectra.inputs)

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="FOLDER", help="adapter that is put on the model, without a run")
     group.add_argument("--limit", type=int, metavar="N", help="score the first N held-out examples")
     group.add_argument("--save", metavar="FILE", help="write scores and the outcome of every example as JSON")
+    group.add_argument("--force", action="store_true", help="put the adapter also on another model than its own")
     group.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
     add_recipe_options(parser, "task", "model", "data", "train.precision", "train.seed", "train.threads", file=False)
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         check_writable(args.save, overwrite=args.overwrite)
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
-    scores = evaluate(recipe, adapter=adapter, limit=args.limit)
+    scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
     if args.save:
         write_json(args.save, content | {"outcomes": scores.outcomes})

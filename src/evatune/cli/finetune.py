@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser, "task", "model", "data", "adapter", "measure", "train", "output")
     group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    group.add_argument("--force", action="store_true", help="go on although model or data are others than before")
     group.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
 
 
@@ -42,5 +43,5 @@ def run(args: argparse.Namespace) -> None:
 
     from evatune.training.run import finetune
 
-    record = finetune(recipe, overwrite=args.overwrite, resume=args.resume)
+    record = finetune(recipe, overwrite=args.overwrite, resume=args.resume, force=args.force)
     answer(args, text=record.summary(), content=record.to_json())

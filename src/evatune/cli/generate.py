@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights (default: float32)",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a hub model")
+    group.add_argument("--force", action="store_true", help="put the adapter also on another model than its own")
     group = parser.add_argument_group("text")
     group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     group.add_argument(
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         args.model,
         adapter=args.adapter,
         raw=args.raw,
+        force=args.force,
         dtype=args.dtype,
         gguf_file=args.gguf_file,
         trust_remote_code=args.trust_remote_code,

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
         without=HELD_OUT,
     )
+    parser.add_argument("--force", action="store_true", help="take spectra that were measured on another model")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune.files import check_writable, write_json
     from evatune.spectra import Spectra
     from evatune.training.setup import (
+        check_spectra,
         is_interrupted,
         load_base,
         measure_recipe,
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     if needs_data:
         say(f"data      {task.summary()}")
     model = load_base(recipe, task)
+    if spectra is not None and not args.force:
+        check_spectra(recipe, spectra, model)
     quantize_as_asked(recipe, model, task.needs(model))
     if spectra is None and measures(recipe):
         spectra = measure_recipe(recipe, model, task=task)

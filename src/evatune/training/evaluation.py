@@ -12,6 +12,7 @@ from evatune.errors import EvaError
 from evatune.recipe import Recipe, load_recipe
 from evatune.tasks.scores import Scores
 from evatune.training.folder import ADAPTER, MODEL, RECIPE
+from evatune.training.origin import check_model
 from evatune.training.setup import load_base, open_recipe, quantize_as_asked, use_threads, uses_bf16
 
 
@@ -42,7 +43,12 @@ def saved_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def evaluate(
-    recipe: Recipe, *, adapter: str | Path | None = None, limit: int | None = None, progress: bool = True
+    recipe: Recipe,
+    *,
+    adapter: str | Path | None = None,
+    limit: int | None = None,
+    force: bool = False,
+    progress: bool = True,
 ) -> Scores:
     """Score a model on a recipe's held-out data.
 
@@ -50,6 +56,7 @@ def evaluate(
         recipe: its task, model, held-out data and precision are used.
         adapter: folder of an adapter that is put on the model; None scores the model as it is.
         limit: score the first so many held-out examples.
+        force: put the adapter also on another model than the one that it was made for.
         progress: show a bar, if standard error is a terminal.
 
     Raises:
@@ -66,6 +73,8 @@ def evaluate(
     use_threads(recipe)
     model = load_base(recipe, task)
     if adapter is not None:
+        if not force:
+            check_model(adapter, model)
         quantize_as_asked(recipe, model, task.needs(model))
         model = load_adapter(model, adapter)
     return task.evaluate(model, limit=limit, bf16=uses_bf16(recipe.train), progress=progress)

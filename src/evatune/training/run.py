@@ -36,6 +36,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.allocation import RankPlan
 from evatune.files import write_json
+from evatune.fingerprint import sampled_weights, with_weights
 from evatune.hardware import describe_machine
 from evatune.methods import at_home
 from evatune.models import save_model
@@ -67,8 +68,10 @@ from evatune.training.folder import (
     start_folder,
 )
 from evatune.training.layerwise import layerwise_optimizer
+from evatune.training.origin import check_data, check_model, data_of, write_origin
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
+    check_spectra,
     is_interrupted,
     load_base,
     measure_recipe,
@@ -83,7 +86,9 @@ from evatune.training.setup import (
 from evatune.training.trainer import FiniteGradientCallback, TaskTrainer
 
 
-def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, progress: bool = True) -> RunRecord:
+def finetune(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, force: bool = False, progress: bool = True
+) -> RunRecord:
     """Fine-tune an adapter as the recipe says.
 
     Method `eva` measures the model on the training data, redistributes the ranks and initializes the adapter; `lora`
@@ -94,6 +99,7 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
         recipe: what to do; model, data and output must be given.
         overwrite: replace an output folder that holds a run.
         resume: go on from the last checkpoint in the output folder; a finished run is returned as it is.
+        force: take spectra of another model, and resume with another model or changed data, without an error.
         progress: report on standard error.
 
     Returns:
@@ -111,7 +117,9 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
         folder=Path(recipe.output),
         say=_printer(progress),
         progress=progress,
+        force=force,
         seconds={},
+        weights={},
     )
     if resume and (run.folder / RECORD).is_file():
         check_same_recipe(run.folder, recipe)
@@ -120,6 +128,8 @@ def finetune(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, p
     resume = resume and run.folder.exists()
     if resume:
         check_same_recipe(run.folder, recipe)
+        if not force:
+            check_data(run.folder, recipe)
     else:
         check_output(run.folder, overwrite=overwrite)
     use_threads(recipe)
@@ -135,7 +145,9 @@ class _Run:
     folder: Path
     say: Callable[[str], None]
     progress: bool
+    force: bool
     seconds: dict[str, float]
+    weights: dict[str, list[float]]
 
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
@@ -143,6 +155,9 @@ class _Run:
             # Data before weights, so that an error in the data is raised within seconds.
             facts = self.task.facts()
             model = load_base(recipe, self.task)
+        self.weights.update(sampled_weights(model, with_weights(model, without=self.task.needs(model).heads)))
+        if resume and not self.force:
+            check_model(self.folder, model)
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {self.task.summary()}")
@@ -158,6 +173,7 @@ class _Run:
             save_model(adapted, self.folder / MODEL, overwrite=True)
         else:
             save_adapter(adapted, self.folder / ADAPTER, overwrite=True)
+            self._write_origin(self.folder / ADAPTER)
         self.task.save_processor(self.folder / (MODEL if self._is_full() else ADAPTER))
         after = self._evaluated("after", adapted)
         record = RunRecord(
@@ -201,12 +217,16 @@ class _Run:
             )
         if not self._is_full():
             save_adapter(adapted, self.folder / INITIAL, convert=False)
+            self._write_origin(self.folder / INITIAL)
         return adapted
 
     def _spectra(self, model: Any) -> Spectra:
         if self.recipe.measure.spectra:
             self.say(f"spectra   {self.recipe.measure.spectra}")
-            return Spectra.load(self.recipe.measure.spectra)
+            spectra = Spectra.load(self.recipe.measure.spectra)
+            if not self.force:
+                check_spectra(self.recipe, spectra, model)
+            return spectra
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):
@@ -221,8 +241,12 @@ class _Run:
 
     def _start_folder(self, spectra: Spectra | None) -> None:
         start_folder(self.folder, self.recipe)
+        self._write_origin(self.folder)
         if spectra is not None:
             spectra.save(self.folder / SPECTRA)
+
+    def _write_origin(self, folder: Path) -> None:
+        write_origin(folder, weights=self.weights, data=data_of(self.recipe))
 
     def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[TaskTrainer, int | None]:
         settings, task = self.recipe.train, self.task

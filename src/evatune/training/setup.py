@@ -18,6 +18,8 @@ from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
+from evatune.errors import EvaError
+from evatune.fingerprint import is_other_model
 from evatune.hardware import best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
@@ -92,6 +94,19 @@ def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> N
     if recipe.adapter.choice.in_four_bits:
         quantize_targets(
             model, target_modules=recipe.adapter.target_modules, exclude_modules=without_adapter(recipe, needs)
+        )
+
+
+def check_spectra(recipe: Recipe, spectra: Spectra, model: torch.nn.Module) -> None:
+    """Check that spectra from a folder are those of this model.
+
+    Raises:
+        EvaError: they were measured on another one.
+    """
+    if is_other_model(spectra.weights, model):
+        raise EvaError(
+            f"the spectra in {recipe.measure.spectra} were measured on another model ({spectra.model_name}): weights "
+            f"of {recipe.model.name} differ; measure again, or --force to take them all the same."
         )
 
 

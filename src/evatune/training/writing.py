@@ -17,6 +17,7 @@ from evatune.errors import EvaError
 from evatune.hardware import best_device
 from evatune.models import load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
+from evatune.training.origin import check_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ def open_writer(
     *,
     adapter: str | Path | None = None,
     raw: bool = False,
+    force: bool = False,
     dtype: str = "float32",
     **where: Any,
 ) -> Writer:
@@ -125,6 +127,7 @@ def open_writer(
         adapter: folder of a PEFT adapter.
         raw: take prompts as they are. Otherwise the template of the adapter's or the model's folder is used, else the
             tokenizer's chat template, if it has one.
+        force: put the adapter also on another model than the one that it was made for.
         dtype: type of the weights.
         where: `gguf_file`, `revision` and `trust_remote_code` of `load_model`.
 
@@ -141,6 +144,8 @@ def open_writer(
         template = PromptTemplate(text=None) if getattr(tokenizer, "chat_template", None) else PromptTemplate()
     loaded: Any = load_model(name, dtype=dtype, **where)
     if adapter is not None:
+        if not force:
+            check_model(adapter, loaded)
         loaded = load_adapter(loaded, adapter)
     return Writer(model=loaded.to(best_device()).eval(), tokenizer=tokenizer, template=template)
 

@@ -1,0 +1,68 @@
+"""Telling one model from another by a few of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+N_MODULES = 64
+"""Modules of which weights are kept: some kilobytes, and a fine-tuned model differs in nearly all of them."""
+N_WEIGHTS = 3
+TOLERANCE = 1 / 256
+"""Relative difference that holding weights in bfloat16 may make (half of its last bit is 1/512)."""
+SHARE = 0.1
+"""Another model differs in more than this share of the weights."""
+
+
+def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, list[float]]:
+    """Return a few weights of some modules, by module.
+
+    Args:
+        model: a base model; weights that are quantized, offloaded or spread over processes are left out.
+        names: the modules, of which `N_MODULES` are taken evenly.
+
+    Cost: `N_MODULES * N_WEIGHTS` numbers are read.
+    """
+    listed = list(names)
+    parameters = {
+        key.replace(".base_layer", "").replace("._orig_mod", ""): parameter
+        for key, parameter in model.named_parameters()
+        if ".lora_" not in key and ".modules_to_save." not in key
+    }
+    found: dict[str, list[float]] = {}
+    for name in listed[:: max(1, -(-len(listed) // N_MODULES))]:
+        weight = _weight(parameters, name)
+        if weight is not None:
+            places = [(index * 7919 + 13) % weight.numel() for index in range(N_WEIGHTS)]
+            values = [weight[tuple(int(i) for i in torch.unravel_index(torch.tensor(p), weight.shape))] for p in places]
+            found[name] = [float(value) for value in values]
+    return found
+
+
+def with_weights(model: nn.Module, *, without: Iterable[str] = ()) -> list[str]:
+    """Return the modules of a model that have a matrix of their own, but for those inside `without`."""
+    left_out = tuple(f"{name}." for name in without)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not f"{name}.".startswith(left_out or ("\0",))
+        and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def is_other_model(kept: Mapping[str, list[float]], model: nn.Module) -> bool:
+    """Return whether a model's weights are others than those that `sampled_weights` kept."""
+    now = sampled_weights(model, kept)
+    pairs = [pair for name, values in now.items() for pair in zip(kept[name], values, strict=False)]
+    differing = sum(abs(a - b) > TOLERANCE * max(abs(a), abs(b)) for a, b in pairs)
+    return differing > SHARE * len(pairs)
+
+
+def _weight(parameters: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the matrix of a module, or the parameter of this name."""
+    own = [parameters[name]] if name in parameters else []
+    own += [parameter for key, parameter in parameters.items() if key.rpartition(".")[0] == name]
+    usable = [p for p in own if p.ndim >= 2 and p.is_floating_point() and not p.is_meta and p.numel()]
+    return usable[0].detach() if usable else None
