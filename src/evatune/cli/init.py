@@ -115,7 +115,7 @@ def _why_not(method: Method) -> str:
 
 
 def _notes(recipe: Recipe) -> list[str]:
-    """Return what a trainer must do beyond loading the folder, since an adapter cannot say it."""
+    """Return what a trainer must do besides loading the folder, since an adapter folder cannot store it."""
     choice, notes = recipe.adapter.choice, []
     if choice.optimizer:
         notes.append(

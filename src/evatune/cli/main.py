@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
         args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(unknown[0].partition('=')[0], known)}")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are not for users of this program
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are not for users of this program
     try:
         args.run(args)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Options shared by the commands: the settings of the recipe become options by themselves."""
+"""Options shared by the commands: each setting of the recipe becomes an option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evatune.tasks import DOMAINS
 
 _TITLES = {"task": "task", "output": "output", "measure": "measuring", "train": "training"}
 HELD_OUT = ("data.eval", "data.eval_split", "data.max_eval_examples")
-"""Settings of data that are held out, for commands that look at training data only."""
+"""Settings of the held-out data, for commands that use training data only."""
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -75,7 +75,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on the command line, by name."""
     given = {name.removeprefix("setting:"): value for name, value in vars(args).items() if name.startswith("setting:")}
     for setting in all_settings():
-        # One word may be a regular expression, `all-linear` or `none`, where a list is not the only kind.
+        # One word may be a regular expression, `all-linear` or `none`, if the setting is not always a list.
         if len(_kinds(setting)) > 1 and isinstance(words := given.get(setting.path), list) and len(words) == 1:
             given[setting.path] = words[0]
     return given
@@ -130,7 +130,7 @@ def _kinds(setting: Setting) -> tuple[Any, ...]:
 
 
 def say(text: str) -> None:
-    """Tell the user what goes on: on standard error, since standard output is for results."""
+    """Print progress on standard error, since standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
 

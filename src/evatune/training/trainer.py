@@ -1,4 +1,4 @@
-"""Transformers' `Trainer` for a task: scores, a schedule without a rate of zero, errors for numbers that are not finite."""
+"""Transformers' `Trainer` for a task: scores, a schedule without a rate of zero, errors for non-finite numbers."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def collect_episodes(
     Cost: 0.1 to 0.6 s of one core an attempt.
     """
     wanted = environment_names(names)
-    make_environment(wanted[0]).close()  # what is missing on this machine is told before processes start
+    make_environment(wanted[0]).close()  # raise an error for a missing package before processes start
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     one = partial(_collect_one, folder=folder, episodes=episodes, noise=noise, seed=seed)
@@ -125,7 +125,7 @@ def collect_episodes(
 
 
 def _collect_one(name: str, *, folder: Path, episodes: int, noise: float, seed: int) -> Collected:
-    """Collect in one environment. What has its final name is whole; it grows beside that, under a hidden one."""
+    """Collect in one environment, in a hidden folder that gets its final name when it is complete."""
     from filelock import FileLock
 
     final, growing = folder / name, folder / f".{name}.growing"
@@ -231,7 +231,7 @@ def _write(folder: Path, environment: Any, played: list[Any], progress: dict[str
 
 
 def _progress(folder: Path) -> dict[str, Any] | None:
-    """Return what a data set says of its own collection; None if there is none, or it was not collected here."""
+    """Return the progress that a data set records; None if there is none, or it was not collected by evatune."""
     try:
         metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

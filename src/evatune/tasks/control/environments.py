@@ -94,7 +94,7 @@ def picture(environment: gymnasium.Env) -> np.ndarray:
     """
     try:
         with quiet():
-            return np.asarray(environment.render())[::-1]  # the camera `corner2` stands on its head
+            return np.asarray(environment.render())[::-1]  # the camera `corner2` is upside down
     except Exception as error:  # each backend of OpenGL fails with errors of its own
         raise EvaError(
             f"cannot draw the environment with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} "
@@ -153,7 +153,7 @@ def _wrapped(inner: Any, name: str) -> gymnasium.Env:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Meta-World and Gymnasium warn of: it is for their own developers."""
+    """Silence the warnings of Meta-World and Gymnasium, which are for their own developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -107,7 +107,7 @@ def _transitions(path: Path) -> Iterator[Episode]:
     """Yield the episodes of a file of transitions in the layout of Schmied et al. (2024).
 
     It holds `observations`, `actions`, `rewards` and `dones`, one row a transition, with or without an axis of length 1
-    for the environment. What follows the last `done` is an episode cut short, and left out.
+    for the environment. Rows after the last `done` are an incomplete episode, which is left out.
     """
     (name,) = environment_names([path.stem])
     if path.suffix == ".pkl":
@@ -138,7 +138,7 @@ def _episode(path: Path, name: str, states: Any, actions: Any, rewards: Any, *, 
 
 
 class _Inert:
-    """Stands for any object of a pickle that is no array; it keeps the state and does nothing."""
+    """Placeholder for any object of a pickle that is not an array; it stores the state and does nothing."""
 
     def __new__(cls, *args: Any, **options: Any) -> _Inert:
         return super().__new__(cls)

@@ -69,7 +69,7 @@ class DecisionTransformerOutput(ModelOutput):
     """What a forward pass returns."""
 
     loss: Tensor | None = None
-    """Mean squared error of the actions, over the steps that are no padding."""
+    """Mean squared error of the actions, over the steps that are not padding."""
     actions: Tensor | None = None
     """(b, k, a): the action predicted at every step."""
 

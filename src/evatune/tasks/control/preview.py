@@ -20,7 +20,7 @@ N_PICTURES, N_STEPS_SHOWN = 8, 3
 
 
 def preview(examples: Sequence[tuple[Episode, Mapping[str, np.ndarray]]]) -> Preview:
-    """Return windows as text and their episodes as a filmstrip, where episodes have a seed and this machine can draw.
+    """Return windows as text, and their episodes as a filmstrip if they have a seed and this machine can draw.
 
     Args:
         examples: an episode and a window of it each.

@@ -67,7 +67,7 @@ def roll_out(
         )
         try:
             while any(waiting.values()):
-                # A place without a seed left plays its last one again, and that is not counted.
+                # An environment without a further seed repeats its last one; that episode is not counted.
                 jobs = [waiting[name].pop(0) if waiting[name] else None for name in places]
                 chosen = [job[1] if job else seeds[name][-1] for job, name in zip(jobs, places, strict=True)]
                 wanted = np.array([targets[name] for name in places], np.float32)

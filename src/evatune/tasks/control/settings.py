@@ -30,9 +30,9 @@ class ControlData(Section):
     target_return: float | None = None
     """Return that is asked for when acting; by default the best of the training episodes in that environment."""
     video: str | None = path_setting(None)
-    """Folder for a GIF of one episode of each environment, written whenever the model has acted."""
+    """Folder for a GIF of one episode of each environment, written after each evaluation."""
     context: int | None = number(None, low=1)
-    """Steps that the model looks back; by default as many as it was made for, 50 for a new one."""
+    """Steps that the model looks back; by default those of the pretrained model, 50 for a new one."""
     dropout: float = number(0.2, low=0, high=0.9)
     """Dropout of a new model."""
     reward_tokens: bool = True

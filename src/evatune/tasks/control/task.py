@@ -38,7 +38,7 @@ EMBEDDINGS = ("embed_state", "embed_action", "embed_return", "embed_reward", "em
 layer". The action head is trained whole: it has so few rows that an adapter could express any change of it as well."""
 
 SMALLEST_SCALE = 0.02
-"""Most numbers of a state are metres: what moves less than 2 cm in the pretraining data is not blown up."""
+"""Lower bound of the scale of a state's numbers, most of which are metres: movements below 2 cm are not scaled up."""
 
 _METRICS = {
     "success": Metric(columns=("success",), form=".1%"),
@@ -231,7 +231,7 @@ class Control:
         return preview([(self.train.episode(index), self.train[index]) for index in range(min(n, len(self.train)))])
 
     def summary(self) -> str:
-        """Return how many episodes and steps there are, of how many environments."""
+        """Return the numbers of episodes, steps and environments."""
         facts = self.facts()
         return (
             f"{facts['episodes']} episodes of {facts['environments']} environments, {facts['train']} steps, windows of "
@@ -249,7 +249,7 @@ class Control:
         }
 
     def save_processor(self, folder: Path) -> None:
-        """Write nothing: what states need (mean and scale) is saved with the weights."""
+        """Write nothing: the mean and scale of states are saved with the weights."""
 
     def _write_videos(self, outcomes: Sequence[Outcome]) -> None:
         shown: set[str] = set()

@@ -15,7 +15,7 @@ from evatune.tasks.control.episodes import Episode
 class Windows(Sequence[dict[str, np.ndarray]]):
     """Every window of at most `context` steps that ends at a step of an episode, in a seeded order.
 
-    A policy in an environment sees exactly these: fewer steps than the context only while an episode is young.
+    A policy in an environment gets exactly such windows: shorter than the context only at the start of an episode.
     """
 
     def __init__(self, episodes: Sequence[Episode], *, context: int, seed: int) -> None:
@@ -59,8 +59,8 @@ def padded(rows: Sequence[dict[str, np.ndarray]], *, context: int) -> dict[str, 
 def state_statistics(episodes: Sequence[Episode], *, floor: float) -> tuple[Tensor, Tensor]:
     """Return mean and scale of each number of a state: its standard deviation, but at least `floor`.
 
-    Numbers that never change in the data (an object that is not there) keep the floor, so that they stay small where
-    they do.
+    Numbers that never change in the data (an object that is absent) get the floor, so that they stay small if they
+    change later.
     """
     states = np.concatenate([episode.states for episode in episodes]).astype(np.float64)
     mean, scale = states.mean(0), np.maximum(states.std(0), floor)

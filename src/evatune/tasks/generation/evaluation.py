@@ -50,8 +50,8 @@ def evaluate(
     """Measure the loss of completions and the accuracy of choices.
 
     The choices of most questions have the same beginning (`the correct answer is answer`...). If they differ in one
-    token only, one pass gives the probabilities of all choices. Otherwise each choice is scored by the log-likelihood of its
-    tokens.
+    token only, one pass gives the probabilities of all choices. Otherwise each choice is scored by the log-likelihood
+    of its tokens.
 
     Args:
         model: a causal language model, with or without adapter; its mode is restored.

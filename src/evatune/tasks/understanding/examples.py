@@ -84,7 +84,7 @@ def _labelled(row: Row, names: Sequence[str], label: str) -> Labelled | None:
         if not isinstance(text, str):
             raise EvaError(f"column {name!r} holds {text!r}, which is no text.")
     value = row[label]
-    # -1 is what public benchmarks put where the label is hidden.
+    # Public benchmarks write -1 for a hidden label.
     if value is None or str(value).strip() in ("", "-1") or not any(text.strip() for text in texts):
         return None
     return Labelled(texts=texts, label=str(value).strip())

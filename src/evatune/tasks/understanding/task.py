@@ -81,12 +81,12 @@ class Understanding:
             head="sequence-classification",
             labels=self.classes,
         )
-        if model.config.pad_token_id is None:  # decoders read their last token that is no padding
+        if model.config.pad_token_id is None:  # decoders read their last token that is not padding
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 
     def needs(self, model: Any) -> Needs:
-        """Return what the model needs: what stands beside the pretrained part is its head."""
+        """Return what the model needs: the modules outside the pretrained part are its head."""
         heads = [
             name
             for name, module in model.named_children()

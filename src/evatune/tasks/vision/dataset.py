@@ -50,7 +50,7 @@ class Pictures(Dataset[dict[str, Any]]):
         return {"pixels": pixels, "label": self.labels[index]}
 
     def notes(self) -> str:
-        """Return what was done to pictures so that they could be used, or an empty text."""
+        """Return the conversions of pictures that were needed, or an empty string."""
         done = [f"{len(names)} with {kind}" for kind, names in self.checked.converted.items()]
         done += [f"{len(self.checked.skipped)} skipped"] if self.checked.skipped else []
         return f" ({', '.join(done)})" if done else ""
@@ -69,7 +69,7 @@ class Found:
     """The pictures of a task before any is decoded."""
 
     train: tuple[Picture, ...]
-    """Pictures to learn from, in an order in which every beginning holds the classes in their shares."""
+    """Training pictures, in an order in which the first n have the classes in their shares, for every n."""
     held_out: tuple[Picture, ...]
     """Pictures to score on, likewise."""
     classes: tuple[Label, ...]
@@ -168,7 +168,7 @@ def _check_known(sources: Sequence[Source], classes: Sequence[Label], otherwise:
 
 
 def _draw(pictures: Sequence[Picture], limit: int | None, *, seed: int = _DRAW_SEED) -> list[Picture]:
-    """Return so many pictures in a random order in which every beginning holds the classes in their shares."""
+    """Return so many pictures in a random order; the first n have the classes in their shares, for every n."""
     order = shuffled(pictures, seed)
     sizes = Counter(picture.label for picture in order)
     seen: Counter[Label] = Counter()

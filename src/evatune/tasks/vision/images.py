@@ -1,6 +1,6 @@
 """From a file or an array to the pixels that a model sees.
 
-Shapes: H and W are height and width of a picture as it came, S the side that the model wants.
+Shapes: H and W are height and width of a picture as it came, S the side of the model's input.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Preprocessing:
         return ((pixels_bshc.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     def restore(self, pixels_bchw: Tensor) -> np.ndarray:
-        """Return what `normalize` made as bytes (B, S, S, 3) again, to look at."""
+        """Undo `normalize`: return bytes (B, S, S, 3), for display."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return ((pixels_bchw.permute(0, 2, 3, 1) * std + mean) * 255).round().clamp(0, 255).byte().numpy()
 
@@ -97,7 +97,7 @@ class Preprocessing:
 
 
 def decode(content: Content) -> tuple[Image.Image, str | None]:
-    """Return a picture in red, green and blue, upright, and what had to be done for that.
+    """Return a picture in red, green and blue, upright, and the list of conversions.
 
     One channel is repeated three times, 16 bits become 8, transparency is laid on white, the first frame of several is
     taken, and a photograph is turned as its camera says.
@@ -167,7 +167,7 @@ class Checked:
 def check(
     pictures: Sequence[Picture], preprocessing: Preprocessing, *, skip: bool = False, progress: bool = True
 ) -> Checked:
-    """Decode every picture once, so that a bad one is known before anything long begins.
+    """Decode every picture once, so that a bad one is reported before any long work.
 
     Args:
         pictures: the pictures.

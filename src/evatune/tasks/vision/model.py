@@ -40,7 +40,7 @@ class TokenLayout:
     registers: int = 0
     """Tokens that stand for nothing."""
     patches: int = 0
-    """Tokens that stand for a part of the picture; 0 where a model has no class token to tell them from."""
+    """Tokens of patches; 0 if a model has no class token to distinguish them from."""
 
     def mask(self, kind: str) -> Tensor:
         """Return which tokens are of a kind: `class`, `register`, `patch`, as booleans (T,).
@@ -61,8 +61,8 @@ class TokenLayout:
 class ImageClassifier(nn.Module):
     """A backbone and a linear head.
 
-    The head reads what the backbone gives for the whole picture: its pooled output where that is pretrained (the class
-    token of DINOv2), else its class token, else the mean of its tokens.
+    The input of the head is the backbone's pooled output if that is pretrained (the class token of DINOv2), else its
+    class token, else the mean of its tokens.
 
     Args:
         backbone: a vision model of transformers, or of timm without its classifier; it is taken over.
@@ -77,12 +77,12 @@ class ImageClassifier(nn.Module):
         super().__init__()
         pooler = getattr(backbone, "pooler", None)
         if isinstance(pooler, nn.Module) and any(isinstance(module, nn.Linear) for module in pooler.modules()):
-            backbone.pooler = None  # a dense layer that came from no pretraining
+            backbone.pooler = None  # a dense layer that is not pretrained
         self.backbone = backbone
         self._is_timm = not hasattr(backbone, "config")
         self.name_or_path = getattr(backbone, "name_or_path", "")
         if hasattr(getattr(backbone, "config", None), "mask_ratio"):
-            backbone.config.mask_ratio = 0.0  # masked autoencoders hide patches from themselves otherwise
+            backbone.config.mask_ratio = 0.0  # otherwise masked autoencoders drop patches
         self.layout, width = self._shapes(size)
         device = next(backbone.parameters()).device
         self.classifier = nn.Linear(width, n_classes, device=device)
@@ -90,7 +90,7 @@ class ImageClassifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Return logits (B, K), and the mean cross-entropy where there are labels.
+        """Return logits (B, K), and the mean cross-entropy if there are labels.
 
         Args:
             pixel_values: (B, 3, S, S), normalized.
@@ -102,7 +102,7 @@ class ImageClassifier(nn.Module):
         return ImageClassifierOutput(loss=loss, logits=logits_bk)  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Let the backbone compute its activations twice instead of keeping them."""
+        """Switch on gradient checkpointing of the backbone."""
         if self._is_timm:
             self.backbone.set_grad_checkpointing()
         else:

@@ -18,13 +18,13 @@ class VisionData(DataSettings):
     eval: tuple[str, ...] = path_setting(())
     """The same for the held-out pictures; by default the source's own test split, else a share of `train`."""
     max_train_examples: int | None = number(None, low=1)
-    """Keep this many training pictures, drawn once and for all; classes keep their shares."""
+    """Keep this many training pictures, the same for every seed; classes keep their shares."""
     max_eval_examples: int | None = number(None, low=1)
-    """Keep this many held-out pictures, drawn likewise."""
+    """Keep this many held-out pictures, the same for every seed."""
     held_out: float = number(0.2, above=0, high=0.9)
-    """Share of the training pictures that is held out where there are no others, or with `validate`."""
+    """Share of the training pictures that is held out if there are no test pictures, or with `validate`."""
     validate: bool = False
-    """Score on a share of the training pictures although there are others: for a search, which may not see those."""
+    """Score on a share of the training pictures although there are test pictures, which a search must not use."""
     vtab_folder: str | None = path_setting(None)
     """Copy of VTAB-1K on disk for `vtab:NAME`; without it, 1,000 pictures are drawn from the hub."""
     image_size: int = number(224, low=8, high=4096)
@@ -32,7 +32,7 @@ class VisionData(DataSettings):
     fit: Literal["stretch", "crop"] = "stretch"
     """How a picture becomes a square: stretched, or cut at both ends of its longer side."""
     normalization: Literal["auto", "imagenet"] = "auto"
-    """Mean and deviation of the colours: the model's own where its folder says them, else ImageNet's."""
+    """Mean and deviation of the colours: the model's own if its folder has them, else ImageNet's."""
     image_column: str | None = None
     """Column of the pictures in a table; by default one with a usual name."""
     label_column: str | None = None

@@ -37,14 +37,14 @@ class Picture:
     name: str
     """What errors call it."""
     label: int | str
-    """Name of its class, or a number where the source has no names."""
+    """Name of its class, or a number if the source has no names."""
     read: Callable[[], Content]
     """Returns what there is to decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Labelled pictures in the order in which their source holds them."""
+    """Labelled pictures in the order of their source."""
 
     pictures: tuple[Picture, ...]
     """The pictures."""
@@ -178,7 +178,7 @@ def _rows(
     columns: Columns,
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
-    """Return the pictures of rows; a text in the image column is a path relative to `folder`."""
+    """Return the pictures of rows; a string in the image column is a path relative to `folder`."""
     found = list(rows[0]) if len(rows) else []
     image = _column(columns.image, _IMAGE_COLUMNS, found, what="image_column", where=where)
     label = ""
@@ -212,7 +212,7 @@ def _column(wanted: str | None, usual: Sequence[str], found: Sequence[str], *, w
 
 
 def _label(value: Any) -> int | str:
-    """Return a label as a number where it is one, also where a text file wrote it."""
+    """Return a label as a number if it is one, also if it is written as a string."""
     text = str(value).strip()
     return int(text) if text.lstrip("-").isdecimal() else text
 
@@ -231,7 +231,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], number: int, column: str, folder: P
 
 
 class _table_rows(Sequence[Mapping[str, Any]]):  # noqa: N801 - used as a function
-    """Rows of an Arrow table; one becomes Python values when it is asked for."""
+    """Rows of an Arrow table; each is converted to Python values when it is read."""
 
     def __init__(self, table: Any) -> None:
         self.table = table
