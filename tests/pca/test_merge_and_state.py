@@ -42,6 +42,7 @@ def check_attributes(found, wanted, *, tolerance, n_compared=K):
     assert found.captured_error_ == pytest.approx(wanted.captured_error_, rel=0.5, abs=1e-12, nan_ok=True)
     look, look_wanted = found.look(), wanted.look()
     assert look.n_samples_seen == look_wanted.n_samples_seen
+    assert look.total_variance == found.total_variance_
     torch.testing.assert_close(
         look.explained_variance[:n_compared], look_wanted.explained_variance[:n_compared], rtol=tolerance, atol=0
     )

@@ -164,6 +164,8 @@ def test_parts_of_a_stack_and_counts_are_done_together_with_others(answered):
     assert ("Orthonormal", 4) in answered
     answered.clear()
     assert stack.look().components.shape == (3, 1200) and counts.look().components.shape == (3, 9)
+    for pca in (stack, counts, other):
+        assert pca.look().total_variance == pytest.approx(pca.total_variance_)
     assert not answered, "they are known by now"
 
 

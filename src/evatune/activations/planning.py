@@ -34,10 +34,11 @@ class PlanAhead:
             state, target = inputs[key], self._targets[name]
             # What is done changes little, and looking at it costs a factorization.
             if state.pca.is_fitted and not (name in self._variances and state.reason is not None):
+                look = state.pca.look()
                 self._variances[name] = ComponentVariances(
-                    explained_variance=state.pca.look().explained_variance.double().cpu().numpy(),
-                    total_variance=state.pca.total_variance_,
-                    n_rows=state.pca.n_samples_seen_,
+                    explained_variance=look.explained_variance.double().numpy(),
+                    total_variance=look.total_variance,
+                    n_rows=look.n_samples_seen,
                     in_features=target.in_features,
                     out_features=target.out_features,
                 )

@@ -27,12 +27,14 @@ class NotFittedError(EvaError, AttributeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The components at one moment, precise enough to watch how they change."""
+    """The components at one moment, precise enough to watch how they change. All but the components is on the host."""
 
     components: Tensor
     """Orthonormal rows by descending variance, (k, d)."""
     singular_values: Tensor
-    """Of the centred rows, (k,), on the host."""
+    """Of the centred rows, (k,)."""
+    total_variance: float
+    """Sum of the variances of all features."""
     n_samples_seen: int
     """How many rows there were."""
 

@@ -91,7 +91,10 @@ class OneHotPCA(AnyPCA):
     def look(self) -> Look:
         """Return the components; counts need no cheaper way."""
         return Look(
-            components=self.components_, singular_values=self.singular_values_.cpu(), n_samples_seen=self._n_rows
+            components=self.components_,
+            singular_values=self.singular_values_.cpu(),
+            total_variance=self.total_variance_,
+            n_samples_seen=self._n_rows,
         )
 
     def works(self, task: Task) -> list[Work]:

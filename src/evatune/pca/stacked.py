@@ -81,10 +81,12 @@ class StackedPCA(AnyPCA):
     def look(self) -> Look:
         """Return the stacked components of the parts' looks."""
         together(self.works(Task.LOOK))
+        looks = [part.look() for part in self._fitted()]
         own = [part.look().components if part.is_fitted else None for part in self.parts]
         return Look(
             components=self._stacked(own, lambda pca: pca.look().components),
-            singular_values=self._pooled_values([part.look().singular_values for part in self._fitted()]),
+            singular_values=self._pooled_values([look.singular_values for look in looks]),
+            total_variance=_pooled_variance([(look.total_variance, look.n_samples_seen) for look in looks]),
             n_samples_seen=self.n_samples_seen_,
         )
 
@@ -148,8 +150,7 @@ class StackedPCA(AnyPCA):
     @property
     def total_variance_(self) -> float:
         """Sum of the variances of all features, a mean over the parts weighted by their rows."""
-        scatter = sum(part.total_variance_ * max(part.n_samples_seen_ - 1, 1) for part in self._fitted())
-        return scatter / max(self.n_samples_seen_ - 1, 1)
+        return _pooled_variance([(part.total_variance_, part.n_samples_seen_) for part in self._fitted()])
 
     @property
     def captured_error_(self) -> float:
@@ -262,6 +263,12 @@ class StackedPCA(AnyPCA):
                 piece_kd = complete_basis(like.new_zeros(width, 0), n_kept, seed=number).T
             pieces.append(torch.nn.functional.pad(piece_kd, (0, 0, 0, self.n_components - n_kept)))
         return torch.cat(pieces, dim=1) / len(self.parts) ** 0.5
+
+
+def _pooled_variance(of_parts: Sequence[tuple[float, int]]) -> float:
+    """Return the mean of variances, weighted by the rows that each is of."""
+    scatter = sum(variance * max(n_rows - 1, 1) for variance, n_rows in of_parts)
+    return scatter / max(sum(n_rows for _, n_rows in of_parts) - 1, 1)
 
 
 def _prefix(number: int) -> str:

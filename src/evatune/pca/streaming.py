@@ -443,10 +443,12 @@ class StreamingPCA(AnyPCA):
 
     def _look(self) -> Steps[None]:
         components_kd, singular_values_k = yield from self._factorized(rough=True)
-        (*values,) = yield Host(singular_values_k)
+        total = self._fitted().moments.variance_d(center=self.center).sum()
+        *values, total_variance = yield Host(torch.cat([singular_values_k.to(total), total[None]]))
         self._looked = Look(
             components=components_kd,
             singular_values=torch.tensor(values, dtype=singular_values_k.dtype),
+            total_variance=total_variance,
             n_samples_seen=self.n_samples_seen_,
         )
 
