@@ -28,6 +28,7 @@ ARGUMENTS = {
 }
 # Not arguments of the Trainer: the optimizer's, the model's, the process's or the schedule's.
 ELSEWHERE = {"lora_plus_ratio", "layer_decay", "gradient_checkpointing", "threads", "schedule", "warmup_ratio"}
+ELSEWHERE |= {"final_learning_rate"}
 
 
 def arguments(tmp_path, **settings):

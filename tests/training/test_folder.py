@@ -7,37 +7,42 @@ import dataclasses
 import pytest
 
 from evatune.errors import EvaError
+from evatune.files import write_checksums
 from evatune.recipe import Recipe, all_settings
 from evatune.training.folder import CHECKPOINTS, check_same_recipe, last_checkpoint, start_folder
 
 
-def write_checkpoint(folder, step, *names):
+def write_checkpoint(folder, step):
     path = folder / CHECKPOINTS / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    for name in names:
-        (path / name).touch()
+    (path / "trainer_state.json").write_text("{}")
+    write_checksums(path)
     return path
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     """By name, 90 comes behind 100."""
     for step in (90, 100, 20):
-        write_checkpoint(tmp_path, step, "trainer_state.json")
-    assert last_checkpoint(tmp_path, holding=()).name == "checkpoint-100"
+        write_checkpoint(tmp_path, step)
+    assert last_checkpoint(tmp_path, say=pytest.fail).name == "checkpoint-100"
+    assert last_checkpoint(tmp_path / "nothing", say=pytest.fail) is None
 
 
-def test_checkpoints_that_are_not_complete_do_not_count(tmp_path):
-    write_checkpoint(tmp_path, 3, "trainer_state.json", "scores")
-    write_checkpoint(tmp_path, 6, "trainer_state.json")
-    write_checkpoint(tmp_path, 9, "scores")
-    assert last_checkpoint(tmp_path, holding=()).name == "checkpoint-6"
-    assert last_checkpoint(tmp_path, holding=("scores",)).name == "checkpoint-3"
-    assert last_checkpoint(tmp_path / "nothing", holding=()) is None
+def test_checkpoints_that_are_not_complete_or_not_whole_are_passed_and_named(tmp_path):
+    write_checkpoint(tmp_path, 3)
+    (write_checkpoint(tmp_path, 6) / "trainer_state.json").write_text("{ }")
+    (write_checkpoint(tmp_path, 9) / "checksums.json").unlink()
+    said = []
+    assert last_checkpoint(tmp_path, say=said.append).name == "checkpoint-3"
+    assert said == [
+        "passed    checkpoint-9, which was not written to its end",
+        "passed    checkpoint-6, which is damaged (trainer_state.json)",
+    ]
 
 
 FREE = {"output", "measure.spectra", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
 FREE |= {"train.keep_checkpoints"}
-VALUES = {"adapter.method": "pissa", "data.columns": {"prompt": "question"}}
+VALUES = {"train.final_learning_rate": 1e-5, "adapter.method": "pissa", "data.columns": {"prompt": "question"}}
 
 
 def other_value(setting):
