@@ -38,30 +38,49 @@ def test_the_whole_demo_on_a_tiny_model(demo, reviews, tiny_model, tmp_path, mon
     monkeypatch.setattr(demo, "MODEL", str(tiny_model))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--data", str(reviews), *options])
     assert demo.main() == 0
-    runs = ["eva-0.001", "lora-0.001", "eva-0.002", "lora-0.002"]
+    runs = [f"{method}-{rate}" for method in ("eva", "lora", "rslora") for rate in ("0.001", "0.002")]
     assert sorted(path.name for path in (output / "runs").iterdir()) == sorted(runs)
     records = [json.loads((output / "runs" / run / "run.json").read_text()) for run in runs]
     assert len({record["parameters"]["components"] for record in records}) == 1
-    assert ["measure" in record["seconds"] for record in records] == [True, False, False, False]  # measured once
+    assert ["measure" in record["seconds"] for record in records] == [True, *[False] * 5]  # measured once
     printed = capsys.readouterr().out
-    assert "EVA 0.001" in printed
-    assert "held-out loss after" in printed
+    losses = [f"{record['after']['metrics']['loss']:.3f}" for record in records]
+    assert all(loss in printed for loss in losses)
+    assert "best learning rate" in printed and "seconds" not in printed
     page = (output / "index.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 5
-    assert "LoRA 0.002" in page
+    assert page.count("<img ") == 6
+    assert all(loss in page for loss in losses)
 
     assert demo.main() == 2
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_sentence_becomes_a_question_with_two_choices(demo, reviews, tmp_path):
+def test_a_sentence_becomes_a_prompt_with_one_answer(demo, reviews, tmp_path):
     source = demo.write_data(tmp_path / "data", folder=reviews, seed=0)
     assert "SST-2" in source
     held_out = [json.loads(line) for line in (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()]
     assert held_out == [
-        {"prompt": f"Review: {sentence}\nSentiment:", "completion": answer, "choices": [" negative", " positive"]}
+        {"prompt": f"Review: {sentence}\nSentiment:", "completion": answer}
         for sentence, answer in [("a fine\tfilm", " positive"), ("dull", " negative")]
     ]
+
+
+def test_long_sentences_are_left_out(demo):
+    rows = [("word " * demo.MOST_WORDS, 1), ("word " * (demo.MOST_WORDS + 1), 1)]
+    assert demo.short(rows) == rows[:1]
+
+
+def test_each_method_is_shown_at_the_rate_with_the_lowest_held_out_loss(demo):
+    def record(loss):
+        return {"after": {"metrics": {"loss": loss}, "intervals": {"loss": [loss - 0.1, loss + 0.1]}}}
+
+    losses = {("EVA", 1e-3): 0.3, ("EVA", 1e-2): 0.2, ("LoRA", 1e-3): 0.1, ("LoRA", 1e-2): 0.4}
+    records = {key: record(loss) for key, loss in losses.items()}
+    assert {title: demo.best_rate(runs) for title, runs in demo.by_method(records).items()} == {
+        "EVA": 1e-2,
+        "LoRA": 1e-3,
+    }
+    assert demo.losses(records).rows == [["0.001", "0.300", "0.100"], ["0.01", "0.200", "0.400"]]
 
 
 def test_packaged_sentences_are_split_by_the_seed_without_overlap(demo, tmp_path, monkeypatch):
@@ -75,11 +94,6 @@ def test_packaged_sentences_are_split_by_the_seed_without_overlap(demo, tmp_path
     assert len(parts["heldout"][0]) == demo.N_HELD_OUT
     assert len(parts["heldout"][0] | parts["train"][0]) == 300
     assert parts["heldout"][0] == parts["heldout"][1] != parts["heldout"][2]
-
-
-def test_the_mean_loss_is_that_of_the_steps_asked_for(demo):
-    log = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 0.0}]
-    assert demo.mean_loss(log, 2, 3) == 1.0
 
 
 def test_bad_input_is_one_sentence(demo, tmp_path, monkeypatch):

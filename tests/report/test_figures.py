@@ -13,6 +13,7 @@ from evatune.report.figures import (
     loss_curves,
     rank_heatmap,
     ranks_by_matrix,
+    rate_curves,
     series,
     trailing_mean,
 )
@@ -140,6 +141,20 @@ def test_series_skips_entries_without_the_value():
     np.testing.assert_array_equal(values, [5])
 
 
+def test_scores_over_the_rate_are_points_in_order_of_rates_with_their_intervals():
+    figure = rate_curves(
+        {"EVA": {1e-2: (0.2, 0.1, 0.4), 1e-3: (0.3, 0.2, 0.5)}, "LoRA": {1e-3: (0.6, 0.5, 0.7)}}, name="loss"
+    )
+    axes = figure.axes[0]
+    eva, lora = axes.lines
+    np.testing.assert_array_equal(eva.get_xydata(), [[1e-3, 0.3], [1e-2, 0.2]])
+    np.testing.assert_array_equal(lora.get_xydata(), [[1e-3, 0.6]])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {0.1, 0.2, 0.4, 0.5} <= set(band[:, 1])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.01"]
+    assert axes.get_xscale() == "log" and axes.get_ylabel() == "loss"
+
+
 def test_methods_keep_their_colour_in_whatever_company():
     assert colours(["LoRA", "EVA"])["EVA"] == colours(["EVA", "x"])["EVA"]
     assert len(set(colours(["a", "EVA", "b", "LoRA", "c"]).values())) == 5
@@ -177,6 +192,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
         rank_heatmap(plan({"layers.0.q": 1}), path=tmp_path / "x.gif")
     with pytest.raises(EvaError, match=r"none of the runs \(EVA\) logged 'loss'"):
         loss_curves({"EVA": [{"step": 1}]})
+    with pytest.raises(EvaError, match="no score at any learning rate"):
+        rate_curves({"EVA": {}}, name="loss")
     with pytest.raises(EvaError, match="smooth must be at least 1 step, got 0"):
         gradient_norms({"EVA": LOG}, smooth=0)
     with pytest.raises(EvaError, match="no inputs"):

@@ -1,4 +1,4 @@
-"""The figures: rank heat maps, explained-variance curves, loss and gradient-norm curves.
+"""The figures: rank heat maps, explained-variance curves, curves of loss, gradient norm and score over the rate.
 
 Each function returns a `matplotlib.figure.Figure` without a window, and writes it to `path` if one is given.
 """
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from evatune.allocation import RankPlan
     from evatune.spectra import Spectra
 
-__all__ = ["explained_variance_curves", "gradient_norms", "loss_curves", "rank_heatmap", "ranks_by_matrix"]
+__all__ = [
+    "explained_variance_curves",
+    "gradient_norms",
+    "loss_curves",
+    "rank_heatmap",
+    "ranks_by_matrix",
+    "rate_curves",
+]
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -258,6 +265,43 @@ def gradient_norms(runs: Mapping[str, Log], *, smooth: int = 1, path: str | Path
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("norm of the gradient before clipping")
     axes.set_title("Gradient norm while training")
+    axes.legend()
+    return save(figure, path)
+
+
+@styled
+def rate_curves(
+    scores: Mapping[str, Mapping[float, Sequence[float]]], *, name: str, path: str | Path | None = None
+) -> Figure:
+    """Draw a score over the learning rate, a line for each method, to see which rate suits which and how sharply.
+
+    Args:
+        scores: for each method, by learning rate: the score, and the two ends of its interval.
+        name: of the score, for the axis.
+        path: where to write the figure, as .svg, .png or .pdf.
+
+    Returns:
+        The figure.
+
+    Raises:
+        EvaError: there is no score, or the suffix of `path` is unknown.
+    """
+    if not any(scores.values()):
+        raise EvaError("there is no score at any learning rate; nothing to draw.")
+    figure, axes = fresh_axes(7.2, 3.8)
+    for label, look in looks(scores).items():
+        rates = sorted(scores[label])
+        values, lows, highs = np.array([scores[label][rate] for rate in rates], dtype=float).T
+        axes.fill_between(rates, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
+        axes.plot(rates, values, marker="o", markersize=5, label=label, **look)
+    axes.set_xscale("log")
+    rates = sorted({rate for points in scores.values() for rate in points})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(name)
+    axes.set_title(f"{name[0].upper()}{name[1:]} by learning rate")
+    axes.set_ylim(0, None)
     axes.legend()
     return save(figure, path)
 
