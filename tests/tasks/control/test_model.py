@@ -60,6 +60,12 @@ def test_an_action_is_predicted_from_what_came_before_it(new_model: Build, name:
     assert changed.tolist() == [step >= first_changed for step in range(6)]
 
 
+@pytest.mark.parametrize(("reward_tokens", "n_tokens"), [(True, 4), (False, 3)])
+def test_the_mask_of_a_step_is_that_of_its_tokens(reward_tokens: bool, n_tokens: int, new_model: Build) -> None:
+    mask = new_model(reward_tokens=reward_tokens).token_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert mask.tolist() == [[1] * 2 * n_tokens + [0] * n_tokens, [1] * n_tokens + [0] * 2 * n_tokens]
+
+
 def test_three_tokens_a_step_know_no_rewards(new_model: Build) -> None:
     model, content = new_model(reward_tokens=False), batch(valid=(6,))
     assert model.config.n_positions == 18
@@ -77,9 +83,10 @@ def test_the_time_step_is_an_option(new_model: Build) -> None:
 def test_states_are_standardized_inside(new_model: Build) -> None:
     model, content = new_model(), batch(valid=(6,))
     before = model(**content).actions
-    model.state_mean.fill_(3.0)
-    model.state_scale.fill_(2.0)
-    torch.testing.assert_close(model(**content | {"states": content["states"] * 2 + 3}).actions, before)
+    model.state_mean.copy_(torch.linspace(-3, 3, 39))
+    model.state_scale.copy_(torch.linspace(0.1, 5, 39))
+    states = content["states"] * model.state_scale + model.state_mean
+    torch.testing.assert_close(model(**content | {"states": states}).actions, before)
 
 
 def test_the_paper_s_size_has_its_parameters() -> None:

@@ -135,10 +135,8 @@ class DecisionTransformer(GPT2PreTrainedModel):
         tokens_bkth = torch.stack(tokens, dim=2)
         if self.embed_time is not None:
             tokens_bkth = tokens_bkth + self.embed_time(timesteps)[:, :, None]
-        mask = None if attention_mask is None else self.token_mask(attention_mask)
-        hidden = self.transformer(
-            inputs_embeds=self.embed_norm(tokens_bkth).flatten(1, 2), attention_mask=mask
-        ).last_hidden_state
+        # Padding stands behind the steps and attention looks back only, so that no step ever sees it.
+        hidden = self.transformer(inputs_embeds=self.embed_norm(tokens_bkth).flatten(1, 2)).last_hidden_state
         at_states = hidden.unflatten(1, (states.shape[1], -1))[:, :, 1]
         predicted = self.action_head(at_states)
         errors = (predicted.float() - actions).square().mean(-1)
