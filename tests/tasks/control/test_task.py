@@ -110,6 +110,16 @@ def test_another_model_or_context_is_refused(tiny_model: Path, model_folder: Pat
         _ = control(model_folder, train=[str(reach_episodes)], context=9).train
 
 
+def test_a_model_that_was_not_pretrained_yet_is_told_how(
+    tmp_path: Path, reach_episodes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
+    with pytest.raises(
+        EvaError, match=r"holds no model .*small/model yet; make it with evatune finetune recipes/small"
+    ):
+        _ = control(tmp_path / "small" / "model", train=[str(reach_episodes)]).train
+
+
 def test_scores_are_of_episodes(reach_episodes: Path, model_folder: Path) -> None:
     task = control(model_folder, train=[str(reach_episodes)], eval_episodes=3)
     model = task.load_model().train()

@@ -137,6 +137,11 @@ class Control:
         """The sizes of the model: those of a pretrained one, or of `new:LAYERSxHEADSxWIDTH`."""
         data, name = self.data, self.source.name
         if not name.startswith("new:"):
+            if Path(name).is_relative_to(user_cache()) and not Path(name).exists():
+                raise EvaError(
+                    f"the user's cache holds no model {name} yet; make it with "
+                    "evatune finetune recipes/small/metaworld-pretrain.yaml."
+                )
             config: Any = load_config(name, revision=self.source.revision)
             if not isinstance(config, DecisionTransformerConfig):
                 raise EvaError(
