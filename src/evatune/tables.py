@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from evatune.errors import EvaError
 
-__all__ = ["bar", "markdown_table", "text_table"]
+__all__ = ["bar", "duration", "markdown_table", "text_table"]
 
 _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
@@ -135,3 +135,9 @@ def _layout(
 
 def _pad(cell: str, width: int, how: str) -> str:
     return cell.rjust(width) if how == "r" else cell.ljust(width)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `45 s`, `3 min 05 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -21,7 +21,7 @@ from evatune import EvaError, estimate, measure
 from evatune.activations.estimate import _size
 from evatune.activations.run import Run
 
-SETTINGS = {"batch_size": 6, "length": 12, "timing": False}
+SETTINGS = {"batch_size": 6, "length": 12}
 
 
 @pytest.fixture
@@ -107,17 +107,9 @@ def test_the_bound_holds_for_wide_inputs_embeddings_and_convolutions(states):
     assert rows[key][0] == told.kinds[0].n_rows == 6 * 16
 
 
-def test_operations_are_those_of_the_pass_to_the_last_target(build):
-    told = estimate(build("llama"), **SETTINGS)
-    n, d, f = 6 * 12, 32, 48
-    linear = 2 * n * (d * d * 2 + 2 * d * 16 + 3 * d * f)
-    attention = 4 * 6 * 12 * 12 * d
-    assert told.forward_flops == 2 * (linear + attention) - 2 * n * d * f, "all of two layers but the last projection"
-
-
 def test_a_seven_billion_model_is_estimated_from_its_configuration():
     config = LlamaConfig(architectures=["LlamaForCausalLM"])  # the shape of Llama 2 7B
-    told = estimate(config, rank=16, max_batches=8, weights_dtype=torch.bfloat16, timing=False)
+    told = estimate(config, rank=16, max_batches=8, weights_dtype=torch.bfloat16)
     assert told.weights_bytes == 2 * 6_738_415_616
     assert told.block_bytes == 2 * 202_383_360
     assert told.hidden_bytes == 8 * 4 * 256 * 4096 * 2
@@ -149,24 +141,24 @@ def test_fused_experts_are_followed_too(tmp_path):
     MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()  # the configuration is enough
     told = estimate(tmp_path / "model", **SETTINGS)
-    assert told.traced and {kind.name.rpartition(".")[2] for kind in told.kinds} == {"q_proj", "o_proj"}
+    rows = {kind.name.removeprefix("model.layers.*."): kind.n_rows for kind in told.kinds}
+    assert told.traced and {"self_attn.q_proj", "self_attn.o_proj", "mlp.experts.down_proj"} <= set(rows)
+    assert rows["mlp.experts.down_proj"] == 6 * 12, "an expert may get every position"
 
 
-def test_without_a_trace_every_target_counts_and_there_is_no_time(build, monkeypatch):
+def test_without_a_trace_every_target_counts(build, monkeypatch):
     # The function hides its module.
     monkeypatch.setattr(sys.modules["evatune.activations.estimate"], "follow", lambda *args, **kwargs: None)
     told = estimate(build("llama"), batch_size=6, length=12)
-    assert (told.traced, told.n_inputs, told.speed, told.pca_seconds) == (False, 14, None, None)
+    assert (told.traced, told.n_inputs) == (False, 14)
     assert {kind.n_rows for kind in told.kinds} == {72}
-    assert "unknown" in told.table()
+    assert "no batch can be followed" in told.table()
 
 
 def test_the_table_says_what_the_numbers_are(build):
     told = estimate(build("llama"), batch_size=6, length=12, rank=2, max_batches=4)
-    assert told.speed is not None and told.speed.products > 1e7 and told.speed.factorizations > 1e6
-    assert told.forward_seconds == pytest.approx(4 * told.forward_flops / told.speed.products)
     text = told.table()
-    for part in ("model.layers.*.self_attn.q_proj (+2)", "exact", "an estimate at", "measured just now", "at most"):
+    for part in ("model.layers.*.self_attn.q_proj (+2)", "exact", "kept from check to check", "at most"):
         assert part in text
     assert json.loads(json.dumps(told.to_json()))["state_bytes"] == told.state_bytes
 

@@ -1,4 +1,4 @@
-"""What a measurement will take, from the model's configuration alone: memory as a bound, time as an estimate.
+"""What memory a measurement will take at most, from the model's configuration alone.
 
 The model is made without weights, and one batch without values goes through it (`evatune.activations.from_disk.trace`).
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,23 +25,8 @@ from evatune.activations.layers.targets import TargetModule, TargetRules, find_t
 from evatune.activations.measure import pca_maker, with_ranks_of
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA
-from evatune.pca.threads import one_thread
 from evatune.settings import Measuring, takes
 from evatune.tables import text_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How fast this machine multiplied and factorized just now."""
-
-    products: float
-    """Operations per second of matrix products in the dtype of the forward pass."""
-    factorizations: float
-    """Operations per second of a symmetric eigendecomposition of 256 × 256 in float64, counted as 9 n³."""
-    dtype: str
-    """That dtype."""
-    threads: int
-    """Processor threads that torch used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +53,11 @@ class InputKind:
     """What it begins with: a sketch gets wider where it misses too much."""
     cached_bytes: int
     """Bound of what is kept beside each state from one check to the next."""
-    product_flops: float
-    """Operations of one batch."""
-    factorization_flops: float
-    """Operations of all refreshes and checks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a measurement will take; memory is a bound, time is an estimate."""
+    """What memory a measurement will take at most."""
 
     model: str
     """Class of the model."""
@@ -90,18 +70,14 @@ class Estimate:
     kinds: list[InputKind] = field(default_factory=list)
     """The inputs."""
     traced: bool = True
-    """Whether a batch could be followed through the empty model. Otherwise no input counts as shared, and there is no
-    time."""
-    forward_flops: float = 0.0
-    """Operations of one forward pass up to the last target."""
+    """Whether a batch could be followed through the empty model. Otherwise no input counts as shared, and every
+    row of a batch counts as entering each."""
     weights_bytes: int = 0
     """All parameters in the dtype of the model."""
     block_bytes: int | None = None
     """Parameters of the largest block, where `measure_from_disk` can be used."""
     hidden_bytes: int | None = None
     """Hidden states of all batches, which wait between blocks then."""
-    speed: Speed | None = None
-    """How fast this machine is."""
 
     @property
     def n_inputs(self) -> int:
@@ -122,22 +98,6 @@ class Estimate:
     def cached_bytes(self) -> int:
         """Bound of what is kept beside the states."""
         return sum(kind.count * kind.cached_bytes for kind in self.kinds)
-
-    @property
-    def forward_seconds(self) -> float | None:
-        """Estimated time of all forward passes."""
-        if self.speed is None or not self.traced:
-            return None
-        return self.max_batches * self.forward_flops / self.speed.products
-
-    @property
-    def pca_seconds(self) -> float | None:
-        """Estimated time of all streaming PCA."""
-        if self.speed is None or not self.traced:
-            return None
-        products = self.max_batches * sum(kind.count * kind.product_flops for kind in self.kinds)
-        factorizations = sum(kind.count * kind.factorization_flops for kind in self.kinds)
-        return products / self.speed.products + factorizations / self.speed.factorizations
 
     def table(self) -> str:
         """Return the inputs as a table, and below it the sums and how to read them."""
@@ -166,15 +126,9 @@ class Estimate:
                 f"from disk largest block {_size(self.block_bytes)}, waiting hidden states {_size(self.hidden_bytes)}"
             )
         if not self.traced:
-            lines.append("time      unknown: no batch can be followed through this model without its weights")
-        elif self.speed is not None and self.forward_seconds is not None and self.pca_seconds is not None:
-            lines += [
-                f"time      about {_duration(self.forward_seconds + self.pca_seconds)} for {self.max_batches} batches: "
-                f"{_duration(self.forward_seconds)} forward, {_duration(self.pca_seconds)} PCA",
-                f"          an estimate at {self.speed.products / 1e9:,.0f} Gflop/s, measured just now on products in "
-                f"{self.speed.dtype} with {self.speed.threads} threads;",
-                "          what is no product (norms, softmax, data) comes on top, and stopping rules may end earlier",
-            ]
+            lines.append(
+                "no batch can be followed through this model without its weights: inputs that are shared count apart"
+            )
         return "\n".join(lines)
 
     def _states(self) -> str:
@@ -184,7 +138,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, for programs."""
-        names = ("n_inputs", "state_bytes", "initial_bytes", "cached_bytes", "forward_seconds", "pca_seconds")
+        names = ("n_inputs", "state_bytes", "initial_bytes", "cached_bytes")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
@@ -198,11 +152,10 @@ def estimate(
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    timing: bool = True,
     settings: Measuring | None = None,
     **options: Any,
 ) -> Estimate:
-    """Tell what `measure` or `measure_from_disk` will take, without weights and without data.
+    """Tell what memory `measure` or `measure_from_disk` will take at most, without weights and without data.
 
     Args:
         model: a transformers configuration, a model (only its class and configuration are used), or the folder or hub
@@ -213,7 +166,6 @@ def estimate(
         task: which class of model, as for `evatune.models.load_model`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
-        timing: measure how fast this machine is, for half a second.
         settings: all options of `measure` in one object; the options below change it.
         options: see the list below.
 
@@ -250,8 +202,6 @@ def estimate(
     default_rows = batch_size * (length_or_none or 1)
     block_bytes, hidden_bytes = _blocks(empty, targets, trace, max_batches)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
-    named = settings.dtype if settings.dtype != "auto" else None
-    compute_dtype = getattr(torch, named) if named else next(empty.parameters()).dtype
     return Estimate(
         model=type(empty).__name__,
         batch_size=batch_size,
@@ -269,39 +219,10 @@ def estimate(
             for (name, _, sharing), members in kinds.items()
         ],
         traced=traced,
-        forward_flops=trace.flops,
         weights_bytes=sum(parameter.nbytes for name, parameter in empty.named_parameters() if name not in tied),
         block_bytes=block_bytes,
         hidden_bytes=hidden_bytes,
-        speed=measure_speed(compute_dtype) if timing and traced else None,
     )
-
-
-def measure_speed(dtype: torch.dtype = torch.float32, *, seconds: float = 0.2) -> Speed:
-    """Measure how fast the processor multiplies matrices in a dtype and factorizes one, for so many seconds each."""
-    left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 768).to(dtype)
-    square = torch.randn(256, 256, dtype=torch.float64)
-    square = square @ square.T
-    products = 2 * 1024 * 768 * 768 / _median_time(lambda: left @ right, seconds)
-    with one_thread():  # as in the streaming PCA
-        factorizations = 9 * 256**3 / _median_time(lambda: torch.linalg.eigh(square), seconds)
-    return Speed(
-        products=products,
-        factorizations=factorizations,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-    )
-
-
-def _median_time(run: Any, seconds: float) -> float:
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
 
 
 def _config(model: Any, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Any:
@@ -347,7 +268,11 @@ def _kind(
         n_targets=n_targets,
         in_features=members[0].in_features,
         n_rows=n_rows,
-        **vars(cost),
+        backend=cost.backend,
+        width=cost.width,
+        state_bytes=int(cost.state_bytes),
+        initial_bytes=int(cost.initial_bytes),
+        cached_bytes=int(cost.cached_bytes),
     )
 
 
@@ -357,9 +282,3 @@ def _size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

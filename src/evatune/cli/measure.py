@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="measure nothing; print memory and time that it would take, from the model's configuration alone",
+        help="measure nothing; print the memory that it would take at most, from the model's configuration alone",
     )
     parser.add_argument(
         "--from-disk",

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evatune.files import json_text, write_checksums, write_text
+from evatune.interruption import held_interrupts
+from evatune.tables import duration
 
 
 class RequireEva(TrainerCallback):
@@ -102,7 +101,7 @@ class ConsoleCallback(TrainerCallback):
         text = f"  step {entry['step']:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in entry:
             pace = (time.perf_counter() - self._started) / max(state.global_step - self._first, 1)
-            left = _duration(pace * (state.max_steps - state.global_step))
+            left = duration(pace * (state.max_steps - state.global_step))
             text += f"  loss {entry['loss']:.4f}  grad norm {entry.get('grad_norm', float('nan')):.3f}"
             text += f"  lr {entry['learning_rate']:.1e}  {pace:.1f} s/step  {left} left"
         else:
@@ -142,33 +141,21 @@ class InterruptCallback(TrainerCallback):
     """Let Ctrl-C finish the current step, save a checkpoint and stop; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self._was_pressed: Callable[[], bool] = lambda: False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed while this was listening."""
+        return self._was_pressed()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch Ctrl-C while the block runs (only in the main thread; Python allows no other)."""
-        if threading.current_thread() is not threading.main_thread():
+        """Catch Ctrl-C while the block runs (only in the main thread, as Python demands)."""
+        said = "\n  interrupted: finishing this step, then saving a checkpoint"
+        with held_interrupts(say=said) as self._was_pressed:
             yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            print("\n  interrupted: finishing this step, then saving a checkpoint", file=sys.stderr)
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if asked."""
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,4 +1,4 @@
-"""Follow a batch without values through a model without weights: shared inputs, rows and operations are known then.
+"""Follow a batch without values through a model without weights: shared inputs and rows are known then.
 
 Nothing is computed and no memory is taken: tensors are fake, or on the meta device, which have shapes only. Some models
 ask for the values of a tensor on the way; where neither kind of tensor leads through a model, it cannot be followed.
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.rows import RowMasks
@@ -25,35 +24,30 @@ class Trace:
         first_of: for every target, the first one that got the same input.
         n_rows: rows that entered a target.
         n_hidden: elements of the first argument of every element of a `ModuleList`.
-        flops: operations until the last target was entered.
     """
 
     def __init__(self) -> None:
         self.first_of: dict[str, str] = {}
         self.n_rows: dict[str, int] = {}
         self.n_hidden: dict[str, int] = {}
-        self.flops = 0.0
         self._owners: dict[Any, str] = {}
         self._kept: list[Any] = []
 
     def run(self, model: Any, rules: TargetRules, inputs: dict[str, Tensor]) -> Trace:
         """Pass the batch."""
-        # The counter knows attention on accelerators only.
-        attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
         for target in find_targets(model, rules):
-            target.module.register_forward_pre_hook(self._target_hook(target, counter), with_kwargs=True)
+            target.module.register_forward_pre_hook(self._target_hook(target), with_kwargs=True)
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList):
                 for number, block in module.named_children():
                     block.register_forward_pre_hook(self._block_hook(f"{name}.{number}"), with_kwargs=True)
         options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-        with torch.no_grad(), counter:
+        with torch.no_grad():
             model(**inputs, **options)
         self._kept.clear()
         return self
 
-    def _target_hook(self, target: TargetModule, counter: FlopCounterMode) -> Any:
+    def _target_hook(self, target: TargetModule) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering = target.layer.entering(module, args, kwargs)
             tensors = target.layer.tensors(entering)
@@ -61,10 +55,13 @@ class Trace:
             self._kept.append(tensors)
             key = (target.layer.form(module), *map(id, tensors))
             self.first_of.setdefault(target.name, self._owners.setdefault(key, target.name))
-            pieces = target.layer.rows(module, entering, RowMasks(), in_decoder=False)
-            n_rows = sum(len(piece) if isinstance(piece, Tensor) else max(map(len, piece)) for piece in pieces)
+            try:
+                pieces = target.layer.rows(module, entering, RowMasks(), in_decoder=False)
+                n_rows = sum(len(piece) if isinstance(piece, Tensor) else max(map(len, piece)) for piece in pieces)
+            except Exception:  # which rows reach an expert depends on values: all of them at most
+                hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                n_rows = hidden.shape[:-1].numel()
             self.n_rows[target.name] = self.n_rows.get(target.name, 0) + n_rows
-            self.flops = float(counter.get_total_flops())
 
         return hook
 
@@ -75,12 +72,6 @@ class Trace:
                 self.n_hidden[name] = hidden.numel()
 
         return hook
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Operations of attention from (B, heads, T, width) shapes: one product with the keys, one with the values."""
-    samples, heads, n_queries, width = query
-    return 2 * samples * heads * n_queries * key[2] * (width + value[3])
 
 
 def follow(
@@ -100,7 +91,7 @@ def follow(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Numbers of rows and operations do not depend on the dtype, and some fused experts can be followed in one only.
+    # Numbers of rows do not depend on the dtype, and some fused experts can be followed in one only.
     for kind, tried in (("cpu", dtype), ("meta", dtype), ("cpu", torch.bfloat16)):
         context: AbstractContextManager[Any] = FakeTensorMode() if kind == "cpu" else torch.device("meta")
         try:
