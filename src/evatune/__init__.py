@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evatune.activations import estimate, measure, measure_from_disk
-    from evatune.adapters import initialize, prepare
+    from evatune.adapters import initialize, initialize_lora_eva_weights, prepare
     from evatune.allocation import RankPlan
     from evatune.errors import EvaError, EvaWarning
     from evatune.pca import StreamingPCA
@@ -27,6 +27,7 @@ _HOME = {
     "StreamingPCA": "evatune.pca",
     "Target": "evatune.spectra",
     "initialize": "evatune.adapters",
+    "initialize_lora_eva_weights": "evatune.adapters",
     "estimate": "evatune.activations",
     "measure": "evatune.activations",
     "measure_from_disk": "evatune.activations",
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "Target",
     "RankPlan",
     "initialize",
+    "initialize_lora_eva_weights",
     "prepare",
     "StreamingPCA",
     "EvaError",

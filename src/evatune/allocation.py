@@ -82,7 +82,7 @@ class RankPlan:
     base_ranks: dict[str, int]
     """Rank of each target in uniform LoRA."""
     explained: dict[str, float]
-    """Share of the variance of its input that the components of each target explain."""
+    """Share of the variance of its input that the components of each target explain; without those that are unknown."""
     in_features: dict[str, int]
     """Width of the input of each target."""
     out_features: dict[str, int]
@@ -133,10 +133,9 @@ class RankPlan:
         for kind, names in groups.items():
             ranks = [self.ranks[name] for name in names]
             change = sum(ranks) - sum(self.base_ranks[name] for name in names)
-            explained = float(np.mean([self.explained[name] for name in names]))
-            rows.append(
-                [kind, len(names), min(ranks), f"{np.mean(ranks):.1f}", max(ranks), f"{change:+d}", f"{explained:.3f}"]
-            )
+            known = [self.explained[name] for name in names if name in self.explained]
+            explained = f"{np.mean(known):.3f}" if known else "–"
+            rows.append([kind, len(names), min(ranks), f"{np.mean(ranks):.1f}", max(ranks), f"{change:+d}", explained])
         headers = ["matrix", "targets", "least", "mean rank", "most", "change", "explained"]
         relative = self.n_parameters / self.uniform_parameters - 1
         unit = "" if self.budget_in == "components" else f", budget in {self.budget_in}"

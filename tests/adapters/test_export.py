@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
 
 import evatune
 from evatune.adapters import export_portable
@@ -93,3 +95,95 @@ def test_an_existing_folder_is_refused_unless_told(trained, tmp_path):
     assert not list((tmp_path / "out").iterdir())
     export_portable(model, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+# -- every layer type -------------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Tokens, a convolution over time, attention and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.conv = nn.Embedding(40, 8), nn.Conv1d(8, 16, 3, padding=1)
+        self.attn, self.fc = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, input_ids):
+        x = self.conv(self.tokens(input_ids).transpose(1, 2)).transpose(1, 2)
+        return x + self.fc(x + self.attn(x, x, x, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter for each layer, stored in either order; every row goes through all."""
+
+    def __init__(self, *, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 8, 12) if is_transposed else torch.randn(3, 12, 8))
+        self.down = nn.Parameter(torch.randn(3, 12, 8) if is_transposed else torch.randn(3, 8, 12))
+
+    def forward(self, x):
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        return (torch.tanh(x @ up) @ down).sum(0)
+
+
+class Mixture(nn.Module):
+    def __init__(self, *, is_transposed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.experts = nn.Linear(8, 8), Experts(is_transposed=is_transposed)
+
+    def forward(self, input_ids):
+        return self.experts(self.fc(torch.nn.functional.one_hot(input_ids.flatten() % 8, 8).float()))
+
+
+EVERY = {"target_modules": ["tokens", "conv", "attn", "fc"]}
+FUSED = {"target_modules": ["fc"], "target_parameters": ["experts.up", "experts.down"]}
+KINDS = {
+    "all": (Layers, EVERY),
+    "all, rsLoRA": (Layers, EVERY | {"use_rslora": True}),
+    "DoRA": (Layers, {"target_modules": ["tokens", "conv", "fc"], "use_dora": True}),
+    "attention": (Layers, {"target_modules": ["attn"]}),
+    "experts": (lambda: Mixture(is_transposed=False), FUSED),
+    "experts, transposed": (lambda: Mixture(is_transposed=True), FUSED | {"use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter_name", ["default", "mine"])
+def test_every_layer_type_is_exported_exactly(tmp_path, kind, adapter_name):
+    build, settings = KINDS[kind]
+    names = [*settings["target_modules"], *settings.get("target_parameters", ())]
+    ranks = {rf".*{name.rpartition('.')[2]}": 2 + number for number, name in enumerate(names)}
+    alphas = {pattern: 3.0 * rank for rank, pattern in enumerate(ranks, start=1)}
+    config = LoraConfig(r=4, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas, **settings)
+    model = get_peft_model(build(), config, adapter_name=adapter_name).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape)
+    batch = {"input_ids": torch.randint(0, 40, (3, 9))}
+    with torch.no_grad():
+        expected, base = model(**batch), build().eval()(**batch)
+    assert (expected - base).abs().max() > 1e-2
+    loaded = PeftModel.from_pretrained(build(), export_portable(model, tmp_path / "out", adapter_name=adapter_name))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded.merge_and_unload()(**batch), expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(ranks.values())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+
+
+def test_a_grouped_convolution_keeps_its_rank_or_is_refused(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(conv=nn.Conv1d(4, 4, 3, groups=2), fc=nn.Linear(6, 6)))
+
+    same = get_peft_model(build(), LoraConfig(r=4, target_modules=["conv", "fc"]))
+    export_portable(same, tmp_path / "same")
+    other = get_peft_model(build(), LoraConfig(r=4, target_modules=["conv", "fc"], rank_pattern={"fc": 5}))
+    with pytest.raises(EvaError, match=r"groups=2 divides its rank 4 among them and cannot be padded to 5"):
+        export_portable(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

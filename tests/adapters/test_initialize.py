@@ -476,7 +476,7 @@ class TestErrors:
 
 
 def test_an_adapter_of_a_sharded_model_is_refused_before_anything_is_measured(llama, lora, monkeypatch):
-    module = sys.modules["evatune.adapters.initialize"]  # the function hides its module
+    module = sys.modules["evatune.adapters.fresh"]
     monkeypatch.setattr(module, "sharding_of", lambda model: "fully_shard")
     with pytest.raises(EvaError, match=r"spread over processes by fully_shard.* from the spectra before sharding"):
         evatune.initialize(lora(llama()), iter(()))

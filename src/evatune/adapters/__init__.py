@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from evatune.adapters.as_in_peft import initialize_lora_eva_weights
 from evatune.adapters.attach import save_adapter
 from evatune.adapters.export import export_portable
-from evatune.adapters.initialize import initialize, initialized_plan, require_initialized
+from evatune.adapters.forgotten import initialized_plan, require_initialized
+from evatune.adapters.initialize import initialize
 from evatune.adapters.prepare import freeze_a, prepare
 from evatune.adapters.taking_off import unload
 
@@ -12,6 +14,7 @@ __all__ = [
     "export_portable",
     "freeze_a",
     "initialize",
+    "initialize_lora_eva_weights",
     "initialized_plan",
     "prepare",
     "require_initialized",

@@ -43,6 +43,11 @@ class Factors:
         return self.down.in_features
 
     @property
+    def n_outputs(self) -> int:
+        """Rows o of B."""
+        return self.up_weight.shape[0]
+
+    @property
     def down_weight(self) -> Tensor:
         """A as PEFT stores it."""
         return self.down.weight
@@ -143,6 +148,11 @@ class ExpertFactors(Factors):
     def width(self) -> int:
         """Features of all experts together."""
         return self.layer.num_experts * self.down.in_features
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of B of all experts together."""
+        return self.layer.num_experts * self.up_weight.shape[0]
 
     def blocks(self) -> Sequence[Tensor]:
         """Return the A of each expert."""

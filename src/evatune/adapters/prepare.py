@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ def prepare(
         loss: computes the loss of a batch from model and batch, where the model's own does not do.
         forward: calls the model with a batch while measuring, where the default does not fit.
         row_mask: says which rows count while measuring, see `evatune.measure`.
-        modules_to_save: names of further modules that are trained and saved whole.
+        modules_to_save: names of further modules that are trained and saved whole, and get no adapter.
         task_type: PEFT's task type.
         keep_base: keep the base weights that a method changes in main memory, so that `unload` can put them back.
         progress: show a bar while measuring.
@@ -99,12 +100,10 @@ def prepare(
     with all_or_nothing(model) as before, preserved_random_state():
         torch.manual_seed(settings.seed)
         targets = find_targets(model, rules)
+        whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
+        targets = _without(targets, whole)
         _check_targets(choice, targets, settings)
-        common = {
-            "modules_to_save": [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])] or None,
-            "task_type": task_type,
-            "bias": settings.bias,
-        }
+        common = {"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias}
         with _peft_errors(choice):
             config = at_home(choice.method.config)(
                 settings.part(Adapter),
@@ -120,7 +119,7 @@ def prepare(
         trainable = trained_names(model)
         if choice.in_four_bits:
             quantize(model, targets)
-            targets = find_targets(model, rules)
+            targets = _without(find_targets(model, rules), whole)
         finish = None
         if choice.method.start:
             preparation = Preparation(
@@ -234,6 +233,15 @@ def _new_heads(model: nn.Module, rules: TargetRules, targets: Sequence[TargetMod
         for head, is_new in find_heads(model).items()
         if is_new and not rules.excludes(head) and not any(f"{name}.".startswith(f"{head}.") for name in names)
     ]
+
+
+def _without(targets: Sequence[TargetModule], whole: Sequence[str]) -> list[TargetModule]:
+    """Return the targets that are no part of what is trained whole, by PEFT's rule for these names."""
+    trained = re.compile("|".join(rf"(.*\.)?{re.escape(name)}(\..*)?" for name in whole) or "(?!)")
+    left = [target for target in targets if not trained.fullmatch(target.name)]
+    if not left:
+        raise EvaError(f"all targets are parts of what is trained whole ({', '.join(whole)}); name others as well.")
+    return left
 
 
 def _changing(choice: Choice, targets: Sequence[TargetModule]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -74,9 +74,11 @@ def remember(
         originals: base weights that change beside the adapter, as they were; None if they are not kept.
         trainable: names of the parameters of the base model that required a gradient.
     """
-    before = kept(peft_model) or Kept(weights={}, trainable=None if trainable is None else tuple(trainable))
+    before = kept(peft_model) or Kept(weights={}, trainable=None)
     weights = None if originals is None or before.weights is None else {**originals, **before.weights}
-    vars(peft_model.base_model)["_evatune_kept"] = Kept(weights=weights, trainable=before.trainable)
+    if before.trainable is None and trainable is not None:
+        before = replace(before, trainable=tuple(trainable))
+    vars(peft_model.base_model)["_evatune_kept"] = replace(before, weights=weights)
 
 
 def kept(peft_model: Any) -> Kept | None:
