@@ -24,6 +24,7 @@ from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.training import finetune
 from evatune.training import run as run_module
+from evatune.training.adalora import AdaLoraCallback
 from evatune.training.setup import (
     load_base,
     measure_recipe,

@@ -34,6 +34,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evatune.adapters.attach import quiet_peft, save_adapter
+from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
 from evatune.files import write_json
 from evatune.fingerprint import sampled_weights, with_weights
@@ -180,7 +181,7 @@ class _Run:
             recipe=recipe.to_dict(),
             steps=trainer.state.global_step,
             precision="bf16" if uses_bf16(recipe.train) else "fp32",
-            parameters=_count(adapted, self._plan()) | {"base": n_base},
+            parameters=count_adapter(adapted, self._plan()) | {"base": n_base},
             log=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
             before=before,
             after=after,
@@ -354,15 +355,3 @@ class _Run:
 
 def _printer(progress: bool) -> Callable[[str], None]:
     return (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
-
-
-def _count(model: Any, plan: RankPlan | None) -> dict[str, int]:
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    downs = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
-    adapted = sum(hasattr(module, "base_layer") for module in model.modules())
-    return {
-        "trainable": trainable,
-        "targets": len(plan.ranks) if plan else adapted,
-        "without_adapter": list(plan.ranks.values()).count(0) if plan else 0,
-        "components": sum(parameter.shape[0] for parameter in downs),
-    }
