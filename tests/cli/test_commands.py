@@ -212,7 +212,7 @@ def test_init_says_what_it_made_and_what_a_folder_cannot_say(tiny_model, tmp_pat
     [
         ("milora", "it changes the base weights"),
         ("full", "it trains the model itself and has no adapter"),
-        ("vera", "what it starts from is no LoRA adapter"),
+        ("vera", "its adapter is not LoRA"),
     ],
 )
 def test_init_refuses_what_is_no_adapter_to_start_from(tmp_path, capsys, method, reason):

@@ -98,6 +98,6 @@ def test_preview_shows_three_examples(tiny_model, tiny_data, tmp_path, capsys):
     (example,) = json.loads(capsys.readouterr().out)
     assert "".join(piece["text"] for piece in example["pieces"]) in text.replace("⟦", "").replace("⟧", "")
     assert main([*arguments, "--save", str(tmp_path / "examples.png")]) == 1
-    assert "examples of task 'generation' are no pictures; leave out --save" in capsys.readouterr().err
+    assert "examples of task 'generation' are not pictures; leave out --save" in capsys.readouterr().err
     assert main([*arguments, "--examples", "0"]) == 1
     assert "--examples is 0" in capsys.readouterr().err

@@ -32,5 +32,5 @@ def test_a_folder_keeps_it(tmp_path, template):
 @pytest.mark.parametrize("text", ["{", "[]", '{"template": "x"}'])
 def test_a_damaged_file_is_said(tmp_path, text):
     (tmp_path / "prompt.json").write_text(text)
-    with pytest.raises(EvaError, match=r"prompt\.json is no prompt template"):
+    with pytest.raises(EvaError, match=r"prompt\.json is not a prompt template"):
         PromptTemplate.load(tmp_path)

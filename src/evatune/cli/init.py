@@ -111,7 +111,7 @@ def _why_not(method: Method) -> str:
         return "it changes the base weights"
     if not method.has_adapter:
         return "it trains the model itself and has no adapter"
-    return "what it starts from is no LoRA adapter"
+    return "its adapter is not LoRA"
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
     preview = open_recipe(recipe).preview(args.examples)
     if args.save:
         if preview.picture is None:
-            raise EvaError(f"examples of task {recipe.task!r} are no pictures; leave out --save.")
+            raise EvaError(f"examples of task {recipe.task!r} are not pictures; leave out --save.")
         say(f"saved     {write_bytes(args.save, preview.picture)}")
     answer(args, text=preview.text, content=preview.content)

@@ -70,4 +70,4 @@ class PromptTemplate:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(text=None if content["chat"] else str(content["template"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise EvaError(f"{path} is no prompt template; delete it, or save the adapter again.") from error
+            raise EvaError(f"{path} is not a prompt template; delete it, or save the adapter again.") from error

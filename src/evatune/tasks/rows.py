@@ -174,7 +174,7 @@ def _parsed(text: str, *, where: str) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise EvaError(
-                f"{where} holds half of a surrogate pair, which is no text; repair or drop the row."
+                f"{where} holds half of a surrogate pair, which is not valid Unicode; repair or remove the row."
             ) from None
     return content
 

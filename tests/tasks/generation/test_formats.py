@@ -1,4 +1,4 @@
-"""How rows become text: which field is learned, what stands around a prompt, and what is no text."""
+"""How rows become text: which field is learned, what stands around a prompt, and what is not a string."""
 
 from __future__ import annotations
 
@@ -112,9 +112,12 @@ def test_tools_reach_the_template(tokenizer, monkeypatch):
         ({"messages": [USER, "hello"]}, "turn 2 must have a role and a content, not 'hello'"),
         ({"messages": "hello"}, "a conversation must be a list of turns, not 'hello'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1 has a part of type 'image'"),
-        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "the content of turn 1 is {'a': 1}, which is no text"),
-        ({"prompt": {"text": "hi"}, "completion": "b"}, "field 'prompt' holds a dict, which is no text"),
-        ({"text": ["a", "b"]}, "field 'text' holds a list, which is no text"),
+        (
+            {"messages": [{"role": "user", "content": {"a": 1}}]},
+            "the content of turn 1 is {'a': 1}, which is not a string",
+        ),
+        ({"prompt": {"text": "hi"}, "completion": "b"}, "field 'prompt' holds a dict, which is not a string"),
+        ({"text": ["a", "b"]}, "field 'text' holds a list, which is not a string"),
         ({"txt": "a"}, r"fit no known format \(.*say with columns which field is which"),
     ],
 )

@@ -186,7 +186,7 @@ def test_columns_are_found_by_their_usual_names():
     assert pair({"sentence1": "a", "sentence2": "b", "label": 1}) == Labelled(texts=("a", "b"), label="1")
     assert pair({"sentence1": "a", "sentence2": "b", "label": -1}) is None  # hidden
     assert pair({"sentence1": "a", "sentence2": "b", "label": " "}) is None
-    with pytest.raises(EvaError, match="column 'sentence2' holds 3, which is no text"):
+    with pytest.raises(EvaError, match="column 'sentence2' holds 3, which is not a string"):
         pair({"sentence1": "a", "sentence2": 3, "label": 1})
     with pytest.raises(EvaError, match=r"x has no column of labels that is known; it has text, gold: .*\(label=NAME\)"):
         find_columns({"text": "a", "gold": 1}, "x")

@@ -109,11 +109,11 @@ def _message(turn: Any, number: int) -> Message:
 
 
 def _content(content: Any, number: int) -> str:
-    """Return a turn's content as text."""
+    """Return a turn's content as one string."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list | tuple):
-        raise EvaError(f"the content of turn {number} is {_shown(content)}, which is no text.")
+        raise EvaError(f"the content of turn {number} is {_shown(content)}, which is not a string.")
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"

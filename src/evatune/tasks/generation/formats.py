@@ -87,7 +87,7 @@ class Format:
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if isinstance(value, Mapping | list | tuple | bytes):
-        raise EvaError(f"field {field!r} holds a {type(value).__name__}, which is no text.")
+        raise EvaError(f"field {field!r} holds a {type(value).__name__}, which is not a string.")
     return "" if value is None else str(value)
 
 

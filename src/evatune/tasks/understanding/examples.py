@@ -82,7 +82,7 @@ def _labelled(row: Row, names: Sequence[str], label: str) -> Labelled | None:
     texts = tuple(row[name] for name in names)
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
-            raise EvaError(f"column {name!r} holds {text!r}, which is no text.")
+            raise EvaError(f"column {name!r} holds {text!r}, which is not a string.")
     value = row[label]
     # Public benchmarks write -1 for a hidden label.
     if value is None or str(value).strip() in ("", "-1") or not any(text.strip() for text in texts):
