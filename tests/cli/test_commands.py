@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,26 @@ def test_version_and_usage_errors(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["finetune", "--rnak=3"])
     assert "unknown argument '--rnak=3' (did you mean '--rank'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["measur"], "'measure'"), (["finetune", "--lr", "1"], "'--learning-rate'"), (["plan", "x", "--r=3"], "'--rank'")],
+)
+def test_what_was_meant_is_named(capsys, words, meant):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"(did you mean {meant}" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
+    from evatune.cli import plan
+
+    monkeypatch.setattr(plan, "run", lambda args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["plan", str(tmp_path), "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"error": "interrupted"}
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_measure_saves_spectra(spectra):

@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 something that the message explains, 2 wrong usage, 130 in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from evatune import __version__
 from evatune.cli.options import HelpFormatter
@@ -18,6 +21,17 @@ from evatune.files import json_text
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
 COMMANDS = ("collect", "preview", "measure", "plan", "init", "finetune", "evaluate", "generate", "methods")
+
+_MEANT = {
+    "--lr": "--learning-rate",
+    "--alpha": "--lora-alpha",
+    "--dropout": "--lora-dropout",
+    "--targets": "--target-modules",
+    "--r": "--rank",
+    "--bs": "--train.batch-size",
+    "--train": "--data",
+}
+"""Options of other programs, and what they are called here."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,13 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args, unknown = build_parser().parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        parser.error(
+            f"unknown command {words[0]!r}{near_misses(words[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
+        )
+    args, unknown = parser.parse_known_args(words)
     if unknown:
+        option = unknown[0].partition("=")[0]
+        if (meant := _MEANT.get(option)) in args.parser._option_string_actions:
+            args.parser.error(f"unknown argument {unknown[0]!r} (did you mean {meant!r}?)")
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
-        args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(unknown[0].partition('=')[0], known)}")
+        args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(option, known)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are not for users of this program
     try:
-        args.run(args)
+        with _terminated_as_interrupted():
+            args.run(args)
         sys.stdout.flush()
     except EvaError as error:
         return _fail(args, str(error))
@@ -74,14 +98,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(args, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print("evatune: interrupted", file=sys.stderr)
+        _fail(args, "interrupted")
         return 130
     return 0
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: what was measured or trained is saved, as a cluster's scheduler asks for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _fail(args: argparse.Namespace, message: str) -> int:
     print(f"evatune: {message}", file=sys.stderr)
-    if args.json:
+    if args.json and not getattr(args, "answered", False):  # one object, also if what was saved has been told
         print(json_text({"error": message}))
     return 1
 

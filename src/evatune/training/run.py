@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
-from evatune.files import write_json
+from evatune.files import write_json, write_text
 from evatune.fingerprint import sampled_weights, with_weights
 from evatune.hardware import describe_machine
 from evatune.methods import at_home
@@ -53,6 +53,7 @@ from evatune.training.callbacks import (
     JsonLinesCallback,
     LastStepCallback,
 )
+from evatune.training.card import adapter_card
 from evatune.training.folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -192,6 +193,8 @@ class _Run:
             machine=describe_machine(),
             started=started.isoformat(timespec="seconds"),
         )
+        if not self._is_full():
+            write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
         record.save(self.folder)
         self.say(f"saved     {self.folder}")
         return record
