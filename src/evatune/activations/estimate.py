@@ -214,7 +214,6 @@ def estimate(
                 n_targets=sharing,
                 n_rows=max(trace.n_rows.get(target.name, default_rows if not traced else 0) for target in members),
                 pca=members[0].layer.new_pca(members[0].module, settings.n_kept, pca_maker(settings)),
-                max_batches=max_batches,
             )
             for (name, _, sharing), members in kinds.items()
         ],
@@ -258,10 +257,8 @@ def _blocks(
     return largest, hidden * next(model.parameters()).itemsize * max_batches or None
 
 
-def _kind(
-    name: str, members: Sequence[TargetModule], *, n_targets: int, n_rows: int, pca: AnyPCA, max_batches: int
-) -> InputKind:
-    cost = pca.cost(n_features=members[0].in_features, n_rows=n_rows, n_batches=max_batches)
+def _kind(name: str, members: Sequence[TargetModule], *, n_targets: int, n_rows: int, pca: AnyPCA) -> InputKind:
+    cost = pca.cost(n_features=members[0].in_features)
     return InputKind(
         name=name,
         count=len(members),
@@ -270,9 +267,9 @@ def _kind(
         n_rows=n_rows,
         backend=cost.backend,
         width=cost.width,
-        state_bytes=int(cost.state_bytes),
-        initial_bytes=int(cost.initial_bytes),
-        cached_bytes=int(cost.cached_bytes),
+        state_bytes=cost.state_bytes,
+        initial_bytes=cost.initial_bytes,
+        cached_bytes=cost.cached_bytes,
     )
 
 

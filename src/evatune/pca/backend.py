@@ -133,8 +133,8 @@ class State(ABC):
 
     @classmethod
     @abstractmethod
-    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
-        """Return what it takes to follow so many batches of n_rows rows."""
+    def cost(cls, n_components: int, n_features: int) -> Cost:
+        """Return what it takes to follow rows of so many features."""
 
     # -- what follows -------------------------------------------------------------------------------------------------
 

@@ -173,8 +173,8 @@ class AnyPCA(Protocol):
         """Return the object that a `state_dict` of this class describes."""
 
     @abstractmethod
-    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
-        """Return what it takes to follow so many batches of n_rows rows with n_features features."""
+    def cost(self, *, n_features: int) -> Cost:
+        """Return what it takes to follow rows of so many features."""
 
 
 def variances(singular_values_k: Tensor, *, n_rows: int) -> Tensor:

@@ -68,7 +68,7 @@ def leading_eigenpairs(
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
-    if is_full(n_features, n_pairs):
+    if n_features <= FULL_UP_TO or FULL_FROM * width > n_features:
         return (yield from _all_eigenpairs(matrix_dd))
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
@@ -87,11 +87,6 @@ def leading_eigenpairs(
                 return basis_dl[:, : int(seen)], values_l[: int(seen)]
         basis_dl = yield from _basis_of(_filtered(matrix_dd, basis_dl, image_dl, values_l))
     return (yield from _all_eigenpairs(matrix_dd))
-
-
-def is_full(n_features: int, n_pairs: int) -> bool:
-    """Tell whether a matrix of this width is factorized in full where so many pairs are wanted."""
-    return n_features <= FULL_UP_TO or FULL_FROM * (n_pairs + OVERSAMPLING) > n_features
 
 
 def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Tensor:

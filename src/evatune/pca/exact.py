@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from evatune.pca.backend import Pairs, State, Wanted
-from evatune.pca.cost import CORE_EIGH, FLOAT, FULL_EIGH, THIN_PRODUCTS, Cost, components_bytes, moments_bytes, n_checks
-from evatune.pca.eigen import OVERSAMPLING, is_full, leading_eigenpairs
+from evatune.pca.cost import FLOAT, Cost, components_bytes, moments_bytes
+from evatune.pca.eigen import OVERSAMPLING, leading_eigenpairs
 from evatune.pca.leading import LeadingState
 from evatune.pca.moments import Moments
 from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_gram, energies_along, gram_norm, symmetric
@@ -39,9 +39,6 @@ as components."""
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-16}
 """Share of its eigenvalue that a component may miss, in the mean, by the dtype of the sums. With 1e-5 the components of
 SmolLM2's inputs miss 1e-6 of the variance (`benchmarks/accuracy.py`); 1e-16 is the rounding of float64."""
-
-EXTRA_ROUNDS = 6
-"""Rounds of iteration beyond one a check: the first look and the last one start farther away."""
 
 
 class ExactState(State):
@@ -224,18 +221,13 @@ class ExactState(State):
         )
 
     @classmethod
-    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
-        """Return the cost of a matrix, two thirds of one product a batch, and iteration at checks."""
-        k, d, checks = n_components, n_features, n_checks(n_batches)
-        # Iteration goes on from the columns of the last look.
-        columns = min(k + OVERSAMPLING, d)
-        one_round = THIN_PRODUCTS * 2 * d * columns * (d + 4 * columns) + CORE_EIGH * columns**3
-        full = is_full(d, k)
+    def cost(cls, n_components: int, n_features: int) -> Cost:
+        """Return the cost of a matrix, and of the columns from which iteration goes on at the next look."""
+        k, d = n_components, n_features
+        n_bytes = FLOAT * d * d + moments_bytes(d)
         return Cost(
             backend=cls.name,
-            state_bytes=FLOAT * d * d + moments_bytes(d),
-            initial_bytes=FLOAT * d * d + moments_bytes(d),
-            cached_bytes=components_bytes(k, d) + FLOAT * d * columns,
-            product_flops=4 / 3 * n_rows * d * d,
-            factorization_flops=checks * FULL_EIGH * d**3 if full else (checks + EXTRA_ROUNDS) * one_round,
+            state_bytes=n_bytes,
+            initial_bytes=n_bytes,
+            cached_bytes=components_bytes(k, d) + FLOAT * d * min(k + OVERSAMPLING, d),
         )

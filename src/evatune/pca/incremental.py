@@ -21,10 +21,6 @@ from evatune.pca.moments import Moments
 from evatune.pca.subspace import solver_copy
 from evatune.pca.together import Steps
 
-SVD = 6.0
-"""Operations of a thin singular value decomposition of an (n, d) matrix, in units of n d min(n, d): R-SVD without its
-smaller terms (Golub and Van Loan, Matrix Computations, section 8.6)."""
-
 
 class IncrementalState(State):
     """The truncated SVD of the centred rows so far.
@@ -123,8 +119,8 @@ class IncrementalState(State):
         return cls(wanted, Moments.from_tensors(tensors), tensors["components"], tensors["singular_values"])
 
     @classmethod
-    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
-        """Return the cost of k vectors, and of an SVD a batch."""
+    def cost(cls, n_components: int, n_features: int) -> Cost:
+        """Return the cost of k vectors."""
         k, d = n_components, n_features
         state_bytes = FLOAT * (k * d + k) + moments_bytes(d)
         return Cost(
@@ -132,5 +128,4 @@ class IncrementalState(State):
             state_bytes=state_bytes,
             initial_bytes=state_bytes,
             cached_bytes=components_bytes(k, d),
-            factorization_flops=n_batches * SVD * d * (n_rows + k) * min(n_rows + k, d),
         )

@@ -207,8 +207,8 @@ class OneHotPCA(AnyPCA):
         pca._counts_v, pca._n_rows = counts_v, int(counts_v.sum())
         return pca
 
-    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
-        """Return the cost of a counter for each token; the work is none to speak of."""
+    def cost(self, *, n_features: int) -> Cost:
+        """Return the cost of a counter for each token."""
         state_bytes = SCALARS_BYTES + DOUBLE * n_features
         return Cost(
             backend=self.kind,

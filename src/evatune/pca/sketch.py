@@ -29,17 +29,7 @@ import torch
 from torch import Tensor
 
 from evatune.pca.backend import Pairs, State, Wanted, between_means, merge_eigenpairs
-from evatune.pca.cost import (
-    CORE_EIGH,
-    DOUBLE,
-    FLOAT,
-    THIN_PRODUCTS,
-    Cost,
-    components_bytes,
-    moments_bytes,
-    n_checks,
-    n_refreshes,
-)
+from evatune.pca.cost import DOUBLE, FLOAT, Cost, components_bytes, moments_bytes
 from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
@@ -335,15 +325,13 @@ class SketchState(State):
         return state
 
     @classmethod
-    def cost(cls, n_components: int, n_features: int, *, n_rows: int, n_batches: int) -> Cost:
-        """Return the cost of two thin matrices, two thin products a batch, and refreshes."""
+    def cost(cls, n_components: int, n_features: int) -> Cost:
+        """Return the cost of two thin matrices, which may get wider or give way to a square one."""
         k, d = n_components, n_features
         width, widest = sketch_width(k, d), widest_sketch(k, d)
         initial_bytes, state_bytes = (2 * FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
         if width < d and is_narrow(d):
             state_bytes = max(state_bytes, FLOAT * d * d)
-        # Five products of O(d l²), see above.
-        one_refresh = THIN_PRODUCTS * 5 * 2 * d * width**2 + CORE_EIGH * width**3
         return Cost(
             backend=cls.name,
             width=width,
@@ -351,8 +339,6 @@ class SketchState(State):
             initial_bytes=initial_bytes + moments_bytes(d),
             # The eigenvectors of the last refresh are kept until rows come.
             cached_bytes=components_bytes(k, d) + FLOAT * d * widest + DOUBLE * widest,
-            product_flops=4.0 * n_rows * d * (width + N_PROBES),
-            factorization_flops=(FIRST_BATCH_ITERATIONS + n_refreshes(n_batches) + n_checks(n_batches)) * one_refresh,
         )
 
 

@@ -212,12 +212,9 @@ class StackedPCA(AnyPCA):
                 part.load_state_dict(own)
         return stacked
 
-    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
-        """Return the cost of all parts; each gets n_rows rows of a batch."""
-        parts = total(
-            part.cost(n_features=width, n_rows=n_rows, n_batches=n_batches)
-            for part, width in zip(self.parts, self.widths, strict=True)
-        )
+    def cost(self, *, n_features: int) -> Cost:
+        """Return the cost of all parts."""
+        parts = total(part.cost(n_features=width) for part, width in zip(self.parts, self.widths, strict=True))
         own_bytes = SCALARS_BYTES + DOUBLE * len(self.parts)
         return replace(parts, state_bytes=parts.state_bytes + own_bytes, initial_bytes=parts.initial_bytes + own_bytes)
 

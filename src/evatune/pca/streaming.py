@@ -360,11 +360,10 @@ class StreamingPCA(AnyPCA):
         """Return the object, with the backend "auto", that a `state_dict` describes."""
         return cls(int(state["n_components"]), center=bool(state["center"])).load_state_dict(state)
 
-    def cost(self, *, n_features: int, n_rows: int, n_batches: int) -> Cost:
-        """Return what it takes to follow so many batches of n_rows rows with n_features features."""
+    def cost(self, *, n_features: int) -> Cost:
+        """Return what it takes to follow rows of so many features."""
         n_components = min(self.n_components, n_features)
-        state = choose_backend(self.backend, n_components, n_features)
-        return state.cost(n_components, n_features, n_rows=n_rows, n_batches=n_batches)
+        return choose_backend(self.backend, n_components, n_features).cost(n_components, n_features)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
