@@ -100,6 +100,16 @@ def test_plan_prints_draws_and_saves(spectra, tmp_path, capsys):
     assert main(["plan", str(spectra), "--rank", "4", *files, "--overwrite"]) == 0
 
 
+def test_plan_takes_rank_and_rho_of_the_measurement(spectra, capsys):
+    """They were measured with rank 4; rank 16 would need more components than they hold."""
+    told = []
+    for options in ([], ["--rank", "4", "--rho", "2"], ["--rank", "3"]):
+        assert main(["plan", str(spectra), "--json", *options]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+    assert sum(told[2]["ranks"].values()) == 3 * 14
+
+
 def test_plan_gives_away_parameters_instead_of_components(spectra, capsys):
     options = ["plan", str(spectra), "--rank", "4", "--json"]
     plans = []

@@ -12,7 +12,7 @@ USAGE = "SPECTRA"
 DESCRIPTION = """
 Give each target of a model its rank and alpha: the components that explain most variance over all targets share a
 budget of rank times the number of targets. Only the folder of spectra is needed, neither model nor data, and it takes
-milliseconds, so try ranks, rho and metrics freely.
+milliseconds, so try ranks, rho and metrics freely. Without --rank and --rho, those of the measurement are taken.
 """
 EXAMPLES = """
 examples:
@@ -37,11 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from evatune.files import check_writable, write_json
     from evatune.spectra import Spectra
 
-    settings = Planning(**given_options(args))
+    given = given_options(args)
+    Planning(**given)  # a wrong value is told before the spectra are read
     for path in filter(None, (args.save, args.plot)):
         check_writable(path, overwrite=args.overwrite)
     spectra = Spectra.load(args.spectra)
-    plan = spectra.plan(settings=settings)
+    measured = {name: spectra.settings[name] for name in ("rank", "rho") if spectra.settings.get(name) is not None}
+    plan = spectra.plan(settings=Planning(**measured | given))
     if args.save:
         say(f"saved     {write_json(args.save, plan.to_json(), indent=2)}")
     if args.plot:
