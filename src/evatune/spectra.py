@@ -49,6 +49,10 @@ class Spectrum:
     """The backend of `StreamingPCA` that was used."""
     captured_error: float | None = None
     """Estimate of the variance that these components miss, as a share of what the best k capture; None if unknown."""
+    padding: str = "none"
+    """What became of padding: "none" among the rows, "dropped", "removed" before the pass, or "unknown"."""
+    unsure_share: float = 0.0
+    """Share of the rows that may be padding, where that is unknown."""
 
     @property
     def explained_variance(self) -> Tensor:
@@ -189,6 +193,8 @@ class Spectra(Mapping[str, Spectrum]):
                 "stopped": spectrum.stopped,
                 "backend": spectrum.backend,
                 "captured_error": spectrum.captured_error,
+                "padding": spectrum.padding,
+                "unsure_share": spectrum.unsure_share,
             }
             for key, spectrum in self.inputs.items()
         }
@@ -254,6 +260,7 @@ class Spectra(Mapping[str, Spectrum]):
             for index, (key, entry) in enumerate(manifest["inputs"].items()):
                 facts = {name: entry[name] for name in ("n_rows", "n_batches", "total_variance", "stopped", "backend")}
                 facts |= {"stopped": Reason(entry["stopped"]), "captured_error": entry.get("captured_error")}
+                facts |= {name: entry[name] for name in ("padding", "unsure_share") if name in entry}
                 inputs[key] = Spectrum(**{name: tensors[f"{index}.{name}"] for name in _TENSORS}, **facts)
             targets = {entry["name"]: Target(**entry) for entry in manifest["targets"]}
             for target in targets.values():

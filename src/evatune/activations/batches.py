@@ -1,14 +1,17 @@
-"""Turn whatever a loader yields into the arguments of a forward pass."""
+"""Turn whatever a loader yields into the arguments of a forward pass, and read which of its positions count."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evatune.activations.positions import DECODER, INPUTS, LABELS, BatchPositions, Given, entries_of, read_positions
+from evatune.activations.variants import with_entries
 from evatune.errors import EvaError
 
 
@@ -56,3 +59,51 @@ def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tup
     if "use_cache" in parameters:
         arguments.setdefault("use_cache", False)
     return (), arguments
+
+
+def with_decoder_inputs(model: Any, batch: Any) -> Any:
+    """Return the batch with the inputs that an encoder-decoder model makes from labels, so that it computes no loss."""
+    entries = entries_of(batch)
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is None or not isinstance(entries.get(LABELS), Tensor) or any(DECODER + name in entries for name in INPUTS):
+        return batch
+    return with_entries(batch, {DECODER + "input_ids": make(labels=entries[LABELS])})
+
+
+def reader_of(
+    model: Any, *, use_label_mask: bool = False, row_mask: Callable[[Any], Given] | None = None
+) -> Callable[[Any], BatchPositions]:
+    """Return what reads which positions of a batch count, see `read_positions`.
+
+    Args:
+        model: the base model.
+        use_label_mask: count only positions at which the loss looks.
+        row_mask: says instead which positions count.
+    """
+    if row_mask is not None:
+        return lambda batch: BatchPositions(given=row_mask(batch))
+    return partial(
+        read_positions,
+        encoder_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+        use_label_mask=use_label_mask,
+        loss_type=getattr(model, "loss_type", None),
+    )
+
+
+def takes_entry(model: nn.Module, name: str) -> bool:
+    """Tell whether the `forward` of a model has a parameter of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def reserved_tokens(model: Any) -> frozenset[int]:
+    """Return the token numbers that the configuration of a model names, as those that stand for pictures."""
+    config: Any = getattr(model, "config", None)
+    return frozenset(_token_numbers(config.to_dict())) if hasattr(config, "to_dict") else frozenset()
+
+
+def _token_numbers(settings: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _token_numbers(value)
+        elif "token" in str(name) and isinstance(value, int):
+            yield value

@@ -10,8 +10,7 @@ all passes to come. What was handed over is not handed over again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -202,23 +201,3 @@ def _restored(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
 def _has_no_values(value: Any) -> bool:
     members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     return any(isinstance(member, AbsentTensor) for member in members)
-
-
-@contextmanager
-def encoder_output_test(model: Any) -> Iterator[Callable[[Tensor], bool]]:
-    """Yield a function that tells whether a tensor is what the encoder of an encoder-decoder model gave last.
-
-    Keys and values of cross-attention belong to the decoder by name, but their rows are positions of the encoder.
-    """
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    given: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        given[:] = [output if isinstance(output, Tensor) else output[0]]
-
-    handle = encoder.register_forward_hook(keep) if isinstance(encoder, nn.Module) else None
-    try:
-        yield lambda tensor: bool(given) and tensor.data_ptr() == given[0].data_ptr() and tensor.shape == given[0].shape
-    finally:
-        if handle is not None:
-            handle.remove()

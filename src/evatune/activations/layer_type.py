@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evatune.activations.rows import RowMasks
+from evatune.activations.rows import select
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA
 from evatune.pca.one_hot import OneHotPCA
 
-EXPERT = re.compile(r"(?P<group>.*experts?[^.]*)\.(?P<number>\d+)\.(?P<part>.+)")
+EXPERT = re.compile(r"(?P<group>(?:.*\.)?[^.]*expert[^.\d]*)\.?(?P<number>\d+)(?:\.(?P<part>.+))?", flags=re.IGNORECASE)
 """Names of targets that are a part of one expert of several: "...experts.3.down_proj"."""
 
 Rows = Any
@@ -54,14 +54,8 @@ class LayerType(ABC):
         """Return what makes different rows out of the same tensors; targets share an input if they agree in both."""
         return None
 
-    def rows(self, module: nn.Module, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
-        """Yield the rows of one call that count, in pieces that fit in memory.
-
-        Args:
-            module: the module.
-            entering: what entered it.
-            masks: which positions of the batch count.
-            in_decoder: which of two masks is meant where both fit.
+    def activations(self, module: nn.Module, entering: Any) -> tuple[Tensor, ...]:
+        """Return what entered as activations, (..., features): their leading dimensions are positions.
 
         Raises:
             EvaError: what entered has another shape than the module takes.
@@ -69,7 +63,21 @@ class LayerType(ABC):
         width = self.features(module)
         assert width is not None
         check_width(entering, width[0])
-        yield masks.select(entering, in_decoder=in_decoder)
+        return (entering,)
+
+    def rows(self, module: nn.Module, entering: Any, masks: Sequence[Tensor | None] = (None,)) -> Iterator[Rows]:
+        """Yield the rows of one call that count, in pieces that fit in memory.
+
+        Args:
+            module: the module.
+            entering: what entered it.
+            masks: which positions count, for each of `activations`; None means all.
+
+        Raises:
+            EvaError: what entered has another shape than the module takes.
+        """
+        (activation,) = self.activations(module, entering)
+        yield select(activation, masks[0])
 
     def new_pca(self, module: nn.Module, n_components: int, make: Callable[[int], StreamingPCA]) -> AnyPCA:
         """Return the PCA of this module's rows; `make` makes a `StreamingPCA` with so many components."""
@@ -108,11 +116,16 @@ class EmbeddingType(LayerType):
         """Return the size of the vocabulary, and the token that does not count."""
         return "tokens", module.num_embeddings, module.padding_idx
 
-    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
-        """Yield token numbers, (n,), without padding."""
+    def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
+        """Return token numbers, (..., 1)."""
         if not isinstance(entering, Tensor) or entering.is_floating_point():
             raise EvaError(f"takes token numbers, but its input is {described(entering)}.")
-        tokens_n = masks.select(entering.unsqueeze(-1), in_decoder=in_decoder).squeeze(1)
+        return (entering.unsqueeze(-1),)
+
+    def rows(self, module: Any, entering: Any, masks: Sequence[Tensor | None] = (None,)) -> Iterator[Rows]:
+        """Yield token numbers, (n,), without padding."""
+        (activation,) = self.activations(module, entering)
+        tokens_n = select(activation, masks[0]).squeeze(1)
         # The column of A that belongs to the padding token gets no gradient.
         yield tokens_n if module.padding_idx is None else tokens_n[tokens_n != module.padding_idx]
 

@@ -13,17 +13,25 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from evatune.activations.batches import device_of, forward_arguments
-from evatune.activations.capture import Capture, encoder_output_test
+from evatune.activations.batches import (
+    device_of,
+    forward_arguments,
+    reader_of,
+    reserved_tokens,
+    takes_entry,
+    with_decoder_inputs,
+)
+from evatune.activations.capture import Capture
 from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
+from evatune.activations.padding import warn_of_padding
 from evatune.activations.passes import Passes
 from evatune.activations.planning import PlanAhead
+from evatune.activations.positions import DECODER, INPUTS, Given, entries_of
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.processes.exchange import Processes
 from evatune.activations.processes.lockstep import measure_in_lockstep
 from evatune.activations.processes.sharded_models import sharded_again, sharding_of, without_engine
 from evatune.activations.results import spectra_of, warn_of_errors
-from evatune.activations.rows import RowMasks
 from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses
@@ -35,7 +43,7 @@ from evatune.settings import Measuring, Planning, Reason, Stopping, takes
 from evatune.spectra import Spectra
 
 Forward = Callable[[nn.Module, Any], Any]
-RowMask = Callable[[Any], torch.Tensor]
+RowMask = Callable[[Any], Given]
 
 
 @takes(Measuring)
@@ -103,7 +111,6 @@ def measure(
             preserved_random_state(),
             measuring_state(base),
             uncompiled(model),
-            encoder_output_test(base if encoder_decoder else None) as is_encoder_output,
             autocast(device, settings.dtype),
             bar,
             sharded_again(model),
@@ -114,25 +121,23 @@ def measure(
                 n_components=settings.n_kept,
                 rule=settings.part(Stopping),
                 needed=None if settings.rank is None else PlanAhead(settings.part(Planning), targets),
-                is_encoder_output=is_encoder_output,
                 state_device=None if settings.state_device is None else torch.device(settings.state_device),
                 checks_per_doubling=2 if processes is None else 1,
                 alone=processes is None,
             )
             # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
-            shared = SharedInputs(torch.autocast(device.type, enabled=False)(run.take), run.split)
+            shared = SharedInputs(torch.autocast(device.type, enabled=False)(run.take), run.split, run.look)
             # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
             ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
-            masks_of = partial(RowMasks.of, encoder_decoder=encoder_decoder, use_label_mask=settings.use_label_mask)
-            if row_mask is not None:
-                masks_of = partial(_given_mask, row_mask)
             with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
                 passes = Passes(
-                    batches,
+                    batches if forward is not None else map(partial(with_decoder_inputs, base), batches),
                     prepare=ours if forward is None else partial(_given_call, forward, model),
-                    masks_of=masks_of,
+                    read=reader_of(base, use_label_mask=settings.use_label_mask, row_mask=row_mask),
                     capture=capture,
                     run=run,
+                    takes=partial(takes_entry, base) if forward is None else lambda name: False,
+                    reserved=reserved_tokens(base),
                 )
                 go = _measure_alone if processes is None else partial(measure_in_lockstep, processes=processes)
                 learned, stopped = go(
@@ -154,6 +159,7 @@ def measure(
         unreached=tuple(target.name for target in targets if target.name not in reached),
     )
     warn_of_errors(spectra.inputs)
+    warn_of_padding(spectra.inputs)
     return spectra
 
 
@@ -180,12 +186,10 @@ def _measure_alone(
 
 def _call(model: nn.Module, base: nn.Module, batch: Any, *, keep_labels: bool) -> Callable[[], Any]:
     """Return the call of a model, of which `base` is the inside, with a batch."""
+    entries = entries_of(batch)
+    keep_labels = keep_labels and not any(DECODER + name in entries for name in INPUTS)
     args, kwargs = forward_arguments(base, batch, keep_labels=keep_labels)
     return partial(model, *args, **kwargs)
-
-
-def _given_mask(row_mask: RowMask, batch: Any) -> RowMasks:
-    return RowMasks(encoder_bt=row_mask(batch).bool())
 
 
 def _given_call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from evatune.activations.layer_type import TargetModule
+from evatune.activations.padding import RowCounts
 from evatune.activations.run import Learned
 from evatune.activations.starved import stand_ins
 from evatune.errors import EvaError, EvaWarning
@@ -70,7 +71,12 @@ def spectra_of(
             raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
     learn_all(fitted.values())
     inputs = standing_in | {
-        key: _spectrum(pca, n_batches=n_batches, stopped=learned.reasons.get(key, stopped))
+        key: _spectrum(
+            pca,
+            n_batches=n_batches,
+            stopped=learned.reasons.get(key, stopped),
+            counts=RowCounts(*learned.row_counts.get(key, ())),
+        )
         for key, pca in fitted.items()
     }
     reached = {
@@ -110,7 +116,7 @@ def _check_rows(n_rows: int, n_components: int, n_batches: int) -> None:
         )
 
 
-def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason) -> Spectrum:
+def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason, counts: RowCounts) -> Spectrum:
     error = pca.captured_error_
     return Spectrum(
         components=pca.components_.float().cpu(),
@@ -122,4 +128,6 @@ def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason) -> Spectrum:
         stopped=stopped,
         backend=pca.backend_,
         captured_error=None if math.isnan(error) else error,
+        padding=counts.padding,
+        unsure_share=min(1.0, counts.n_unsure / pca.n_samples_seen_),
     )

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evatune.activations.input_state import InputState
-from evatune.activations.layer_type import EXPERT, Rows, TargetModule
-from evatune.activations.rows import RowMasks
+from evatune.activations.layer_type import Rows, TargetModule
+from evatune.activations.padding import CountedRows
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared
-from evatune.errors import EvaError, EvaWarning
+from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA, look_all, settle_all
 from evatune.settings import Reason, Stopping
 
@@ -42,6 +41,8 @@ class Learned:
     """How many batches were passed."""
     history: list[dict[str, Any]]
     """One entry for each check; see `Spectra.history`."""
+    row_counts: dict[str, list[int]]
+    """How the rows of each input were counted: the fields of `RowCounts`."""
 
 
 class Run:
@@ -54,13 +55,13 @@ class Run:
         rule: the stopping rules.
         needed: tells how many components of each input the later plan needs, if that is known; the rules then look at
             these only.
-        is_encoder_output: tells whether a tensor is what the encoder of an encoder-decoder model gave.
         state_device: where states are kept and rows are multiplied, if not where the rows are.
         checks_per_doubling: how often the rules are applied, see `stopping.is_check`.
         alone: whether the run applies the rules by itself. If not, others call `findings` and `conclude`.
 
     Attributes:
         inputs: the state of every input by key, the name of one of the targets that receive it.
+        rows: tells which rows count.
         history: one entry for each check.
     """
 
@@ -72,33 +73,29 @@ class Run:
         n_components: int,
         rule: Stopping,
         needed: Needed | None = None,
-        is_encoder_output: Callable[[Tensor], bool] = lambda activation: False,
         state_device: torch.device | None = None,
         checks_per_doubling: int = 2,
         alone: bool = True,
     ) -> None:
         self.inputs: dict[str, InputState] = {}
+        self.rows = CountedRows()
         self.history: list[dict[str, Any]] = []
         self._targets = {target.name: target for target in targets}
         self._new_pca = new_pca
         self._n_components = n_components
         self._rule = rule
         self._needed = needed
-        self._is_encoder_output = is_encoder_output
         self._state_device = state_device
         self._per_doubling = checks_per_doubling
         self._alone = alone
         self._input_of: dict[str, str] = {}
         self._n_batches = 0
-        self._masks = RowMasks()
-        self._warned_of_padding = False
         self._started = time.perf_counter()
 
     # -- taking rows --------------------------------------------------------------------------------------------------
 
-    def begin_batch(self, masks: RowMasks) -> None:
-        """Prepare for the next batch, of which the positions in `masks` count."""
-        self._masks = masks
+    def begin_batch(self) -> None:
+        """Prepare for the next batch."""
         if self._rule.has_rule and is_check(self._n_batches + 1, per_doubling=self._per_doubling):
             compared = [state for state in self._fitted() if is_compared(state, self._rule)]
             look_all(state.pca for state in compared)
@@ -106,20 +103,15 @@ class Run:
                 state.before = state.pca.look()
 
     def take(self, key: str, number: int, entering: Any) -> bool:
-        """Take what enters a target in the call of this number, as its layer type hands it over."""
+        """Take what enters a target in the call of this number; returns False if it is not known what counts of it."""
         target = self._targets[key]
-        in_decoder = "decoder" in key.split(".") and not any(
-            map(self._is_encoder_output, target.layer.tensors(entering)[:1])
-        )
-        if not self._warned_of_padding and EXPERT.fullmatch(key) and self._hidden_among(entering):
-            self._warned_of_padding = True
-            warnings.warn(
-                f"rows that enter the expert {key!r} cannot be told from the padding that is routed with them; "
-                "measure with batches without padding.",
-                EvaWarning,
-                stacklevel=2,
-            )
-        pieces = target.layer.rows(target.module, entering, self._masks, in_decoder=in_decoder)
+        try:
+            masks = self.rows.masks(key, number, target.layer.activations(target.module, entering))
+        except EvaError as error:
+            raise EvaError(f"target {key!r} {error}") from None
+        if masks is None:
+            return False
+        pieces = target.layer.rows(target.module, entering, masks)
         while True:
             try:
                 rows = next(pieces, None)
@@ -138,12 +130,14 @@ class Run:
                 raise EvaError(f"the input of {key!r} in batch {self._n_batches + 1}: {error}") from None
         return True
 
-    def _hidden_among(self, entering: Any) -> bool:
-        gathered = isinstance(entering, Tensor) and entering.ndim == 2 and len(entering) > 0
-        return gathered and self._masks.hide_some and self._masks.fitting(entering.shape[:-1]) is None
+    def look(self, key: str, number: int, entering: Any) -> None:
+        """See what enters a target, while it is not known yet which of its rows count."""
+        target = self._targets[key]
+        self.rows.look_at(key, number, target.layer.activations(target.module, entering))
 
     def split(self, key: str, new: str) -> None:
         """Begin an input with all that is known of another one."""
+        self.rows.split(key, new)
         if key in self.inputs:
             self.inputs[new] = copy.deepcopy(self.inputs[key])
 
@@ -212,6 +206,7 @@ class Run:
             reasons={key: state.reason for key, state in self.inputs.items() if state.reason is not None},
             n_batches=self._n_batches,
             history=list(self.history),
+            row_counts={key: list(astuple(counts)) for key, counts in self.rows.counts.items()},
         )
 
     def _fitted(self) -> list[InputState]:

@@ -96,15 +96,22 @@ class SharedInputs:
     Args:
         take: takes the key of an input, the number of the call in its pass and what entered. It returns False if it
             cannot take it yet; it then gets this call, and those that follow, when the pass is made again.
+        look: gets the calls that follow one that was not taken, in the same pass.
         split: takes the key of an input and a new key: from here on there are two inputs with the same rows so far.
 
     Attributes:
         input_of: for every target that got any element so far, the key of its input, which is the name of one of them.
     """
 
-    def __init__(self, take: Callable[[str, int, Any], bool], split: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        take: Callable[[str, int, Any], bool],
+        split: Callable[[str, str], None],
+        look: Callable[[str, int, Any], None] = lambda key, number, entering: None,
+    ) -> None:
         self.input_of: dict[str, str] = {}
         self._take = take
+        self._look = look
         self._split_state = split
         self._inputs: dict[str, _Input] = {}
         self._only: frozenset[str] | None = None
@@ -213,8 +220,14 @@ class SharedInputs:
     def _is_wanted(self, key: str) -> bool:
         return self._only is None or key in self._only
 
+    def has_taken(self, key: str) -> bool:
+        """Tell whether calls of this batch were handed over."""
+        return self._inputs[key].n_taken > 0
+
     def _hand_over(self, key: str, shared: _Input, entering: Any) -> None:
-        if self._is_wanted(key) and not shared.closed and shared.n_passed >= shared.n_taken:
+        if shared.closed and not shared.lost and self._is_wanted(key):
+            self._look(key, shared.n_passed, entering)
+        elif self._is_wanted(key) and not shared.closed and shared.n_passed >= shared.n_taken:
             shared.closed = not self._take(key, shared.n_passed, entering)
             shared.n_taken += not shared.closed
         shared.n_passed += 1

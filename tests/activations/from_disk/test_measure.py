@@ -288,7 +288,8 @@ def test_the_last_block_ends_at_its_last_target(stored, batches_for, quiet, monk
         return ordinary(self, hidden)
 
     monkeypatch.setattr(LlamaMLP, "forward", count)
-    measure_from_disk(folder, batches_for("llama"), target_modules=["q_proj"], **quiet_(quiet))
+    batches = [{"input_ids": batch["input_ids"]} for batch in batches_for("llama")]
+    measure_from_disk(folder, batches, target_modules=["q_proj"], **quiet_(quiet))
     assert sum(passes) == 3 + 1, "three times in the first block, and in the last one only by the pass that finds out"
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from evatune import EvaError, EvaWarning, Spectra, measure
+from evatune.activations.layer_type import EXPERT
 
 D, INNER, EXPERTS = 16, 12, 4
 COMMON = {
@@ -269,9 +270,26 @@ def test_spectra_in_which_one_pca_stands_in_for_several_experts_can_be_saved(tmp
     assert torch.equal(loaded["experts.1.up"].components, loaded["experts.2.up"].components)
 
 
-def test_padding_that_is_routed_to_experts_is_no_secret():
-    batch = destined(10, 10, 10, 10)
-    padded = {"input_values": batch["input_values"].view(4, 10, D), "attention_mask": torch.ones(4, 10).tril(8)}
-    with pytest.warns(EvaWarning, match=r"expert 'experts.0.up' cannot be told from the padding"):
-        measure(Mixture(), [padded] * 2, **QUIET)
-    measure(Mixture(), [padded | {"attention_mask": torch.ones(4, 10)}], **QUIET)
+def test_padding_that_is_routed_to_experts_does_not_count():
+    x, mask = destined(10, 10, 10, 10)["input_values"].view(4, 10, D), torch.ones(4, 10).tril(5)
+    spectra = measure(Mixture(), [{"input_values": x, "attention_mask": mask}] * 2, **QUIET)
+    kept = x[mask.bool()]
+    for number in range(EXPERTS):
+        routed = kept[kept[:, -1].long() == number]
+        assert spectra[f"experts.{number}.up"].n_rows == 2 * len(routed)
+        torch.testing.assert_close(spectra[f"experts.{number}.up"].mean, routed.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("mlp.experts.3.down_proj", ("mlp.experts", "3", "down_proj")),
+        ("mlp.experts.expert_3.wo", ("mlp.experts.expert_", "3", "wo")),
+        ("experts.3", ("experts", "3", None)),
+        ("mlp.shared_expert.gate_proj", None),
+        ("layers.3.mlp.down_proj", None),
+    ],
+)
+def test_experts_are_known_by_their_names(name, parts):
+    match = EXPERT.fullmatch(name)
+    assert (match and match.group("group", "number", "part")) == parts

@@ -10,7 +10,6 @@ from torch import nn
 from evatune import EvaError, measure
 from evatune.activations.layers import convolution
 from evatune.activations.layers.convolution import ConvolutionType
-from evatune.activations.rows import RowMasks
 
 CONVOLUTIONS = [
     nn.Conv1d(4, 6, 3),
@@ -52,7 +51,7 @@ def test_rows_of_a_convolution_times_its_weight_are_its_output(module, max_eleme
     monkeypatch.setattr(convolution, "MAX_ELEMENTS", max_elements)
     n_dims = len(module.kernel_size)
     x = samples(n_dims)
-    rows = torch.cat(list(ConvolutionType().rows(module, x, RowMasks(), in_decoder=False)))
+    rows = torch.cat(list(ConvolutionType().rows(module, x)))
     assert rows.shape[1] == ConvolutionType().features(module)[0]
     weights = module.weight.flatten(1).view(module.groups, -1, rows.shape[1])  # (G, out / G, in)
     grouped = rows.view(-1, module.groups, rows.shape[1])
@@ -65,7 +64,7 @@ def test_spectrum_of_a_convolution(module):
     model, n_dims = nn.Sequential(module), len(module.kernel_size)
     batches = [samples(n_dims, seed=seed) for seed in range(4)]
     spectra = measure(model, batches, target_modules=["0"], **QUIET)
-    rows = [torch.cat(list(ConvolutionType().rows(module, x, RowMasks(), in_decoder=False))) for x in batches]
+    rows = [torch.cat(list(ConvolutionType().rows(module, x))) for x in batches]
     check_spectrum(spectra["0"], torch.cat(rows))
     assert spectra.targets["0"].out_features == 6
 
@@ -73,17 +72,15 @@ def test_spectrum_of_a_convolution(module):
 def test_one_sample_without_batch_dimension():
     module = CONVOLUTIONS[3]
     x = samples(2, n=1)
-    with_batch, without = (
-        next(ConvolutionType().rows(module, given, RowMasks(), in_decoder=False)) for given in (x, x[0])
-    )
+    with_batch, without = (next(ConvolutionType().rows(module, given)) for given in (x, x[0]))
     assert torch.equal(with_batch, without)
 
 
 def test_patches_of_padding_alone_do_not_count():
     module = nn.Conv1d(4, 6, 3, stride=2, padding=1)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [1] * 9])
-    rows = next(ConvolutionType().rows(module, samples(1, n=2), RowMasks(encoder_bt=mask.bool()), in_decoder=False))
-    everything = next(ConvolutionType().rows(module, samples(1, n=2), RowMasks(), in_decoder=False))
+    rows = next(ConvolutionType().rows(module, samples(1, n=2), [mask.bool()]))
+    everything = next(ConvolutionType().rows(module, samples(1, n=2)))
     assert torch.equal(rows, everything[[0, 1, 5, 6, 7, 8, 9]])  # at 0, 2, 4, 6, 8; the third sees 3 to 5
 
 
@@ -239,8 +236,8 @@ def test_masks_of_a_batch_fit_sequences_first_too():
     x = x[:, :5]  # as many positions as sequences, so that the mask also fits the wrong way round
     counted = torch.arange(5) < torch.tensor([[5], [4], [3], [5], [2]])
     model = Attending().eval()
-    model.forward = lambda x, attention_mask: model.attn(x, x, x, need_weights=False)
-    batch = {"x": x.transpose(0, 1), "attention_mask": counted}
+    model.forward = lambda x, attention_mask: model.attn(*[x.transpose(0, 1)] * 3, need_weights=False)
+    batch = {"x": x, "attention_mask": counted}
     spectra = measure(model, [batch], target_modules=["attn"], **QUIET)
     check_attention(spectra["attn"], x[counted], heads_output(model.attn, x, x, x)[counted].detach())
 

@@ -13,19 +13,24 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evatune.activations.batches import forward_arguments
+from evatune.activations.batches import forward_arguments, reserved_tokens, takes_entry
 from evatune.activations.capture import Capture
 from evatune.activations.from_disk.checkpoint import StoredWeights
 from evatune.activations.from_disk.outline import HIDDEN, Call, Outline
 from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layer_type import TargetModule
+from evatune.activations.padding import Prints
+from evatune.activations.positions import BatchPositions
 from evatune.activations.results import no_batch, spectra_of
-from evatune.activations.rows import RowMasks
 from evatune.activations.run import Run
 from evatune.activations.sharing import SharedInputs
+from evatune.activations.variants import lengthened, perturbed, ragged
 from evatune.errors import EvaError
 from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
+
+MEASURED = "measured"
+"""The variant of a batch that is measured; with the others it is learned which rows are padding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class BlockwiseRun:
         new_run: returns a run that measures `targets`.
         n_components: how many components are kept of each input at most.
         max_batches: how many batches are taken at most.
-        masks_of: reads which rows of a batch count.
+        read: reads which positions of a batch count.
         forward: calls the model with a batch, or None for the default.
 
     Attributes:
@@ -69,7 +74,7 @@ class BlockwiseRun:
         new_run: Callable[..., Run],
         n_components: int,
         max_batches: int,
-        masks_of: Callable[[Any], RowMasks],
+        read: Callable[[Any], BatchPositions],
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         self.model = model
@@ -80,7 +85,7 @@ class BlockwiseRun:
         self.new_run = new_run
         self.n_components = n_components
         self.max_batches = max_batches
-        self.masks_of = masks_of
+        self.read = read
         self.forward = forward
         self.targets_of: dict[str, list[TargetModule]] = {name: [] for name in blocks}
         self.outside: list[TargetModule] = []
@@ -91,9 +96,12 @@ class BlockwiseRun:
         self.spectra: dict[str, Spectrum] = {}
         self.n_batches = 0
         self._fill_outside = False
-        self._forwards: list[Callable[[], Any]] = []
-        self._masks: list[RowMasks] = []
-        self._calls: list[list[Call]] = []
+        self._forwards: list[dict[str, Callable[[], Any]]] = []
+        self._positions: list[BatchPositions] = []
+        self._calls: list[dict[str, list[Call]]] = []
+        self._probed: int | None = None
+        self._shown = BatchPositions()
+        self._more: Sequence[int] = ()
 
     @property
     def stopped(self) -> Reason:
@@ -155,13 +163,14 @@ class BlockwiseRun:
                 outline.learn_style(self._forward(first))
             with capture:
                 for number, batch in enumerate(chain([first], iterator)):
-                    forward = self._forward(batch)
-                    self._masks.append(self.masks_of(batch))
-                    hidden, calls = self._measure_pass(number, run, capture, partial(outline.record, forward))
-                    waiting["hidden", number] = hidden
-                    self._calls.append(_put_away(calls, number, waiting))
+                    forwards = {name: self._forward(variant) for name, variant in self._variants(number, batch).items()}
+                    records = {name: partial(outline.record, forward) for name, forward in forwards.items()}
+                    self._calls.append({})
+                    for name, (hidden, calls) in self._measure_passes(number, run, capture, records).items():
+                        waiting["hidden", number, name] = hidden
+                        self._calls[number][name] = _put_away(calls, (number, name), waiting)
                     if self.outside:
-                        self._forwards.append(forward)
+                        self._forwards.append(forwards)
                     self.n_batches += 1
                     bar.update()
         self._conclude(run, [target for target in self.outside if target.name in capture.shared.input_of])
@@ -173,16 +182,22 @@ class BlockwiseRun:
         output: Any = None
         # Entered once a block, since autocast keeps its copies of weights until it is left.
         with self._capture(run, targets, to_the_end=to_the_end) as capture, self.autocast():
-            for number, calls in enumerate(self._calls):
-                call = calls[position]
-                if call.block != name:
-                    raise EvaError(f"{type(self.model).__name__} does not call its blocks in the order of its list.")
-                hidden = waiting["hidden", number].to(self.device)
-                args, kwargs = (_fetched(part, hidden, waiting, self.device) for part in (call.args, call.kwargs))
-                result = self._measure_pass(number, run, capture, partial(block, *args, **kwargs))
+            for number, variants in enumerate(self._calls):
+                forwards = {}
+                for variant, calls in variants.items():
+                    call = calls[position]
+                    if call.block != name:
+                        raise EvaError(
+                            f"{type(self.model).__name__} does not call its blocks in the order of its list."
+                        )
+                    hidden = waiting["hidden", number, variant].to(self.device)
+                    args, kwargs = (_fetched(part, hidden, waiting, self.device) for part in (call.args, call.kwargs))
+                    forwards[variant] = partial(block, *args, **kwargs)
+                results = self._measure_passes(number, run, capture, forwards)
                 if to_the_end:
-                    output = result
-                    waiting["hidden", number] = result if isinstance(result, Tensor) else result[0]
+                    output = results[MEASURED]
+                    for variant, result in results.items():
+                        waiting["hidden", number, variant] = result if isinstance(result, Tensor) else result[0]
                 bar.update()
         self._conclude(run, targets)
         return output
@@ -198,26 +213,73 @@ class BlockwiseRun:
         run = self.new_run(targets=targets)
         capture = self._capture(run, targets, to_the_end=False)
         with self._filled_on_demand(), capture:
-            for number, forward in enumerate(self._forwards):
-                hidden = waiting["hidden", number].to(self.device)
-                given = hidden if isinstance(output, Tensor) else (hidden, *(None for _ in output[1:]))
-                self._measure_pass(number, run, capture, partial(outline.finish, forward, given))
+            for number, variants in enumerate(self._forwards):
+                forwards = {}
+                for variant in self._calls[number]:
+                    hidden = waiting["hidden", number, variant].to(self.device)
+                    given = hidden if isinstance(output, Tensor) else (hidden, *(None for _ in output[1:]))
+                    forwards[variant] = partial(outline.finish, variants[variant], given)
+                self._measure_passes(number, run, capture, forwards)
         self._conclude(run, targets)
 
     def _capture(self, run: Run, targets: Sequence[TargetModule], *, to_the_end: bool) -> Capture:
         full_precision = torch.autocast(self.device.type, enabled=False)
-        shared = SharedInputs(full_precision(run.take), run.split)
+        shared = SharedInputs(full_precision(run.take), run.split, run.look)
         return Capture(self.model, targets, shared, to_the_end=to_the_end)
 
-    def _measure_pass(self, number: int, run: Run, capture: Capture, forward: Callable[[], Any]) -> Any:
-        """Return what `forward` returns, or None where it was ended early."""
-        results: list[Any] = [None]
-        run.begin_batch(self._masks[number])
+    def _variants(self, number: int, batch: Any) -> dict[str, Any]:
+        """Return the batch, and beside the first one in which not all positions count, what is compared with it."""
+        positions = self.read(batch)
+        self._positions.append(positions)
+        if positions.all_count or self._probed is not None or not positions.can_be_perturbed:
+            return {MEASURED: batch}
+        self._probed, self._shown, variants, shown = number, positions, {}, batch
+        if not positions.has_padding:
+            takes = partial(takes_entry, self.model) if self.forward is None else lambda name: False
+            variants["plain"], self._shown = ragged(batch, positions, takes=takes)
+            shown = variants["plain"]
+        variants["changed"] = perturbed(shown, self._shown, reserved=reserved_tokens(self.model))
+        variants["longer"], self._more = lengthened(batch, positions)
+        return variants | {MEASURED: batch}
+
+    def _measure_passes(
+        self, number: int, run: Run, capture: Capture, forwards: Mapping[str, Callable[[], Any]]
+    ) -> dict[str, Any]:
+        """Pass a batch and its variants through one part of the model, and return what each gives.
+
+        A variant that the model does not take is left out from then on.
+        """
+        results: dict[str, Any] = {}
+        prints: dict[str, Prints] = {}
+
+        def keep(name: str) -> None:
+            results[name] = forwards[name]()
+
+        run.begin_batch()
+        run.rows.begin_batch(self._positions[number])
+        for name in [name for name in forwards if name != MEASURED]:
+            prints[name] = Prints()
+            try:
+                capture.watch(partial(keep, name), prints[name].watcher(capture.targets))
+            except Exception:
+                if name != "longer":
+                    raise
+                del prints[name]
+        if "changed" in prints:
+            plain = prints.get("plain")
+            run.rows.show_perturbed(prints["changed"], plain=plain, shown=None if plain is None else self._shown)
+        if "longer" in prints:
+            run.rows.show_lengths(prints["longer"], self._more)
         capture.shared.begin_batch()
-        while not capture.run(lambda: results.append(forward())):
-            pass
+        while True:
+            run.rows.begin_pass()
+            if not capture.run(partial(keep, MEASURED)) or run.rows.end_pass():
+                continue
+            if not run.rows.open:
+                break
+            run.rows.take_all(set(run.rows.open))
         run.end_batch(capture.shared.input_of)
-        return results[-1]
+        return results
 
     def _conclude(self, run: Run, targets: Sequence[TargetModule]) -> None:
         """Keep the spectra of a run; its states can go."""
@@ -274,7 +336,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value) if isinstance(value, Tensor | _Waits) or value is HIDDEN else value
 
 
-def _put_away(calls: Sequence[Call], number: int, waiting: WaitingTensors) -> list[Call]:
+def _put_away(calls: Sequence[Call], number: tuple[int, str], waiting: WaitingTensors) -> list[Call]:
     """Let the tensors among the arguments of a batch wait; those that several blocks get wait once."""
     keys: dict[int, _Waits] = {}
 

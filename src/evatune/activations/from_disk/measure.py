@@ -18,15 +18,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from evatune.activations.batches import reader_of
 from evatune.activations.from_disk.blockwise import BlockwiseRun
 from evatune.activations.from_disk.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.from_disk.empty import empty_model, model_folder, read_config
 from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.measure import Forward, pca_maker, with_ranks_of
+from evatune.activations.padding import warn_of_padding
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.results import warn_of_errors
-from evatune.activations.rows import RowMasks
 from evatune.activations.run import Run
 from evatune.errors import EvaError
 from evatune.hardware import autocast
@@ -124,7 +125,7 @@ def measure_from_disk(
         ),
         n_components=settings.n_kept,
         max_batches=settings.max_batches,
-        masks_of=partial(RowMasks.of, encoder_decoder=False, use_label_mask=settings.use_label_mask),
+        read=reader_of(empty, use_label_mask=settings.use_label_mask),
         forward=forward,
     )
     bar = tqdm(unit="pass", desc="embedding", disable=not progress, dynamic_ncols=True)
@@ -153,6 +154,7 @@ def measure_from_disk(
         unreached=tuple(target.name for target in targets if target.name not in blockwise.table),
     )
     warn_of_errors(spectra.inputs)
+    warn_of_padding(spectra.inputs)
     return spectra
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
-from evatune.activations.rows import RowMasks
 
 
 class Trace:
@@ -56,7 +55,7 @@ class Trace:
             key = (target.layer.form(module), *map(id, tensors))
             self.first_of.setdefault(target.name, self._owners.setdefault(key, target.name))
             try:
-                pieces = target.layer.rows(module, entering, RowMasks(), in_decoder=False)
+                pieces = target.layer.rows(module, entering)
                 n_rows = sum(len(piece) if isinstance(piece, Tensor) else max(map(len, piece)) for piece in pieces)
             except Exception:  # which rows reach an expert depends on values: all of them at most
                 hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -14,7 +14,7 @@ layer has two parts (`StackedPCA`):
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from evatune.activations.layer_type import LayerType, Rows, check_width, running_autocast
-from evatune.activations.rows import RowMasks
+from evatune.activations.rows import select
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
 from evatune.pca.stacked import StackedPCA
@@ -58,33 +58,35 @@ class AttentionType(LayerType):
         """Return the module: what its heads give is its own."""
         return "attention", id(module)
 
-    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
-        """Yield the rows of both parts."""
+    def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
+        """Return query, key and value, (B, T, E) each; only one of them where all three are the same tensor."""
         query, key, value = self.tensors(entering)
         for tensor in (query, key, value):
             check_width(tensor, module.embed_dim)
-        itself = query is key is value
+        entered = (query,) if query is key is value else (query, key, value)
+        return tuple(_batch_first(module, tensor) for tensor in entered)
+
+    def rows(self, module: Any, entering: Any, masks: Sequence[Tensor | None] = (None,) * 3) -> Iterator[Rows]:
+        """Yield the rows of both parts; what the call itself masks as padding does not count either."""
+        query, *others = self.activations(module, entering)
         arguments, autocast = entering
         unpadded_bt = _unpadded(arguments.get("key_padding_mask"))
-        query_mask = unpadded_bt if itself else None
-
-        def select(tensor: Tensor, mask_bt: Tensor | None) -> Tensor:
-            if tensor.ndim == 2:
-                tensor, batch_first = tensor.unsqueeze(0), True
-            else:
-                batch_first = module.batch_first
-            return masks.select(tensor if batch_first else tensor.transpose(0, 1), in_decoder=in_decoder, also=mask_bt)
-
-        entered = [select(query, query_mask)]
-        if not itself:
-            entered += [select(key, unpadded_bt), select(value, unpadded_bt)]
+        query_masks = (masks[0], None if others else unpadded_bt)
+        entered = [select(query, *query_masks)]
+        entered += [select(other, mask, unpadded_bt) for other, mask in zip(others, masks[1:], strict=False)]
         with autocast:
-            given = _heads_output(module, arguments)
-        yield [torch.cat(entered), select(given, query_mask)]
+            given = _batch_first(module, _heads_output(module, arguments))
+        yield [torch.cat(entered), select(given, *query_masks)]
 
     def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> StackedPCA:
         """Return a stack of two parts."""
         return StackedPCA(n_components, widths=[module.embed_dim] * 2, new_pca=make)
+
+
+def _batch_first(module: Any, tensor: Tensor) -> Tensor:
+    if tensor.ndim == 2:
+        return tensor.unsqueeze(0)
+    return tensor if module.batch_first else tensor.transpose(0, 1)
 
 
 class _WithoutHooks(nn.Module):

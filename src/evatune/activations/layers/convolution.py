@@ -7,7 +7,7 @@ convolution has G rows a position.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatune.activations.layer_type import LayerType, Rows, described
-from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 
 MAX_ELEMENTS = 1 << 24
@@ -37,19 +36,23 @@ class ConvolutionType(LayerType):
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         return "patches", *(getattr(module, name) for name in names)
 
-    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
-        """Yield patches; those of a sequence (one dimension) count if any of their positions does."""
+    def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
+        """Return the input with its channels last, (B, size..., C)."""
         n_dims = len(module.kernel_size)
         if isinstance(entering, Tensor) and entering.ndim == n_dims + 1:
             entering = entering.unsqueeze(0)
         if not isinstance(entering, Tensor) or entering.ndim != n_dims + 2 or entering.shape[1] != module.in_channels:
             raise EvaError(f"takes {module.in_channels} channels, but its input is {described(entering)}.")
-        counted_bo = None
-        if n_dims == 1:
-            mask_bt = masks.fitting(torch.Size([entering.shape[0], entering.shape[2]]), in_decoder=in_decoder)
-            if mask_bt is not None:
-                mask_b1t = mask_bt.unsqueeze(1).to(entering.device, torch.uint8)
-                counted_bo = _unfold(F.pad(mask_b1t, _padding(module)), module).flatten(2).bool().any(dim=2)
+        return (entering.movedim(1, -1),)
+
+    def rows(self, module: Any, entering: Any, masks: Sequence[Tensor | None] = (None,)) -> Iterator[Rows]:
+        """Yield patches, which count if any of their positions does."""
+        (activation,) = self.activations(module, entering)
+        entering, counted_bo = activation.movedim(-1, 1), None
+        if masks[0] is not None:
+            mask_b1t = masks[0].unsqueeze(1).to(entering.device, torch.uint8)
+            patches = _unfold(F.pad(mask_b1t, _padding(module)), module)
+            counted_bo = patches.flatten(len(module.kernel_size) + 1).bool().any(dim=-1)
         padded = F.pad(entering, _padding(module), mode=_PAD_MODES[module.padding_mode])
         patches = _unfold(padded, module)  # a view, (B, o..., C, kernel...)
         width = module.in_channels // module.groups * prod(module.kernel_size)

@@ -15,7 +15,7 @@ completes its own directions at random. In both cases it counts with the varianc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from evatune.activations.layer_type import LayerType, Rows, running_autocast, whole_shape
-from evatune.activations.rows import RowMasks
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
 from evatune.pca.stacked import StackedPCA
@@ -67,10 +66,14 @@ class ExpertsType(LayerType):
         """Return the parameter: which rows reach an expert is the module's own."""
         return "experts", id(module), self.parameter_name
 
-    def rows(self, module: Any, entering: Any, masks: RowMasks, *, in_decoder: bool) -> Iterator[Rows]:
+    def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
+        """Return the hidden states of all positions, before they are routed."""
+        return self.tensors(entering)[:1]
+
+    def rows(self, module: Any, entering: Any, masks: Sequence[Tensor | None] = (None,)) -> Iterator[Rows]:
         """Yield the rows of every expert."""
         args, kwargs, autocast = entering
-        args, kwargs = _counted(args, kwargs, masks, in_decoder=in_decoder)
+        args, kwargs = _counted(args, kwargs, masks[0])
         watched = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)}
         with autocast, _written_out(module), _Products(watched) as products:
             module.forward(*args, **kwargs)
@@ -157,15 +160,14 @@ class _Products(TorchFunctionMode):
 
 
 def _counted(
-    args: tuple[Any, ...], kwargs: dict[str, Any], masks: RowMasks, *, in_decoder: bool
+    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments without the positions that do not count; the first one holds the hidden states."""
     hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    mask_bt = None if hidden is None else masks.fitting(hidden.shape[:-1], in_decoder=in_decoder)
-    if hidden is None or mask_bt is None:
+    if hidden is None or mask is None:
         return args, kwargs
-    kept_n = mask_bt.reshape(-1).nonzero().squeeze(1).to(hidden.device)
-    leading, n_positions = hidden.shape[:-1], mask_bt.numel()
+    kept_n = mask.reshape(-1).nonzero().squeeze(1).to(hidden.device)
+    leading, n_positions = hidden.shape[:-1], mask.numel()
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:

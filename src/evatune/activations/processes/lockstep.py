@@ -16,7 +16,7 @@ a batch, has failed or was interrupted. One without a new batch repeats its last
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -222,7 +222,16 @@ def _exchange(own: Learned, processes: Processes) -> Learned:
         reasons=_common_reasons(everyone),
         n_batches=sum(learned.n_batches for learned in everyone),
         history=everyone[0].history,
+        row_counts=_summed(learned.row_counts for learned in everyone),
     )
+
+
+def _summed(tables: Iterable[Mapping[str, list[int]]]) -> dict[str, list[int]]:
+    total: dict[str, list[int]] = {}
+    for table in tables:
+        for key, counts in table.items():
+            total[key] = [a + b for a, b in zip(total.get(key, [0] * len(counts)), counts, strict=True)]
+    return total
 
 
 def _common_reasons(everyone: Sequence[Learned]) -> dict[str, Reason]:
