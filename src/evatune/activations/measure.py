@@ -68,8 +68,8 @@ def measure(
         model: a torch model, bare or wrapped by PEFT (adapters are switched off while measuring).
         batches: any iterable of mappings, tensors or tuples that start with one of these; gone through once.
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
-        row_mask: returns which positions of a batch count, (B, T), instead of what its masks say; activations of any
-            other leading shape count whole.
+        row_mask: returns which positions of a batch count, (B, T), instead of what its masks say, or such a mask for
+            each of some modules by name; activations of any other leading shape count whole.
         progress: show a bar on standard error.
         settings: all options in one object; the options below change it.
         options: see the list below.
