@@ -31,12 +31,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evatune.activations import measure
-from evatune.activations.rows import IGNORED_LABEL
 from evatune.adapters.all_or_nothing import all_or_nothing
 from evatune.adapters.fresh import Fresh, fresh_adapter
 from evatune.adapters.initialize import apply_plan, start
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
+from evatune.settings import IGNORED_LABEL
 from evatune.spectra import Spectra
 
 _PREFIX = "base_model.model."
