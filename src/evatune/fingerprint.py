@@ -64,5 +64,6 @@ def _weight(parameters: Mapping[str, Tensor], name: str) -> Tensor | None:
     """Return the matrix of a module, or the parameter of this name."""
     own = [parameters[name]] if name in parameters else []
     own += [parameter for key, parameter in parameters.items() if key.rpartition(".")[0] == name]
-    usable = [p for p in own if p.ndim >= 2 and p.is_floating_point() and not p.is_meta and p.numel()]
+    plain = [p for p in own if type(p) in (nn.Parameter, Tensor)]  # quantized weights are tensors of their own class
+    usable = [p for p in plain if p.ndim >= 2 and p.is_floating_point() and not p.is_meta and p.numel()]
     return usable[0].detach() if usable else None
