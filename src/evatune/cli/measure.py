@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
-from evatune.settings import Measuring
+from evatune.settings import Measuring, Reason
 
 if TYPE_CHECKING:
     from evatune.spectra import Spectra
@@ -97,15 +97,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _summary(spectra: Spectra) -> str:
-    """Return how much was measured and why it ended, in three lines."""
+    """Return how much was measured and why it ended, a line for each reason."""
     inputs = list(spectra.inputs.values())
     rows = max(spectrum.n_rows for spectrum in inputs)
     batches = max(spectrum.n_batches for spectrum in inputs)
-    reasons = Counter(spectrum.stopped for spectrum in inputs).most_common()
+    reasons = Counter(Reason(spectrum.stopped) for spectrum in inputs).most_common()
+    stopped = "".join(f"{count:>6} {reason}: {reason.text}\n" for reason, count in reasons)
     captured = sum(float(spectrum.explained_variance_ratio.sum()) for spectrum in inputs) / len(inputs)
     return (
         f"{len(spectra)} targets with {len(inputs)} different inputs, {rows:,} rows in {batches} batches, "
         f"{spectra.seconds:.0f} s\n"
-        f"stopped: {', '.join(f'{count} {reason}' for reason, count in reasons)}\n"
+        f"measuring ended, by number of inputs:\n{stopped}"
         f"{spectra.n_components} components explain {captured:.1%} of the variance, mean over inputs"
     )

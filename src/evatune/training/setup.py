@@ -20,7 +20,7 @@ from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.fingerprint import is_other_model
-from evatune.hardware import best_device
+from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
 from evatune.spectra import Spectra
@@ -194,5 +194,5 @@ def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: 
 
 
 def _autocast_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    with torch.autocast(best_device().type, torch.bfloat16):
+    with autocast(best_device(), "bfloat16"):
         return batch_loss(model, batch)

@@ -155,7 +155,7 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     """
     base = unwrap(model)
     modules = dict(_adaptable(base))
-    candidates = list(_candidates(modules))
+    candidates = list(_candidates(modules, further=_further_names(base)))
     if rules.all_linear:
         heads = tuple(find_heads(base))
         possible = [item for item in candidates if item.is_linear_map() and not _is_part(item.name, heads)]
@@ -182,7 +182,15 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     return sorted([*targets, *further], key=lambda target: order[id(target.module)])
 
 
-def _candidates(modules: Mapping[str, nn.Module]) -> Iterator[_Candidate]:
+def _further_names(base: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return, by the identity of each module that stands at several places of the model, its names but the first."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        names[id(module)] = (*names.get(id(module), ()), name)
+    return {identity: several[1:] for identity, several in names.items() if len(several) > 1}
+
+
+def _candidates(modules: Mapping[str, nn.Module], *, further: Mapping[int, tuple[str, ...]]) -> Iterator[_Candidate]:
     """Yield all modules, with the matrices of fused experts and routers in the place of their modules."""
     attention = {f"{name}.out_proj": name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
     routers = {router: matrix for name, m in modules.items() for router, matrix in _routers(name, m, modules)}
@@ -195,7 +203,8 @@ def _candidates(modules: Mapping[str, nn.Module]) -> Iterator[_Candidate]:
         if name in routers:
             yield _Candidate(name=f"{name}.{routers[name]}", module=module, parameter=routers[name], others=(name,))
         elif not fused:
-            yield _Candidate(name=name, module=module, inside=attention.get(name))
+            others = further.get(id(module), ())
+            yield _Candidate(name=name, module=module, others=others, inside=attention.get(name))
 
 
 def _returns_more(module: nn.Module) -> bool:

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from evatune.errors import EvaError
 from evatune.files import user_cache
+from evatune.hardware import autocast
 from evatune.models import load_config, load_model
 from evatune.tables import text_table
 from evatune.tasks.control.collecting import collect_episodes
@@ -210,7 +210,7 @@ class Control:
                 tqdm(
                     total=len(chosen), desc="act", unit="episode", leave=False, disable=None if progress else True
                 ) as bar,
-                torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16),
+                autocast(next(model.parameters()).device, "bfloat16" if bf16 else None),
             ):
                 outcomes = roll_out(model, seeds, self.targets, context=self.config.context, tell=bar.update)
         finally:

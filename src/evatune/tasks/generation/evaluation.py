@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evatune.hardware import autocast
 from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
 from evatune.tasks.generation.formats import Example
 from evatune.tasks.scores import Metric, Scores
@@ -148,7 +148,7 @@ def _score(
     kept = labels.shape[1] - first + 1  # logits of position p - 1 predict token p
     if takes_logits_to_keep(model):
         inputs["logits_to_keep"] = kept  # type: ignore[assignment]
-    with autocast(device, bf16=bf16):
+    with autocast(device, "bfloat16" if bf16 else None):
         logits: Tensor = model(**inputs, use_cache=False).logits
     logits = logits[:, -kept:].float()  # [:, j] tells of token first + j
     targets = labels[:, first:]
@@ -175,8 +175,3 @@ def takes_logits_to_keep(model: Any) -> bool:
     """Return whether the model can compute the logits of the last positions only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def autocast(device: torch.device, *, bf16: bool) -> AbstractContextManager[Any]:
-    """Return a context of bfloat16 autocast, or one that does nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evatune.hardware import autocast
 from evatune.tasks.scores import Metric, Scores
 
 METRICS = {"accuracy": Metric(columns=("right",), form=".1%"), "loss": Metric(columns=("nll",))}
@@ -54,7 +55,7 @@ def evaluate(
                 chosen = order[start : start + batch_size]
                 batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
                 labels = batch.pop("labels")
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with autocast(device, "bfloat16" if bf16 else None):
                     logits = model(**batch).logits.float()
                 found = {
                     "right": logits.argmax(dim=-1) == labels,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evatune.hardware import autocast
 from evatune.tasks.scores import Metric, Scores
 from evatune.tasks.vision.dataset import Pictures
 
@@ -72,6 +73,6 @@ def evaluate(
 @torch.inference_mode()
 def _classify(model: Any, batch: dict[str, Tensor], device: torch.device, *, bf16: bool) -> tuple[Tensor, Tensor]:
     """Return labels (B,) and logits (B, K) in float32."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with autocast(device, "bfloat16" if bf16 else None):
         logits = model(pixel_values=batch["pixel_values"].to(device)).logits
     return batch["labels"].to(device), logits.float()
