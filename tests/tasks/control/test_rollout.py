@@ -17,6 +17,7 @@ from evatune.tasks.control.environments import episode_seed, make_environment, q
 from evatune.tasks.control.model import DecisionTransformer
 from evatune.tasks.control.rollout import roll_out
 
+gymnasium = pytest.importorskip("gymnasium")
 pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
 
 
@@ -83,3 +84,27 @@ def test_episodes_side_by_side_go_as_each_alone(
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.total_return == pytest.approx(theirs.total_return, rel=1e-3)
     assert sum(told) == 4
+
+
+def test_a_success_that_does_not_last_counts(
+    new_model: Callable[..., DecisionTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fleeting(gymnasium.Env):
+        """Reports success in its second step alone."""
+
+        observation_space = gymnasium.spaces.Box(-1, 1, (39,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            self.steps = 0
+            return np.zeros(39, np.float32), {}
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            self.steps += 1
+            return np.zeros(39, np.float32), 1.0, False, False, {"success": self.steps == 2}
+
+    monkeypatch.setattr(rollout, "EPISODE_STEPS", 4)
+    monkeypatch.setattr(rollout, "make_environment", lambda name: Fleeting())
+    (outcome,) = roll_out(new_model(), {"reach-v3": [1]}, {"reach-v3": 10.0}, context=3)
+    assert outcome.success
+    assert outcome.total_return == 4.0
