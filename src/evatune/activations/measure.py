@@ -23,7 +23,6 @@ from evatune.activations.batches import (
 )
 from evatune.activations.capture import Capture
 from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
-from evatune.activations.padding import warn_of_padding
 from evatune.activations.passes import Passes
 from evatune.activations.planning import PlanAhead
 from evatune.activations.positions import DECODER, INPUTS, Given, entries_of
@@ -31,7 +30,7 @@ from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.processes.exchange import Processes
 from evatune.activations.processes.lockstep import measure_in_lockstep
 from evatune.activations.processes.sharded_models import sharded_again, sharding_of, without_engine
-from evatune.activations.results import spectra_of, warn_of_errors
+from evatune.activations.results import spectra_of, warn_of_errors, warn_of_padding
 from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses

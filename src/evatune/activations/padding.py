@@ -15,7 +15,7 @@ like this either, all rows count, and it is said which targets are concerned and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,6 @@ from evatune.activations.layouts import Learned, NotOfPositions, Seen, agreeing,
 from evatune.activations.positions import BatchPositions, Given
 from evatune.activations.sharing import SeenTensors
 from evatune.errors import EvaWarning
-from evatune.spectra import Spectrum
 
 Place = tuple[str, int, int]
 """One activation of a pass: a target, the number of the call, and the number of the tensor in it."""
@@ -298,19 +297,6 @@ class CountedRows:
         seen = Seen(leading, changed, None if longer is None else longer.numel())
         found = agreeing(seen, self._shown, self._more)
         return () if found is None and self.lengths_are_probed else found
-
-
-def warn_of_padding(spectra: Mapping[str, Spectrum]) -> None:
-    """Name the inputs among whose rows padding may have been counted, and how many rows that concerns."""
-    unsure = {key: spectrum.unsure_share for key, spectrum in spectra.items() if spectrum.unsure_share}
-    if unsure:
-        named = ", ".join(f"{key!r}: {share:.0%} of its rows" for key, share in list(unsure.items())[:4])
-        warnings.warn(
-            f"padding among the rows of {len(unsure)} of {len(spectra)} inputs cannot be told and counts ({named}"
-            f"{', …' if len(unsure) > 4 else ''}); give batches without padding, or say with row_mask= what counts.",
-            EvaWarning,
-            stacklevel=3,
-        )
 
 
 def _n_dropped(masks: Sequence[Tensor | None]) -> int:

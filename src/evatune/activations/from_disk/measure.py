@@ -25,9 +25,8 @@ from evatune.activations.from_disk.empty import empty_model, model_folder, read_
 from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.measure import Forward, pca_maker, with_ranks_of
-from evatune.activations.padding import warn_of_padding
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.results import warn_of_errors
+from evatune.activations.results import warn_of_errors, warn_of_padding
 from evatune.activations.run import Run
 from evatune.errors import EvaError
 from evatune.hardware import autocast
