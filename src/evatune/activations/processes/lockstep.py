@@ -204,6 +204,16 @@ def _together(told: Sequence[list[Any]]) -> Finding:
 
 def _exchange(own: Learned, processes: Processes) -> Learned:
     """Return what all processes have learned together, the same in each."""
+    input_of = agreed_inputs(processes.gather_json(own.input_of))
+    # What this process calls each of these inputs; targets that part elsewhere have the same rows here.
+    names = {key: own.input_of[key] for key in dict.fromkeys(input_of.values()) if key in own.input_of}
+    own = replace(
+        own,
+        input_of={name: input_of[name] for name in own.input_of},
+        pcas={key: own.pcas[name] for key, name in names.items() if name in own.pcas},
+        reasons={key: own.reasons[name] for key, name in names.items() if name in own.reasons},
+        row_counts={key: own.row_counts[name] for key, name in names.items() if name in own.row_counts},
+    )
     states: dict[str, dict[str, Tensor]] = {}
     failure: Exception | None = None
     try:
@@ -215,7 +225,6 @@ def _exchange(own: Learned, processes: Processes) -> Learned:
     everyone = [Learned(**learned) for _, _, learned in told]
     received = processes.gather_states(states, [layout for _, layout, _ in told])
     pcas = {key: _merged(found) for key, found in received}
-    input_of = _agreed([learned.input_of for learned in everyone])
     return Learned(
         input_of=input_of,
         pcas={key: pcas[key] for key in dict.fromkeys(input_of.values()) if key in pcas},
@@ -248,13 +257,17 @@ def _merged(states: Sequence[dict[str, Tensor]]) -> AnyPCA:
     return functools.reduce(lambda first, second: first.merge(second), map(from_state, states))
 
 
-def _agreed(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return which target has which input, as the processes that reached it found."""
+def agreed_inputs(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return which target has which input, over all processes: targets share one that share it in every process.
+
+    Args:
+        tables: for each process, the key of the input of every target that it has reached.
+
+    Returns:
+        For every target that any process has reached, the first target with the same input.
+    """
     agreed: dict[str, str] = {}
-    for table in tables:
-        for name, key in table.items():
-            if agreed.setdefault(name, key) != key:
-                raise EvaError(
-                    f"the processes disagree on which targets share the input of {name!r}; give all the same model."
-                )
+    first_of: dict[tuple[str | None, ...], str] = {}
+    for name in dict.fromkeys(name for table in tables for name in table):
+        agreed[name] = first_of.setdefault(tuple(table.get(name) for table in tables), name)
     return agreed
