@@ -108,6 +108,15 @@ def test_text_and_pictures_in_one_sequence(first, n_others):
     check(Net(run, "a"), batches, "a", kept_rows)
 
 
+def test_text_and_regions_with_a_mask_of_their_own():
+    def run(m, x, kept, visual_embeds, visual_attention_mask):
+        return m.a(attend(torch.cat([x, visual_embeds], dim=1), torch.cat([kept, visual_attention_mask], dim=1)))
+
+    regions = {"visual_embeds": torch.randn(4, 5, D), "visual_attention_mask": torch.ones(4, 5, dtype=torch.long)}
+    spectra = measure(Net(run, "a"), [batch | regions for batch in BATCHES], target_modules=["a"], **QUIET)
+    assert spectra["a"].n_rows == 17 + 17 + 2 * 4 * 5
+
+
 @pytest.mark.parametrize("n_patches", [3, 7, 6])
 def test_a_tower_of_its_own_keeps_all_its_rows(n_patches):
     def run(m, x, kept, picture):

@@ -205,10 +205,16 @@ def agreeing(seen: Seen, positions: BatchPositions, more: Sequence[int] | None) 
         return tuple(found)
     if found and grown is None:
         return None
-    expected = {
-        layout: layout.n_more(positions, seen.leading, more[layout.sequence] if more else 0) for layout in found
-    }
-    # What grows by another number than the sequence is filled up to a length that the model likes.
-    return tuple(layout for layout in found if expected[layout] == grown) or tuple(
-        layout for layout in found if expected[layout] is None and is_certain
-    )
+    grown_by = [number * n_samples for number in more or ()]
+    by_growth = []
+    for layout in found:
+        expected = layout.n_more(positions, seen.leading, more[layout.sequence] if more else 0)
+        # The other rows may be those of another sequence, which has grown too.
+        others = sum(grown_by) - grown_by[layout.sequence] if layout.has_others and grown_by else 0
+        if expected is not None and grown in (expected, expected + others):
+            by_growth.append(layout)
+    if by_growth or not is_certain:
+        return tuple(by_growth)
+    # What grows by no multiple of the sequence is filled up to a length that the model likes.
+    filled = [layout for layout in found if layout.n_more(positions, seen.leading, 0) is None]
+    return tuple(layout for layout in filled if not grown or not grown_by or grown % grown_by[layout.sequence])
