@@ -149,7 +149,7 @@ def estimate(
     batch_size: int = 4,
     length: int = 256,
     weights_dtype: torch.dtype | None = None,
-    task: str | None = None,
+    head: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     settings: Measuring | None = None,
@@ -163,7 +163,7 @@ def estimate(
         batch_size: samples in a batch.
         length: tokens of a sample; models of images take the size in their configuration.
         weights_dtype: of the weights; by default that of the configuration.
-        task: which class of model, as for `evatune.models.load_model`.
+        head: which class of model, as for `evatune.models.load_model`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
         settings: all options of `measure` in one object; the options below change it.
@@ -180,10 +180,10 @@ def estimate(
     for name, value in (("batch_size", batch_size), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise EvaError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    config = _config(model, task=task, revision=revision, trust_remote_code=trust_remote_code)
+    config = _config(model, head=head, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(model, nn.Module):
         weights_dtype = weights_dtype or next(unwrap(model).parameters()).dtype
-    build = partial(empty_model, config, task=task, trust_remote_code=trust_remote_code)
+    build = partial(empty_model, config, head=head, trust_remote_code=trust_remote_code)
     rules = settings.part(TargetRules)
     empty: Any = build(dtype=weights_dtype)
     targets = find_targets(empty, rules)
@@ -224,7 +224,7 @@ def estimate(
     )
 
 
-def _config(model: Any, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+def _config(model: Any, *, head: str | None, revision: str | None, trust_remote_code: bool) -> Any:
     """Return the configuration of whatever names a model."""
     if isinstance(model, str | os.PathLike):
         folder = model_folder(model, revision=revision, weights=False)
@@ -235,7 +235,7 @@ def _config(model: Any, *, task: str | None, revision: str | None, trust_remote_
     if not hasattr(base, "config"):
         raise EvaError(f"{type(base).__name__} has no configuration to make an empty model of.")
     config = copy.deepcopy(base.config)
-    if task is None:
+    if head is None:
         config.architectures = [type(base).__name__]
     return config
 

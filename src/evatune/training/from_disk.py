@@ -58,7 +58,7 @@ def _stored(recipe: Recipe) -> dict[str, Any]:
         raise EvaError(f"--dry-run and --from-disk need rows of token ids, which task {recipe.task!r} does not have.")
     return {
         "weights_dtype": getattr(torch, model.dtype),
-        "task": head,
+        "head": head,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "settings": recipe.measuring,

@@ -252,11 +252,11 @@ def test_weights_stay_in_the_dtype_of_the_file_unless_asked(stored, build, batch
     assert_equal(got, measure(model.float(), batches, **quiet))
 
 
-def test_a_base_model_is_measured_as_another_task_and_a_forward_of_ones_own_is_called(stored, batches_for, quiet):
+def test_a_base_model_is_measured_with_another_head_and_a_forward_of_ones_own_is_called(stored, batches_for, quiet):
     folder, model = stored(LlamaModel(transformers.LlamaConfig(**SMALL)))
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     batches = batches_for("llama")
-    got = measure_from_disk(folder, batches, task="causal-lm", **quiet_(quiet))
+    got = measure_from_disk(folder, batches, head="causal-lm", **quiet_(quiet))
     assert_equal(got, measure(whole, batches, **quiet))
 
     def forward(model, batch):
@@ -296,9 +296,9 @@ def test_the_last_block_ends_at_its_last_target(stored, batches_for, quiet, monk
 def test_older_transformers_know_prefixes_and_layer_norms(stored, batches_for, quiet, monkeypatch):
     folder, _ = stored(LlamaModel(transformers.LlamaConfig(**SMALL)))
     batches = batches_for("llama")
-    expected = measure_from_disk(folder, batches, task="causal-lm", **quiet_(quiet))
+    expected = measure_from_disk(folder, batches, head="causal-lm", **quiet_(quiet))
     monkeypatch.setattr(checkpoint_module, "_conversion_rules", lambda model: None)
-    assert_equal(measure_from_disk(folder, batches, task="causal-lm", **quiet_(quiet)), expected)
+    assert_equal(measure_from_disk(folder, batches, head="causal-lm", **quiet_(quiet)), expected)
 
 
 def save_t5_encoder(folder):
@@ -353,7 +353,7 @@ def test_folders_that_cannot_be_read_in_parts_are_refused(stored, batches_for, q
         measure_from_disk(folder, [], **options)
     config = json.loads((folder / "config.json").read_text())
     for change, message in [
-        ({"architectures": ["LlamaForCausalLLM"]}, "LlamaForCausalLM.*give task"),
+        ({"architectures": ["LlamaForCausalLLM"]}, "LlamaForCausalLM.*give head"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored quantized"),
         ({"num_hidden_layers": 3}, "has no weights for 'model.layers.2.*load the model whole"),
         ({"intermediate_size": 40}, "does not fit the model, which expects"),

@@ -52,7 +52,7 @@ def empty_model(
     config: Any,
     *,
     dtype: torch.dtype | None = None,
-    task: str | None = None,
+    head: str | None = None,
     trust_remote_code: bool = False,
     context: AbstractContextManager[Any] | None = None,
 ) -> nn.Module:
@@ -63,7 +63,7 @@ def empty_model(
     Args:
         config: a transformers configuration; not changed.
         dtype: of the parameters; by default that of the configuration.
-        task: as for `evatune.models.load_model`; by default the architecture that the configuration names.
+        head: as for `evatune.models.load_model`; by default the architecture that the configuration names.
         trust_remote_code: run Python code that comes with a hub model.
         context: another context that keeps tensors from taking memory, in which the model is made.
 
@@ -85,9 +85,9 @@ def empty_model(
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     names = getattr(config, "architectures", None) or []
     with context or init_empty_weights(include_buffers=False):
-        if task is not None:
-            check_choice("task", task, HEADS)
-            auto = getattr(transformers, HEADS[task])
+        if head is not None:
+            check_choice("head", head, HEADS)
+            auto = getattr(transformers, HEADS[head])
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
         elif names and hasattr(transformers, names[0]):
             model = getattr(transformers, names[0])._from_config(config)
@@ -95,6 +95,6 @@ def empty_model(
             raise EvaError(
                 f"the configuration names {names[0] if names else 'no architecture'!r}"
                 f"{near_misses(names[0], dir(transformers)) if names else ''}, which transformers does not have; "
-                f"give task, one of {', '.join(HEADS)}."
+                f"give head, one of {', '.join(HEADS)}."
             )
     return model.eval()

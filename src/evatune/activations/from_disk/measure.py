@@ -46,7 +46,7 @@ def measure_from_disk(
     device: str | torch.device = "cpu",
     waiting_gib: float = 1.0,
     scratch: str | os.PathLike[str] | None = None,
-    task: str | None = None,
+    head: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     forward: Forward | None = None,
@@ -71,7 +71,7 @@ def measure_from_disk(
         device: where blocks run; hidden states wait on the CPU.
         waiting_gib: how many GiB of hidden states and block arguments may wait in memory; the rest waits on disk.
         scratch: folder for what waits on disk, by default the system's for temporary files.
-        task: which class of model, as for `evatune.models.load_model`; by default the one in `config.json`.
+        head: which class of model, as for `evatune.models.load_model`; by default the one in `config.json`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
         forward: calls the model with a batch, where the default does not fit.
@@ -102,7 +102,7 @@ def measure_from_disk(
     checkpoint = Checkpoint(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     empty = empty_model(
-        config, dtype=weights_dtype or checkpoint.dtype(), task=task, trust_remote_code=trust_remote_code
+        config, dtype=weights_dtype or checkpoint.dtype(), head=head, trust_remote_code=trust_remote_code
     )
     if getattr(empty.config, "is_encoder_decoder", False):
         raise EvaError(
