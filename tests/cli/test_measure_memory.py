@@ -17,7 +17,7 @@ def test_a_dry_run_needs_neither_weights_nor_data_nor_output(tiny_model, tmp_pat
     arguments = ["measure", "--model", str(folder), "--dry-run", "--rank", "4", "--max-length", "32"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "model.layers.*.self_attn.q_proj (+2)" in text and "time      about" in text
+    assert "model.layers.*.self_attn.q_proj (+2)" in text and "waiting hidden states" in text
     assert main([*arguments, "--json", "--max-batches", "5", "--measure.batch-size", "3"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["n_inputs"], told["max_batches"], told["kinds"][0]["n_rows"]) == (8, 5, 96)
