@@ -1,8 +1,9 @@
 """Layer types: how the input of each kind of layer becomes the rows that its low-rank update multiplies.
 
-Shapes: B samples, T positions, n rows, d features, V tokens.
+Shapes: n rows, d features.
 
-A new layer type is one subclass of `LayerType` and one entry in `evatune.activations.layers.targets.LAYER_TYPES`.
+A new layer type is one file in `evatune.activations.layers` with one subclass of `LayerType`, and one entry in
+`evatune.activations.layers.targets.LAYER_TYPES`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from evatune.activations.rows import select
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA
-from evatune.pca.one_hot import OneHotPCA
 
 EXPERT = re.compile(r"(?P<group>(?:.*\.)?[^.]*expert[^.\d]*)\.?(?P<number>\d+)(?:\.(?P<part>.+))?", flags=re.IGNORECASE)
 """Names of targets that are a part of one expert of several: "...experts.3.down_proj"."""
@@ -32,7 +32,7 @@ class LayerType(ABC):
     """How one kind of layer is measured; what is here is right for layers that multiply vectors by one matrix."""
 
     is_linear = False
-    """Whether "all-linear" means this kind of layer."""
+    """Whether a layer of this kind is one linear map and nothing else."""
 
     @abstractmethod
     def features(self, module: Any) -> tuple[int, int] | None:
@@ -86,54 +86,6 @@ class LayerType(ABC):
         return make(min(n_components, width[0]))
 
 
-class LinearType(LayerType):
-    """Linear layers, the Conv1D of GPT-2, and the quantized linear layers of other libraries: rows are vectors."""
-
-    is_linear = True
-
-    def features(self, module: Any) -> tuple[int, int] | None:
-        """Return (in_features, out_features)."""
-        if isinstance(module, nn.Linear):
-            return module.in_features, module.out_features
-        kind = type(module).__name__
-        if kind == "Conv1D" and hasattr(module, "nf"):
-            return whole_shape(module.weight)  # type: ignore[return-value]
-        widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT goes by their names too.
-        if "Linear" in kind and all(isinstance(width, int) for width in widths):
-            return widths  # type: ignore[return-value]
-        return None
-
-
-class EmbeddingType(LayerType):
-    """Embeddings: rows are one-hot, so counting tokens is all there is to do."""
-
-    def features(self, module: Any) -> tuple[int, int] | None:
-        """Return (num_embeddings, embedding_dim)."""
-        return (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) else None
-
-    def form(self, module: Any) -> Hashable:
-        """Return the size of the vocabulary, and the token that does not count."""
-        return "tokens", module.num_embeddings, module.padding_idx
-
-    def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
-        """Return token numbers, (..., 1)."""
-        if not isinstance(entering, Tensor) or entering.is_floating_point():
-            raise EvaError(f"takes token numbers, but its input is {described(entering)}.")
-        return (entering.unsqueeze(-1),)
-
-    def rows(self, module: Any, entering: Any, masks: Sequence[Tensor | None] = (None,)) -> Iterator[Rows]:
-        """Yield token numbers, (n,), without padding."""
-        (activation,) = self.activations(module, entering)
-        tokens_n = select(activation, masks[0]).squeeze(1)
-        # The column of A that belongs to the padding token gets no gradient.
-        yield tokens_n if module.padding_idx is None else tokens_n[tokens_n != module.padding_idx]
-
-    def new_pca(self, module: Any, n_components: int, make: Callable[[int], StreamingPCA]) -> OneHotPCA:
-        """Return a `OneHotPCA`."""
-        return OneHotPCA(n_components, n_features=module.num_embeddings, center=make(1).center)
-
-
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the shape of a parameter as it is in use; between uses, DeepSpeed ZeRO-3 leaves an empty tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -162,9 +114,6 @@ def described(entering: Any) -> str:
     return str(tuple(entering.shape)) if isinstance(entering, Tensor) else type(entering).__name__
 
 
-LINEAR = LinearType()
-
-
 @dataclass(frozen=True, kw_only=True)
 class TargetModule:
     """A target and the module whose input is measured."""
@@ -177,7 +126,7 @@ class TargetModule:
     """Width of its input."""
     out_features: int
     """Width of its output."""
-    layer: LayerType = LINEAR
+    layer: LayerType
     """How its input becomes rows."""
     parameter: str | None = None
     """Name of the parameter in that module, where the target is one of its parameters and not the module."""

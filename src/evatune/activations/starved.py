@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-from evatune.activations.layer_type import EXPERT, LINEAR, TargetModule
+from evatune.activations.layer_type import EXPERT, TargetModule
 from evatune.pca import AnyPCA
 from evatune.pca.subspace import complete_basis
 from evatune.settings import Reason
@@ -48,7 +48,7 @@ def stand_ins(
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, target in targets.items():
         match = EXPERT.fullmatch(name)
-        if match and target.layer is LINEAR:
+        if match and target.layer.is_linear:
             families[match["group"], match["part"]].append(name)
     enters = _entered_parts(input_of)
     found = {}

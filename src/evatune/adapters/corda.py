@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evatune.activations.batches import forward_arguments
 from evatune.activations.gradients import first_batches
-from evatune.activations.layer_type import LINEAR
+from evatune.activations.layers.linear import LINEAR
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.adapters.preparation import Preparation, preprocessing
 from evatune.errors import EvaError

@@ -19,11 +19,13 @@ from typing import Any
 
 from torch import nn
 
-from evatune.activations.layer_type import LINEAR, EmbeddingType, LayerType, TargetModule, whole_shape
+from evatune.activations.layer_type import LayerType, TargetModule, whole_shape
 from evatune.activations.layers.attention import AttentionType
 from evatune.activations.layers.convolution import ConvolutionType
+from evatune.activations.layers.embedding import EmbeddingType
 from evatune.activations.layers.experts import ExpertsType
 from evatune.activations.layers.heads import find_heads
+from evatune.activations.layers.linear import LINEAR
 from evatune.errors import EvaError, near_misses
 from evatune.settings import Targets
 
