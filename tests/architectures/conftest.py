@@ -1,8 +1,8 @@
 """Tiny models of many families, and one check that each goes through: an independent oracle, and the way to PEFT.
 
 The oracle passes every sample alone, without padding, and keeps what plain hooks see: a model that masks its padding
-gives a sample the same activations in a padded batch. So the oracle knows nothing of masks. Where a model reads its
-padding or pads by itself, its family says which positions of a tensor count.
+gives a sample the same activations in a padded batch. So the oracle knows nothing of masks. Where a model pads by
+itself, its family says which positions of a tensor count.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def check(tmp_path: Path) -> Callable[..., evatune.Spectra]:
         collate: makes a padded batch of some samples.
         valid: where the model's own padding or a look at padding forbids to take all rows: which positions of what
             enters a module count, from its name, the tensor and the sample.
-        together: pass the padded batches to the oracle instead of the samples, since the model reads its padding;
-            `valid` must then tell padding.
+        together: pass the batches to the oracle instead of the samples, since some rows come once a pass, however
+            large the batch is, or depend on the whole batch; without padding only.
         may_say: whether evatune may say, instead of being right, that it cannot tell which rows count.
         heads: regular expression for the modules that may be left out beside the output embeddings.
         unreached: regular expression for targets that these batches never reach, which is said.

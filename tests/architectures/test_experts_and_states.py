@@ -6,11 +6,15 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+LATENT |= {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 EXPERTS: dict[str, dict] = {
     "MixtralForCausalLM": {},
     "Qwen2MoeForCausalLM": {},
     "Qwen3MoeForCausalLM": {},
     "OlmoeForCausalLM": {},
+    "DeepseekV2ForCausalLM": {**LATENT, "topk_method": "greedy", "num_experts_per_tok": 2},
+    "DeepseekV3ForCausalLM": LATENT,
     "Glm4MoeForCausalLM": {},
     "PhimoeForCausalLM": {},
     "GptOssForCausalLM": {},

@@ -98,3 +98,10 @@ def test_encoder_decoder(name, tiny, texts, check):
     """Targets of other lengths than the sources, padded in the labels alone."""
     samples = [{**source, "labels": target["input_ids"]} for source, target in zip(texts(), texts(seed=1), strict=True)]
     check(lambda: tiny(name, **ENCODER_DECODERS[name]), samples)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_encoder_decoder_of_equal_lengths(name, tiny, texts, check):
+    sources, targets = texts(lengths=(8, 9)), texts(lengths=(4, 9), seed=1)
+    samples = [{"input_ids": s["input_ids"], "labels": t["input_ids"]} for s, t in zip(sources, targets, strict=True)]
+    check(lambda: tiny(name, decoder_start_token_id=0), samples)
