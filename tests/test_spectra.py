@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evatune import EvaError, Spectra, Spectrum, Target
+from evatune.settings import Reason
 from evatune.spectra import FORMAT_VERSION
 
 D, K = 24, 8
@@ -27,7 +28,7 @@ def spectrum(seed: int = 0, *, d: int = D, k: int = K, **facts: object) -> Spect
             "total_variance": float(values.square().sum()) / (n_rows - 1) * 1.1 + 1e-17 * seed,
             "n_rows": n_rows,
             "n_batches": 7,
-            "stopped": "converged",
+            "stopped": Reason.CONVERGED,
             "backend": "sketch",
         }
         | facts
@@ -140,6 +141,14 @@ def test_the_summary_has_one_line_an_input(spectra):
     summary = spectra.summary()
     assert "h.0.q (+1)" in summary and "h.0.up" in summary and "h.0.k" not in summary
     assert "1,000" in summary and "converged" in summary and f"first {K}" in summary
+
+
+def test_the_overview_counts_the_reasons_with_their_texts(spectra):
+    ended = replace(spectra.inputs["h.1.q"], stopped=Reason.BATCH_CAP)
+    first, _, *reasons, last = replace(spectra, inputs=spectra.inputs | {"h.1.q": ended}).overview().splitlines()
+    assert first == "4 targets with 3 different inputs, 1,002 rows in 7 batches, 1 s"
+    assert reasons == [f"     2 converged: {Reason.CONVERGED.text}", f"     1 batch cap: {Reason.BATCH_CAP.text}"]
+    assert last.startswith(f"{K} components explain 90.9%")
 
 
 def test_the_manifest_is_json_and_holds_no_tensor(spectra, folder):

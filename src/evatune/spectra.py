@@ -7,6 +7,7 @@ Planning needs neither the model nor the data.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,6 +181,21 @@ class Spectra(Mapping[str, Spectrum]):
         k = self.n_components
         explained = ["first", f"first {max(1, k // 2)}", f"first {k}"]
         return text_table(["input (+ shared by)", "width", "rows", *explained, "backend", "stopped"], rows)
+
+    def overview(self) -> str:
+        """Return how much was measured, and why it ended, a line for each reason."""
+        inputs = list(self.inputs.values())
+        rows = max(spectrum.n_rows for spectrum in inputs)
+        batches = max(spectrum.n_batches for spectrum in inputs)
+        reasons = Counter(spectrum.stopped for spectrum in inputs).most_common()
+        stopped = "".join(f"{count:>6} {reason}: {reason.text}\n" for reason, count in reasons)
+        captured = sum(float(spectrum.explained_variance_ratio.sum()) for spectrum in inputs) / len(inputs)
+        return (
+            f"{len(self)} targets with {len(inputs)} different inputs, {rows:,} rows in {batches} batches, "
+            f"{self.seconds:.0f} s\n"
+            f"measuring ended, by number of inputs:\n{stopped}"
+            f"{self.n_components} components explain {captured:.1%} of the variance, mean over inputs"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the tensors, for programs."""

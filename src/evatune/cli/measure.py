@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from typing import TYPE_CHECKING
 
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
-from evatune.settings import Measuring, Reason
-
-if TYPE_CHECKING:
-    from evatune.spectra import Spectra
+from evatune.settings import Measuring
 
 SUMMARY = "measure the activations that data cause in a model"
 USAGE = "[RECIPE]"
@@ -88,25 +83,9 @@ def run(args: argparse.Namespace) -> None:
     folder = spectra.save(recipe.output, overwrite=args.overwrite)
     answer(
         args,
-        text=spectra.summary() if args.table else _summary(spectra),
+        text=spectra.summary() if args.table else spectra.overview(),
         content=spectra.to_json() | {"output": str(folder)},
     )
     say(f"saved     {folder}")
     if is_interrupted(spectra):
         raise KeyboardInterrupt
-
-
-def _summary(spectra: Spectra) -> str:
-    """Return how much was measured and why it ended, a line for each reason."""
-    inputs = list(spectra.inputs.values())
-    rows = max(spectrum.n_rows for spectrum in inputs)
-    batches = max(spectrum.n_batches for spectrum in inputs)
-    reasons = Counter(Reason(spectrum.stopped) for spectrum in inputs).most_common()
-    stopped = "".join(f"{count:>6} {reason}: {reason.text}\n" for reason, count in reasons)
-    captured = sum(float(spectrum.explained_variance_ratio.sum()) for spectrum in inputs) / len(inputs)
-    return (
-        f"{len(spectra)} targets with {len(inputs)} different inputs, {rows:,} rows in {batches} batches, "
-        f"{spectra.seconds:.0f} s\n"
-        f"measuring ended, by number of inputs:\n{stopped}"
-        f"{spectra.n_components} components explain {captured:.1%} of the variance, mean over inputs"
-    )
