@@ -68,8 +68,6 @@ class Method:
     """Whether it needs all components of these spectra, which are too many to keep with a run."""
     needs_gradients: bool = False
     """Whether it computes the loss of batches and its gradient, for which spectra do not do."""
-    needs_steps: bool = False
-    """Whether it needs to know how many optimizer steps training will take."""
     changes_base: bool = False
     """Whether it takes the adapter's start out of the base weights; evatune saves such adapters converted."""
     layers: tuple[str, ...] = ()
@@ -138,7 +136,6 @@ METHODS: dict[str, Method] = {
         Method(
             name="adalora",
             idea="Updates in SVD form whose least important directions are cut while training.",
-            needs_steps=True,
             layers=_MATRICES,
             config="evatune.adapters.configs:adalora",
             callbacks=("evatune.training.adalora:AdaLoraCallback",),
