@@ -1,4 +1,4 @@
-"""Tensors without values: what is computed from one costs nothing, has a shape and no values either."""
+"""Tensors without values: an operation on one costs nothing, and its result has a shape but no values either."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_map
 class AbsentTensor(Tensor):
     """A tensor of the shape, dtype and device of another one, without its values.
 
-    All operations on it run on the meta device. What asks for a value raises an error, as there; so does writing into a
-    tensor that has values, which would keep old ones.
+    All operations on it run on the meta device. Reading a value raises an error, as on the meta device. So does writing
+    it into a tensor with values, because that tensor would keep its old ones.
     """
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device | None = None) -> AbsentTensor:
-        """Return one in place of a tensor; `device` is where it claims to be."""
+        """Return one in place of a tensor; `device` is the device that it reports."""
         made: AbsentTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
         )
@@ -34,7 +34,7 @@ class AbsentTensor(Tensor):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and isinstance(value, Tensor) and not isinstance(value, AbsentTensor):
-                raise NotImplementedError(f"{func} would write what has no values into a tensor that has some")
+                raise NotImplementedError(f"{func} would write a tensor without values into a tensor with values")
         found: list[torch.device] = []
 
         def emptied(value: Any) -> Any:

@@ -25,7 +25,7 @@ def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tup
 
     Args:
         model: the base model.
-        batch: a mapping (entries that the model's `forward` does not take and texts are left out), a tuple or list
+        batch: a mapping (strings, and entries that the model's `forward` does not take, are left out), a tuple or list
             whose first element is a mapping or a tensor of inputs (the rest are labels), or a tensor.
         keep_labels: pass `labels` on; encoder-decoder models make their decoder's input from them. Otherwise they are
             left out, so that no loss is computed.
@@ -73,12 +73,12 @@ def with_decoder_inputs(model: Any, batch: Any) -> Any:
 def reader_of(
     model: Any, *, use_label_mask: bool = False, row_mask: Callable[[Any], Given] | None = None
 ) -> Callable[[Any], BatchPositions]:
-    """Return what reads which positions of a batch count, see `read_positions`.
+    """Return a function that reads which positions of a batch count, see `read_positions`.
 
     Args:
         model: the base model.
-        use_label_mask: count only positions at which the loss looks.
-        row_mask: says instead which positions count.
+        use_label_mask: count only positions that enter the loss.
+        row_mask: if given, it alone says which positions count.
     """
     if row_mask is not None:
         return lambda batch: BatchPositions(given=row_mask(batch))
@@ -96,7 +96,7 @@ def takes_entry(model: nn.Module, name: str) -> bool:
 
 
 def reserved_tokens(model: Any) -> frozenset[int]:
-    """Return the token numbers that the configuration of a model names, as those that stand for pictures."""
+    """Return the token numbers that the configuration of a model names, such as those that stand for pictures."""
     config: Any = getattr(model, "config", None)
     return frozenset(_token_numbers(config.to_dict())) if hasattr(config, "to_dict") else frozenset()
 

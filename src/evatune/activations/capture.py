@@ -1,10 +1,10 @@
-"""Hooks that hand over what enters the targets of a model, and leave out what follows the last one.
+"""Hooks that hand over the inputs of the targets of a model, and skip the computation after the last target.
 
-A pass is needed only up to the last input. Which call is the last cannot be known while the model runs: another batch
-may call it once more. So a pass is not cut off. From the last call that earlier passes had, the module gets a tensor
-without values (`AbsentTensor`): it and all that follows, the head above all, know their shapes and compute nothing.
-Where another target is called after that, or a model asks for a value, the pass is made again as a whole, and so are
-all passes to come. What was handed over is not handed over again.
+A pass is needed only up to the last call of a target. While the model runs, nobody knows which call is the last:
+another batch may make one more. So a pass is not cut off. At the call that was the last one in earlier passes, the
+module gets a tensor without values (`AbsentTensor`): this module and all that follow, above all the head, see shapes
+and compute nothing. If another target is called after that, or if the model reads a value, the pass is repeated with
+all values, and all later passes are computed to the end. Inputs that were handed over are not handed over again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Watcher = Callable[[str, int, Any], None]
 
 
 class _MoreCallsError(Exception):
-    """A target is called after what was taken for the last call."""
+    """A target was called after the call that was expected to be the last."""
 
 
 class Capture:
@@ -35,13 +35,13 @@ class Capture:
         model: the model that is called.
         targets: what to hook.
         shared: gets every call of a target.
-        to_the_end: compute every pass to its end, because its output is wanted, or because the caller's own code runs
-            in it, which must not meet tensors without values.
-        unbroken: as `to_the_end`; and let no pass end before its end, whatever happens in the hooks, because other
-            processes take part in it: what they raise is raised after the pass.
+        to_the_end: compute every pass to its end. Needed if its output is wanted, or if the caller's own code runs in
+            it, which must not get tensors without values.
+        unbroken: as `to_the_end`; besides, an error in a hook does not end the pass, because other processes take part
+            in it. The error is raised after the pass.
 
     Attributes:
-        broken: an unbroken pass has ended in the middle all the same, because the model itself failed.
+        broken: whether an unbroken pass has ended early all the same, because the model itself failed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Capture:
         self._may_shorten = not (to_the_end or unbroken)
         self._handles: list[Any] = []
         self._most_calls: Counter[str] = Counter()
-        self._is_tried = False  # whether a pass was shortened and left nothing behind in the model
+        self._is_tried = False  # whether a shortened pass has left no tensor without values in the model
         self._watch: Watcher | None = None
         self._begin_pass(shorten=False)
 
@@ -90,7 +90,7 @@ class Capture:
             forward: calls the model.
 
         Returns:
-            False if the very same pass must be made again.
+            False if the same pass must be repeated.
         """
         self._begin_pass(shorten=self._may_shorten and bool(self._most_calls))
         self.shared.begin_pass()
@@ -144,8 +144,8 @@ class Capture:
             tensors = layer.tensors(entering)
             if any(isinstance(tensor, AbsentTensor) for tensor in tensors):
                 raise EvaError(
-                    f"{name!r} gets what the model has kept of its last pass, of which the end was left out; "
-                    "pass forward=lambda model, batch: model(**batch), then nothing is."
+                    f"{name!r} gets a tensor that the model has kept from its last pass, whose end was not computed; "
+                    "pass forward=lambda model, batch: model(**batch), then every pass is computed to its end."
                 )
             number = self._calls[name]
             self._calls[name] = number + 1
@@ -180,13 +180,13 @@ def _emptied(value: Any) -> Any:
 
 
 def _state_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return what every module of a model holds: each of its dictionaries, and a copy of it."""
+    """Return each dictionary of attributes of every module of a model, with a copy of it."""
     held = [held for module in model.modules() for held in (module.__dict__, module._buffers)]
     return [(present, dict(present)) for present in held]
 
 
 def _restored(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
-    """Put back what was there before, where a tensor without values is now; return whether there was any."""
+    """Put the old value back wherever a tensor without values is now; return whether there was any."""
     found = False
     for present, before in state:
         for name in [name for name, value in present.items() if _has_no_values(value)]:

@@ -31,7 +31,7 @@ from evatune.tables import text_table
 
 @dataclass(frozen=True, kw_only=True)
 class InputKind:
-    """The inputs that differ only in the number of their block."""
+    """All inputs whose names differ only in the number of their block."""
 
     name: str
     """Name of the first target, with `*` for the numbers."""
@@ -48,11 +48,11 @@ class InputKind:
     n_rows: int
     """Rows of a full batch, n."""
     state_bytes: int
-    """Bound of what one of them accumulates: the tensors of its `state_dict`."""
+    """Upper bound of the bytes of the state of one of them: the tensors of its `state_dict`."""
     initial_bytes: int
-    """What it begins with: a sketch gets wider where it misses too much."""
+    """Bytes of that state at the beginning; a sketch gets wider if it misses too much."""
     cached_bytes: int
-    """Bound of what is kept beside each state from one check to the next."""
+    """Upper bound of the bytes that are kept beside each state from one check to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +70,14 @@ class Estimate:
     kinds: list[InputKind] = field(default_factory=list)
     """The inputs."""
     traced: bool = True
-    """Whether a batch could be followed through the empty model. Otherwise no input counts as shared, and every
-    row of a batch counts as entering each."""
+    """Whether a batch could be followed through the empty model. If not, the estimate assumes that no input is
+    shared and that every row of a batch enters each of them."""
     weights_bytes: int = 0
-    """All parameters in the dtype of the model."""
+    """Bytes of all parameters in the dtype of the model."""
     block_bytes: int | None = None
-    """Parameters of the largest block, where `measure_from_disk` can be used."""
+    """Bytes of the parameters of the largest block, if `measure_from_disk` can be used."""
     hidden_bytes: int | None = None
-    """Hidden states of all batches, which wait between blocks then."""
+    """Bytes of the hidden states of all batches, which wait between blocks in `measure_from_disk`."""
 
     @property
     def n_inputs(self) -> int:
@@ -86,17 +86,17 @@ class Estimate:
 
     @property
     def state_bytes(self) -> int:
-        """Bound of all states together."""
+        """Upper bound of the bytes of all states together."""
         return sum(kind.count * kind.state_bytes for kind in self.kinds)
 
     @property
     def initial_bytes(self) -> int:
-        """What all states together begin with."""
+        """Bytes of all states together at the beginning."""
         return sum(kind.count * kind.initial_bytes for kind in self.kinds)
 
     @property
     def cached_bytes(self) -> int:
-        """Bound of what is kept beside the states."""
+        """Upper bound of the bytes that are kept beside the states."""
         return sum(kind.count * kind.cached_bytes for kind in self.kinds)
 
     def table(self) -> str:
@@ -170,7 +170,7 @@ def estimate(
         options: see the list below.
 
     Returns:
-        The bounds of memory are those of states of float32 sums, which float32 and half-precision models have.
+        The estimate. Its bounds assume sums in float32, as they are for models in float32 or half precision.
 
     Raises:
         EvaError: a setting is out of range, nothing matches, or there is no such configuration.

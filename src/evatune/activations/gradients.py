@@ -1,4 +1,4 @@
-"""Gradients of the loss on a few batches: of whole weights, or only how much energy reaches each target's output.
+"""Gradients of the loss on a few batches: of whole weights, or only the mean squared norm at each target's output.
 
 Shapes: o output features, d input features.
 """
@@ -86,7 +86,7 @@ def output_gradient_energy(
 ) -> dict[str, float]:
     """Return E‖g‖² of each target, g being the gradient of the loss by one output vector of the target.
 
-    No weight needs a gradient for it, so it takes the memory of activations only.
+    No gradient of a weight is computed, so only activations take memory.
 
     Args:
         model: the base model; it is left as it was.

@@ -12,21 +12,21 @@ from evatune.settings import Reason
 
 @dataclass(kw_only=True, eq=False)
 class InputState:
-    """What a run knows of one input: what was learned, what the stopping rules compare, and why it ended.
+    """What a run knows of one input: its PCA, what the stopping rules compare, and why measuring it ended.
 
     Shapes: d features, k components.
     """
 
     pca: AnyPCA
-    """What was learned of its rows."""
+    """The streaming PCA of its rows."""
     before: Look | None = None
-    """Its components before the last batch, where the next check compares them."""
+    """Its components before the last batch, if the next check compares them."""
     checked: list[Tensor] = field(default_factory=list)
     """Its components at the last checks, oldest first, each (k, d)."""
     energies: tuple[Tensor, int] | None = None
-    """Energy of the rows up to the last check along `checked[-1]` and `checked[0]`, (2, k), and how many rows that
-    were."""
+    """Energy of the rows up to the last check along `checked[-1]` and `checked[0]`, (2, k), and the number of these
+    rows."""
     gain: float | None = None
-    """Share of captured variance that the next doubling of the data would gain, as the last check foretold."""
+    """Share of captured variance that the next doubling of the data would gain, as the last check predicted."""
     reason: Reason | None = None
     """The stopping rule that it has met."""

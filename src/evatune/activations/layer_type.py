@@ -29,7 +29,7 @@ Rows = Any
 
 
 class LayerType(ABC):
-    """How one kind of layer is measured; what is here is right for layers that multiply vectors by one matrix."""
+    """How one kind of layer is measured; the methods of this class fit layers that multiply vectors by one matrix."""
 
     is_linear = False
     """Whether a layer of this kind is one linear map and nothing else."""
@@ -51,7 +51,7 @@ class LayerType(ABC):
         return (entering,) if isinstance(entering, Tensor) else ()
 
     def form(self, module: nn.Module) -> Hashable:
-        """Return what makes different rows out of the same tensors; targets share an input if they agree in both."""
+        """Return what else decides the rows, beside the tensors; targets share an input if both are equal."""
         return None
 
     def activations(self, module: nn.Module, entering: Any) -> tuple[Tensor, ...]:
@@ -80,7 +80,7 @@ class LayerType(ABC):
         yield select(activation, masks[0])
 
     def new_pca(self, module: nn.Module, n_components: int, make: Callable[[int], StreamingPCA]) -> AnyPCA:
-        """Return the PCA of this module's rows; `make` makes a `StreamingPCA` with so many components."""
+        """Return the PCA of this module's rows; `make` makes a `StreamingPCA` with the given number of components."""
         width = self.features(module)
         assert width is not None
         return make(min(n_components, width[0]))
@@ -92,7 +92,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def running_autocast(*arguments: Any) -> torch.autocast:
-    """Return the autocast that is in force for the device of the first tensor, to compute something again under it."""
+    """Return a copy of the active autocast for the device of the first tensor, to compute something again under it."""
     device_type = next((value.device.type for value in arguments if isinstance(value, Tensor)), "cpu")
     return torch.autocast(
         device_type, torch.get_autocast_dtype(device_type), enabled=torch.is_autocast_enabled(device_type)
@@ -100,10 +100,10 @@ def running_autocast(*arguments: Any) -> torch.autocast:
 
 
 def check_width(entering: Any, n_features: int) -> None:
-    """Check that a tensor with so many features in its last dimension has entered.
+    """Check that what entered is a tensor whose last dimension has `n_features` features.
 
     Raises:
-        EvaError: it has not.
+        EvaError: it is not.
     """
     if not isinstance(entering, Tensor) or not entering.ndim or entering.shape[-1] != n_features:
         raise EvaError(f"takes {n_features} features, but its input is {described(entering)}.")
@@ -129,4 +129,4 @@ class TargetModule:
     layer: LayerType
     """How its input becomes rows."""
     parameter: str | None = None
-    """Name of the parameter in that module, where the target is one of its parameters and not the module."""
+    """Name of the parameter in that module, if the target is this parameter and not the module itself."""

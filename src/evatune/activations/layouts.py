@@ -1,10 +1,10 @@
-"""How the rows of an activation can stand for the positions of a batch, and which ways agree with what was seen.
+"""How the rows of an activation can correspond to the positions of a batch, and which ways agree with a test pass.
 
 Shapes: B samples, T positions, L leading shape of an activation (all dimensions but the last).
 
-A layout is a guess. It is believed only where it foretells, row by row, which rows of a batch change with its padding
+A layout is a guess. It is used only if it predicts, row by row, which rows of a batch change with its padding
 (`evatune.activations.padding`). Several may agree with one batch, as "(B, T)" and "(T, B)" do where all samples have
-the same length; then all are kept until a batch tells them apart.
+the same length; then all are kept until a batch decides between them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _time_first(mask: Tensor, leading: torch.Size) -> Tensor | None:
 
 
 def _times(mask: Tensor, leading: torch.Size) -> int:
-    """Return how many rows each position has, or 0 where it is not a whole number above 1."""
+    """Return how many rows each position has, or 0 if that is not a whole number above 1."""
     number, rest = divmod(leading.numel(), max(mask.numel(), 1))
     return number if number > 1 and not rest else 0
 
@@ -63,7 +63,7 @@ def _batch_repeated(mask: Tensor, leading: torch.Size) -> Tensor | None:
 
 
 def _with_others(rest: bool, *, first: bool) -> Guess:
-    """Return the layout of a sequence with further rows in front or behind, which are `rest`."""
+    """Return the layout of a sequence with further rows before it if `first`, else after it; their marks are `rest`."""
 
     def spread(mask: Tensor, leading: torch.Size) -> Tensor | None:
         n_others = (leading[-1] if len(leading) > 1 else 0) - mask.shape[-1]
@@ -79,7 +79,7 @@ def _with_others(rest: bool, *, first: bool) -> Guess:
 class _Kind:
     spread: Guess
     others: Guess | None = None
-    """Spreads the rows that change with padding, where these are not simply those that do not count."""
+    """Spreads the rows that change with padding, if these are not simply the rows that do not count."""
     has_others: bool = False
     """Whether there are rows that stand for no position."""
 
@@ -120,9 +120,9 @@ class Layout:
         return None if counted is None or kept is None else Marks(counted, ~kept)
 
     def n_more(self, positions: BatchPositions, leading: torch.Size, more: int) -> int | None:
-        """Return how many more rows there must be where the sequence is by `more` positions longer.
+        """Return how many more rows there must be if the sequence is longer by `more` positions.
 
-        None means that it is not known: a sequence that is filled up to some length.
+        None means unknown: the model pads the sequence to some length of its own.
         """
         sequence, kind = positions.sequences[self.sequence].kept, _KINDS[self.kind]
         n_samples = sequence.shape[:-1].numel()
@@ -138,10 +138,10 @@ class NotOfPositions:
 
     n_rows: int
     n_samples: int
-    """In the batch that showed it."""
+    """Both as in the batch that showed this."""
 
     def fits(self, n_rows: int, n_samples: int) -> bool:
-        """Tell whether a sample of another batch has as many rows; where it does not, they follow something else."""
+        """Tell whether a sample of another batch has as many rows; if not, this result does not hold for it."""
         return n_rows * self.n_samples == self.n_rows * n_samples
 
 
@@ -167,20 +167,20 @@ class Seen(NamedTuple):
     changed: Tensor
     """Which rows changed with the values at padded positions, boolean, L."""
     n_rows_longer: int | None
-    """How many rows it has where every sequence is longer or shorter; None if that is not known."""
+    """How many rows it has if every sequence is longer or shorter; None if unknown."""
 
 
 def agreeing(seen: Seen, positions: BatchPositions, more: Sequence[int] | None) -> Learned | None:
-    """Return what agrees with what was seen.
+    """Return the layouts that agree with what was seen.
 
     Args:
         seen: what was seen.
-        positions: of the batch.
+        positions: positions of the batch.
         more: by how many positions each sequence was longer for `seen.n_rows_longer`.
 
     Returns:
-        All layouts that agree, or that no row stands for a position; no layout if none agrees; None if it takes a
-        longer batch to tell.
+        All layouts that agree (an empty tuple if none does), or `NotOfPositions`; None if only a batch of another
+        length can decide.
     """
     n_rows, n_samples = seen.leading.numel(), positions.n_samples
     grown = None if seen.n_rows_longer is None or more is None else seen.n_rows_longer - n_rows
@@ -199,7 +199,7 @@ def agreeing(seen: Seen, positions: BatchPositions, more: Sequence[int] | None) 
                 fitting.append((layout, marks.padding.to(seen.changed.device)))
     found = [layout for layout, padding in fitting if not any_changed or torch.equal(padding, seen.changed)]
     is_certain = any_changed and bool(found)
-    if not found:  # rows of padding that see one position alone do not change; none that counts may
+    if not found:  # a row of padding may stay the same; a row that counts must
         found = [layout for layout, padding in fitting if not bool((seen.changed & ~padding).any())]
     if is_certain and not any(layout.has_others for layout in found):
         return tuple(found)

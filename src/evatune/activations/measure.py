@@ -67,8 +67,9 @@ def measure(
         model: a torch model, bare or wrapped by PEFT (adapters are switched off while measuring).
         batches: any iterable of mappings, tensors or tuples that start with one of these; gone through once.
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
-        row_mask: returns which positions of a batch count, (B, T), instead of what its masks say, or such a mask for
-            each of some modules by name; activations of any other leading shape count whole.
+        row_mask: takes a batch and returns which of its positions count, (B, T), or a mapping from names of modules to
+            such masks; the masks of the batch are then ignored. Of activations with another leading shape, all rows
+            count.
         progress: show a bar on standard error.
         settings: all options in one object; the options below change it.
         options: see the list below.
@@ -80,12 +81,12 @@ def measure(
         EvaError: no batch, no matching target, all rows masked, fewer rows than components, a NaN or infinite
             activation (with the target's name and the batch), or a setting out of range.
 
-    Cost: the forward passes up to the last target, and for each batch two thin matrix products per input
+    Cost: the forward passes up to the last target, and for each batch and input two thin matrix products
     (`evatune.pca.sketch`).
     """
     settings = Measuring.of(options, settings=settings, call="evatune.measure")
     new_pca = pca_maker(settings)
-    new_pca(settings.n_kept)  # refuses settings before the first batch is passed
+    new_pca(settings.n_kept)  # raises on invalid settings before the first batch
     model = without_engine(model)
     sharded = sharding_of(model) is not None
     targets = find_targets(model, settings.part(TargetRules))
@@ -105,7 +106,7 @@ def measure(
     with held_interrupts(held=1 if sharded else 2) as interrupted:
         # The loader runs inside, so that its shuffling does not advance the caller's generators either.
         with (
-            torch.inference_mode(False),  # tensors made in inference mode cannot tell whether they were changed
+            torch.inference_mode(False),  # tensors made in inference mode do not count changes
             torch.no_grad(),
             preserved_random_state(),
             measuring_state(base),
@@ -124,9 +125,9 @@ def measure(
                 checks_per_doubling=2 if processes is None else 1,
                 alone=processes is None,
             )
-            # Autocast, ours or the caller's, concerns the model; sums and checks stay in full precision.
+            # Autocast, ours or the caller's, is for the model only; sums and checks stay in full precision.
             shared = SharedInputs(torch.autocast(device.type, enabled=False)(run.take), run.split, run.look)
-            # Parts of a sharded model are gathered by what is around them, so that one is called from outside.
+            # Outer modules gather the parts of a sharded model, so such a model is called by its outermost module.
             ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
             with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
                 passes = Passes(
@@ -165,7 +166,7 @@ def measure(
 def _measure_alone(
     passes: Passes, run: Run, *, max_batches: int, bar: Any, interrupted: Callable[[], bool], together: bool
 ) -> tuple[Learned, Reason]:
-    """Pass batches until something ends it, and return what was learned and why it ended."""
+    """Pass batches until measuring ends, and return what was learned and why it ended."""
     stopped = Reason.EXHAUSTED
     try:
         for n_batches in passes:
@@ -177,14 +178,14 @@ def _measure_alone(
             if together and interrupted():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
-        if passes.n_passed == 0:  # nothing whole was measured
+        if passes.n_passed == 0:  # not one whole batch was measured
             raise
         stopped = Reason.INTERRUPTED
     return run.learned(), stopped
 
 
 def _call(model: nn.Module, base: nn.Module, batch: Any, *, keep_labels: bool) -> Callable[[], Any]:
-    """Return the call of a model, of which `base` is the inside, with a batch."""
+    """Return a function that calls a model with a batch; `base` is the model without wrappers."""
     entries = entries_of(batch)
     keep_labels = keep_labels and not any(DECODER + name in entries for name in INPUTS)
     args, kwargs = forward_arguments(base, batch, keep_labels=keep_labels)
@@ -196,7 +197,7 @@ def _given_call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], 
 
 
 def pca_maker(settings: Measuring) -> Callable[[int], StreamingPCA]:
-    """Return what makes the streaming PCA that keeps so many components of an input."""
+    """Return a function from a number of components to a new streaming PCA that keeps them."""
     return partial(
         StreamingPCA,
         backend=settings.backend,
@@ -207,7 +208,7 @@ def pca_maker(settings: Measuring) -> Callable[[int], StreamingPCA]:
 
 
 def with_ranks_of(settings: Measuring, names: Sequence[str]) -> Measuring:
-    """Return the settings with ranks in the order of the targets, where they are given by name.
+    """Return the settings; if ranks are given by name, put them in the order of the targets.
 
     Raises:
         EvaError: a target has no rank, or a rank names something else.

@@ -1,15 +1,15 @@
 """Which rows of an activation are padding, learned from what a model does with the values at padded positions.
 
-A row counts if and only if it is the image of a position that the batch's mask keeps. A model may repeat positions,
-put time first, flatten, shorten or join sequences, so shapes do not tell which rows these are. Therefore the first
-batch with padding is also passed with other values at its padding. In a model that masks its padding, the rows of all
-other positions stay as they are, and the rows of padding change. Where this is what a layout foretells
-(`evatune.activations.layouts`), it is used from then on, without a further pass, for as long as it fits. Where it says
-nothing, because no row changed, a batch of another length tells whether the rows follow the sequence at all.
+A row counts if and only if it comes from a position that the batch's mask keeps. A model may repeat positions, put time
+first, flatten, shorten or join sequences, so shapes do not show which rows these are. Therefore the first batch with
+padding is passed a second time, with other values at its padding. If the model masks its padding, the rows of padding
+change and all other rows stay the same. If a layout (`evatune.activations.layouts`) predicts exactly these changes, it
+is used from then on, without a further pass, for as long as it fits. If no row changed, a batch of another length shows
+whether the number of rows depends on the length of the sequence at all.
 
-Where no layout agrees, as for rows that are routed to experts, frames of speech, or a model that reads its padding, the
-padding is taken away instead: samples of equal length pass together, and all rows count. Where a batch cannot be cut
-like this either, all rows count, and it is said which targets are concerned and how many of their rows.
+If no layout agrees, as for rows that are routed to experts, frames of speech, or a model that reads its padding, the
+padding is removed instead: samples of equal length pass together, and all rows count. If a batch cannot be cut like
+this, all rows count, and a warning names the targets concerned and how many of their rows may be padding.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ Place = tuple[str, int, int]
 """One activation of a pass: a target, the number of the call, and the number of the tensor in it."""
 
 TOLERANCE = 1e-5
-"""A row has changed if it moved by more than this share of its length. In equal shapes, equal rows are computed alike,
-so rows that do not depend on padding are mostly equal bit for bit; sums in random order, as accelerators may have them,
-move by 1e-6."""
+"""A row has changed if it moved by more than this share of its norm. With equal shapes, equal rows are computed in the
+same way, so rows that do not depend on padding are mostly equal bit for bit; on accelerators, sums in random order may
+move rows by 1e-6."""
 N_DIRECTIONS = 3
-"""Rows are compared along so many random directions: what keeps a row is a few numbers, and no change hides in all."""
+"""Rows are compared along this many random directions: each row takes a few numbers, and no change is orthogonal to all
+of the directions."""
 
 
 @dataclass
@@ -52,7 +53,7 @@ class RowCounts:
 
     @property
     def padding(self) -> str:
-        """What became of the padding: "none" among its rows, "dropped", "removed" before the pass, or "unknown"."""
+        """What happened to the padding: "none" (there was none), "dropped", "removed" before the pass, or "unknown"."""
         if self.n_unsure:
             return "unknown"
         return "removed" if self.is_parted else "dropped" if self.n_dropped else "none"
@@ -65,7 +66,7 @@ class RowCounts:
 
 
 class Prints:
-    """A few numbers for every row of the activations of a pass, by which rows of two passes are compared."""
+    """A few numbers for every row of the activations of a pass; they serve to compare the rows of two passes."""
 
     def __init__(self) -> None:
         self.of: dict[Place, Tensor] = {}
@@ -74,7 +75,7 @@ class Prints:
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def add(self, name: str, number: int, tensors: Sequence[Tensor]) -> None:
-        """Keep what is needed of the activations of one call; shared tensors are looked at once."""
+        """Keep the numbers for the activations of one call; a shared tensor is read once."""
         for index, tensor in enumerate(tensors):
             key = (self._seen.number(tensor), tensor.shape[-1])
             if key not in self._known:
@@ -83,7 +84,7 @@ class Prints:
             self.leading[name, number, index] = tensor.shape[:-1]
 
     def watcher(self, targets: Iterable[TargetModule]) -> Callable[[str, int, Any], None]:
-        """Return what keeps these numbers of every call of these targets."""
+        """Return a function that keeps these numbers for every call of these targets."""
         by_name = {target.name: target for target in targets}
 
         def watch(name: str, number: int, entering: Any) -> None:
@@ -94,7 +95,7 @@ class Prints:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return a few numbers for each row of an activation (L, d), by which it is known, (n, numbers); lengths last."""
+    """Return a few numbers that identify each row of an activation (L, d), (n, numbers); the norm is last."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     if not tensor.is_floating_point():
         return torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], dim=1)
@@ -106,16 +107,16 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def changed_rows(before: Tensor, after: Tensor) -> Tensor:
-    """Return which rows two fingerprints say are different, (n,)."""
+    """Return which rows differ between two fingerprints, (n,)."""
     lengths = torch.maximum(before[:, -1], after[:, -1])
     return (before[:, :-1] - after[:, :-1]).abs().amax(dim=1) > TOLERANCE * lengths
 
 
 class CountedRows:
-    """Tells which rows of each activation count, and learns it from batches.
+    """Decides which rows of each activation count, and learns this from batches.
 
     Attributes:
-        open: inputs of which rows of this batch have not been taken, because their padding is not known yet.
+        open: inputs whose rows of this batch have not been taken, because their padding is not known yet.
         counts: how the rows of each input were counted.
     """
 
@@ -130,15 +131,15 @@ class CountedRows:
         self._begin_evidence(self._positions)
 
     def begin_batch(self, positions: BatchPositions, *, parted: bool = False) -> None:
-        """Prepare for a batch, or for a part of one from which padding was taken away."""
+        """Prepare for a batch, or for a part of one from which padding was removed."""
         self._positions, self._parted, self._takes_all = positions, parted, set[str]()
         self._begin_evidence(positions)
         self.open = set()
         for name in set(positions.unread) - self._unread:
             self._unread.add(name)
             warnings.warn(
-                f"{name!r} in the batches is not read: if it marks padding, that counts; say with row_mask= which rows "
-                "count.",
+                f"{name!r} in the batches is not read: if it marks padding, this padding counts; say with row_mask= "
+                "which rows count.",
                 EvaWarning,
                 stacklevel=2,
             )
@@ -161,9 +162,9 @@ class CountedRows:
         """Learn from a pass with other values at the padding.
 
         Args:
-            perturbed: of that pass.
-            plain: of the pass to compare it with; by default the pass that is measured.
-            shown: the positions in both; by default those of the batch.
+            perturbed: prints of that pass.
+            plain: prints of the pass to compare it with; by default the pass that is measured.
+            shown: the positions in both passes; by default those of the batch.
         """
         self._perturbed, self.is_probed = perturbed, True
         if plain is not None and shown is not None:
@@ -171,7 +172,7 @@ class CountedRows:
             self._learn({name for name, _, _ in plain.of})
 
     def show_lengths(self, longer: Prints, more: Sequence[int] | None) -> None:
-        """Learn from a pass in which each sequence was longer by so many positions; None if none succeeded."""
+        """Learn from a pass in which each sequence was longer by `more` positions; None if no such pass succeeded."""
         self._longer, self._more, self.lengths_are_probed = longer, more, True
         for place, leading in self._plain.leading.items():
             if place in longer.leading and more is not None:
@@ -181,13 +182,13 @@ class CountedRows:
         self._learn({name for name, _, _ in self._plain.of})
 
     def end_pass(self) -> bool:
-        """Learn from the whole pass; returns whether some open input is known now, so that the pass can be repeated."""
+        """Learn from the whole pass; return whether an open input is known now, so that it helps to repeat the pass."""
         before = len(self._learned)
         self._learn(self.open)
         return len(self._learned) > before and not self.open <= self._irregular
 
     def take_all(self, keys: set[str]) -> None:
-        """Count all rows of these inputs from here on, since nothing tells which are padding."""
+        """Count all rows of these inputs from here on, since nothing shows which are padding."""
         self._takes_all |= keys
 
     @property
@@ -202,7 +203,7 @@ class CountedRows:
 
     @property
     def may_learn(self) -> bool:
-        """Whether there are open inputs about which more passes may tell something."""
+        """Whether there are open inputs about which more passes may show something."""
         return bool(self.open - self._irregular)
 
     # -- which rows count ---------------------------------------------------------------------------------------------
@@ -247,19 +248,19 @@ class CountedRows:
             self._irregular.add(new)
 
     def _is_strange(self, place: Place, tensor: Tensor) -> bool:
-        """Tell whether there are more rows than positions, which may be there to fill up a length the model likes."""
+        """Tell whether there are more rows than positions; the model may have padded to a length of its own."""
         return place not in self._unfilled and may_be_filled_up(self._positions, tensor.shape[:-1])
 
     def look_at(self, key: str, number: int, tensors: Sequence[Tensor]) -> None:
         """Note one call, and learn from it if that is possible."""
         if self._shown is self._positions:
             self._plain.add(key, number, tensors)
-        # A target with several calls is learned when all of them have been seen, before any of their rows is taken.
+        # A target with several calls is learned after all its calls were seen, and before any of their rows is taken.
         if self.is_probed and not number and (key, 1, 0) not in self._perturbed.of:
             self._learn({key})
 
     def _foretold(self, key: str, places: Sequence[Place], tensors: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Return what the layouts that are known say of the rows of a call, or None where they say nothing."""
+        """Return which rows of a call count by the known layouts, or None if these do not decide it."""
         if key in self._irregular:
             return None
         masks: list[Tensor | None] = []
@@ -272,7 +273,7 @@ class CountedRows:
                 continue
             marks = [layout.marks(self._positions, leading) for layout in learned or ()]
             found = [mark.counted for mark in marks if mark is not None]
-            # Layouts that agreed until now and differ here have to be told apart.
+            # Layouts that agreed until now differ here, so one of them must be chosen.
             if not found or len(found) < len(marks) or not all(torch.equal(mask, found[0]) for mask in found[1:]):
                 return None
             masks.append(found[0])
@@ -288,7 +289,7 @@ class CountedRows:
                         self._irregular.add(place[0])
 
     def _compared(self, place: Place, plain: Tensor) -> Learned | None:
-        """Return what the passes so far say of one activation; None if a batch of another length has to tell."""
+        """Return what the passes so far show of one activation; None if a batch of another length must decide."""
         perturbed, leading = self._perturbed.of.get(place), self._plain.leading[place]
         if perturbed is None or self._perturbed.leading[place] != leading:
             return ()
@@ -304,7 +305,7 @@ def _n_dropped(masks: Sequence[Tensor | None]) -> int:
 
 
 def given_mask(given: Given, key: str, leading: torch.Size) -> Tensor | None:
-    """Return which rows of an input count by what the caller says, or None for all: where its mask has another shape.
+    """Return which rows of an input count by the caller's mask, or None for all if the mask has another shape.
 
     Args:
         given: one mask for all inputs, or masks by name of a module that the input's target is, or is inside.
@@ -323,7 +324,7 @@ def given_mask(given: Given, key: str, leading: torch.Size) -> Tensor | None:
 
 
 def _agreed(before: Learned | None, now: Learned) -> Learned:
-    """Return what agrees with this batch and those before."""
+    """Return the layouts that agree with this batch and with those before."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         return tuple(layout for layout in before if layout in now)
     return now if before is None or isinstance(now, type(before)) else ()

@@ -1,6 +1,6 @@
 """`Passes`: take one batch after the other and pass it through the model, step by step or as an iterator.
 
-A batch with padding may take several passes, until it is known which rows are padding
+A batch with padding may need several passes, until it is known which rows are padding
 (`evatune.activations.padding`). All of them see the same random numbers.
 """
 
@@ -24,8 +24,8 @@ Pass = Callable[[], None]
 class Passes:
     """Passes of batches through a model, in which the inputs of its targets are measured.
 
-    Iterating passes one batch at each step and yields how many there were. Processes that need each other in every
-    pass take `load`, `run` and `idle` apart.
+    Iterating passes one batch at each step and yields how many there were so far. Where every pass needs all processes,
+    `load`, `run` and `idle` are called one by one instead.
 
     Args:
         batches: gone through once.
@@ -34,7 +34,7 @@ class Passes:
         capture: the hooks.
         run: takes the rows.
         takes: whether the model takes an entry of this name.
-        reserved: token numbers that mean something to the model.
+        reserved: token numbers with a special meaning for the model.
 
     Attributes:
         n_passed: how many batches were passed.
@@ -81,7 +81,7 @@ class Passes:
 
     @property
     def broken(self) -> bool:
-        """Whether a pass that other processes take part in has ended in the middle."""
+        """Whether a pass that other processes take part in has ended early."""
         return self._capture.broken
 
     def load(self) -> bool:
@@ -101,7 +101,7 @@ class Passes:
         return True
 
     def run(self) -> bool:
-        """Make one pass with the batch that was loaded; returns False if it takes more."""
+        """Make one pass with the batch that was loaded; return False if the batch needs more passes."""
         assert self.loaded
         if self._next is not None:
             self._as_at_first()
@@ -169,7 +169,7 @@ class Passes:
             yield from self._measured(self._prepare(part))
 
     def _probe(self, batch: Any, positions: BatchPositions) -> Iterator[Pass]:
-        """Pass the batch with other values at its padding; one without padding with some at its end, for comparison."""
+        """Pass the batch with other values at its padding; a batch without padding first gets some at its end."""
         shown, plain, changed = positions, Prints(), Prints()
         if not positions.can_be_perturbed:
             self._rows.show_perturbed(changed)
@@ -184,13 +184,13 @@ class Passes:
             self._rows.show_perturbed(changed, plain=plain, shown=shown)
 
     def _probe_lengths(self, batch: Any, positions: BatchPositions) -> None:
-        """Pass the batch with longer sequences, or where the model does not take them, with shorter ones."""
+        """Pass the batch with longer sequences, or with shorter ones if the model does not take longer ones."""
         for resized in (lengthened, shortened):
             longer = Prints()
             try:
                 other, more = resized(batch, positions)
                 self._watch(other, longer)
-            except Exception:  # whatever a model makes of lengths that it does not take
+            except Exception:  # a model can fail in any way on a length that it does not take
                 continue
             self._rows.show_lengths(longer, more)
             return

@@ -11,7 +11,7 @@ from evatune.settings import Planning
 
 
 class PlanAhead:
-    """Plans from what a run has learned so far, with all that the later plan depends on.
+    """Plans from what a run has learned so far, with the same settings as the later plan.
 
     Args:
         planning: of the later plan.
@@ -32,7 +32,7 @@ class PlanAhead:
         """
         for name, key in input_of.items():
             state, target = inputs[key], self._targets[name]
-            # What is done changes little, and looking at it costs a factorization.
+            # An input that is done changes little, and a look at it costs a factorization.
             if state.pca.is_fitted and not (name in self._variances and state.reason is not None):
                 look = state.pca.look()
                 self._variances[name] = ComponentVariances(

@@ -1,4 +1,4 @@
-"""The sequences of a batch, and which of their positions count: not padding, and on request not what the loss ignores.
+"""The sequences of a batch, and which of their positions count: all but padding, or only those that enter the loss.
 
 Shapes: B samples, T positions. A sequence with further dimensions, as the choices of multiple choice, is (B, C, T).
 """
@@ -16,7 +16,7 @@ from evatune.errors import EvaError
 from evatune.settings import IGNORED_LABEL
 
 MASK, TORCH_MASK, LABELS = "attention_mask", "key_padding_mask", "labels"
-"""Names that these entries of a batch end in: masks of what is attended to, masks of padding, and labels."""
+"""Endings of the names of entries of a batch: attention masks, padding masks, and labels."""
 UNREAD = ("padding_mask", "pixel_mask", "pixel_attention_mask")
 """Names of masks that are not read: models differ in what they mean, or they are of pictures."""
 INPUTS = ("input_ids", "inputs_embeds")
@@ -28,11 +28,11 @@ class Positions:
     """The positions of one sequence of a batch."""
 
     kept: Tensor
-    """Which positions are no padding, boolean, (B, T) or (B, C, T)."""
+    """Which positions are not padding, boolean, (B, T) or (B, C, T)."""
     learned: Tensor
-    """Which positions the loss looks at, as far as that is asked for; otherwise all, the same shape."""
+    """Which positions enter the loss, of the same shape; all of them if `use_label_mask` is not set."""
     entries: tuple[str, ...]
-    """The entries of the batch that hold a value for each position, masks and labels aside."""
+    """The entries of the batch that hold a value for each position, without masks and labels."""
     masks: tuple[str, ...] = ()
     """The entries that say which positions are padding."""
     labels: str | None = None
@@ -45,7 +45,7 @@ class Positions:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """The entries that a model computes from; without token numbers or embeddings, all of them."""
+        """The entries that the model computes from: token numbers and embeddings; if there are none, all entries."""
         return tuple(name for name in self.entries if name.endswith(INPUTS)) or self.entries
 
 
@@ -59,9 +59,9 @@ class BatchPositions:
 
     sequences: tuple[Positions, ...] = ()
     unread: tuple[str, ...] = ()
-    """Entries that may mark padding too, and are not understood."""
+    """Entries that may mark padding too, and that evatune does not understand."""
     given: Given | None = None
-    """Which rows count where the caller says so; nothing else counts then."""
+    """Which rows count, if the caller says so; then nothing else decides it."""
 
     @property
     def has_padding(self) -> bool:
@@ -98,16 +98,16 @@ def read_positions(
 
     A sequence is known by its mask: `attention_mask`, `decoder_attention_mask` or any other prefix of `attention_mask`;
     or `key_padding_mask` with any prefix, which is true at padding, as in PyTorch. A mask of pairs of positions (3 or
-    4 dimensions) keeps the positions that some position attends to. A position has a value in all entries with the
-    mask's prefix and its leading dimensions.
+    4 dimensions) keeps the positions that some position attends to. The values of a position are in all entries with
+    the mask's prefix and its leading dimensions.
 
     Args:
         batch: a mapping, or a tuple or list that starts with one; anything else has no positions.
         encoder_decoder: whether labels belong to the decoder's sequence, whose padding they show.
-        use_label_mask: count only positions at which the loss looks. These are the positions with a label, or those
-            before one, where each position learns the next token.
-        loss_type: what the model calls its loss. Where the name does not say which position learns a label, labels
-            that repeat the inputs are learned at the position before.
+        use_label_mask: count only positions that enter the loss. These are the positions with a label, or, if each
+            position learns the next token, the positions before one.
+        loss_type: what the model calls its loss. If this name does not say which position learns a label, labels that
+            repeat the inputs are taken to be learned at the position before.
 
     Raises:
         EvaError: `use_label_mask` is set, but the batch has no labels.
@@ -127,7 +127,7 @@ def read_positions(
     owner = DECODER if encoder_decoder else ""
     if labels is not None and encoder_decoder:
         shown, masks = kept.get(DECODER, (None, ()))
-        if shown is None or (not masks and shown.shape == labels.shape):  # labels alone show where the decoder ends
+        if shown is None or (not masks and shown.shape == labels.shape):  # labels alone show the decoder's padding
             kept[DECODER] = (labels != IGNORED_LABEL, ())
     sequences = []
     for prefix, (kept_bt, masks) in kept.items():
@@ -139,7 +139,7 @@ def read_positions(
             if not encoder_decoder and _is_learned_before(of_sequence, inputs, loss_type):
                 learned_bt = torch.cat([learned_bt[..., 1:], torch.zeros_like(learned_bt[..., :1])], dim=-1)
         owned = tuple(_owned(entries, prefix, kept_bt.shape, others=set(kept) - {prefix}))
-        if owned or of_sequence is not None or not prefix:  # a mask of nothing in the batch says nothing of rows
+        if owned or of_sequence is not None or not prefix:  # a mask that fits no entry of the batch decides no rows
             sequences.append(
                 Positions(
                     kept=kept_bt,
@@ -174,7 +174,8 @@ def _masks(entries: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Tensor, tupl
 def _attended_to(mask: Tensor) -> Tensor:
     """Return which positions any other position attends to, (B, T), by a mask of pairs, (B, T, T) or (B, heads, T, T).
 
-    A position to which only itself attends is kept if it attends to others: in a causal model, the last one.
+    A position that no other position attends to is kept if it attends to itself and to others: in a causal model, the
+    last one.
     """
     pairs = mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask.bool()
     pairs_btt = pairs.any(dim=1) if mask.ndim == 4 else pairs
@@ -190,7 +191,7 @@ def _owned(entries: Mapping[str, Any], prefix: str, dims: torch.Size, *, others:
     for name, value in entries.items():
         is_other = name.endswith(("mask", LABELS)) or f"{name}_".startswith(rivals)
         if isinstance(value, Tensor) and not is_other and f"{name}_".startswith(prefix):
-            # Beside token numbers, vectors of as many places are those of something else, as of a picture.
+            # Beside token numbers, float vectors with as many positions belong to something else, such as a picture.
             is_of_something_else = has_inputs and not name.endswith(INPUTS) and value.is_floating_point()
             if value.shape[: len(dims)] == dims and not (is_of_something_else and value.ndim > len(dims)):
                 yield name

@@ -40,7 +40,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def uncompiled(model: Any) -> AbstractContextManager[Any]:
-    """Run compiled parts of a model as written: what was compiled before the hooks came would pass them by."""
+    """Run compiled parts of a model without compilation: code compiled before the hooks were set does not call them."""
     modules = list(model.modules())
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
     if not compiled or not hasattr(torch.compiler, "set_stance"):  # torch < 2.6
@@ -49,7 +49,7 @@ def uncompiled(model: Any) -> AbstractContextManager[Any]:
 
 
 _REPACKS = "support_avx512bf16_for_cpu"
-"""Where this is set, bitsandbytes repacks 4-bit weights in evaluation mode, and no gradient passes them afterwards."""
+"""If this attribute is set, bitsandbytes repacks 4-bit weights in evaluation mode; then they pass no gradient."""
 
 
 @contextmanager
@@ -60,7 +60,8 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
     gradients.
 
     Raises:
-        EvaError: an adapter is merged into the weights, so the base model's activations cannot be had.
+        EvaError: an adapter is merged into the weights, so the base model's activations cannot be
+            computed.
     """
     modules: list[Any] = list(model.modules())
     merged = [module for module in modules if hasattr(module, "_disable_adapters") and getattr(module, "merged", False)]
@@ -75,7 +76,7 @@ def measuring_state(model: nn.Module) -> Iterator[None]:
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     try:
-        # torch's fast path in evaluation mode computes whole encoder layers at once and calls no module inside.
+        # torch's fast path in evaluation mode computes a whole encoder layer at once and calls no module inside it.
         torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in packing:
             setattr(module, _REPACKS, False)

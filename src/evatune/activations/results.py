@@ -1,4 +1,4 @@
-"""From what runs have learned to spectra."""
+"""Makes spectra from what runs have learned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
 SHOWN_ERROR = 0.01
-"""Estimated share of the best captured variance that components may miss without a word to the user."""
+"""If components seem to miss more than this share of the best captured variance, the user gets a warning."""
 
 
 def no_batch() -> EvaError:
-    """Return the error that there was nothing to measure."""
+    """Return the error for a run without any batch."""
     return EvaError("there was no batch to measure: the iterable is empty, or a generator that is used up already.")
 
 
@@ -35,7 +35,7 @@ def spectra_of(
         learned: what a run has learned.
         targets: its targets, in the order of the model.
         n_components: how many components were asked for.
-        stopped: why the run ended, for inputs that have met no stopping rule.
+        stopped: why the run ended; it is the reason of all inputs that have met no stopping rule.
 
     Raises:
         EvaError: there was no batch, or fewer rows than components, or every row of an input is masked.

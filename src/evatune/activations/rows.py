@@ -25,6 +25,6 @@ def select(activation: Tensor, *masks: Tensor | None) -> Tensor:
     counted = given[0]
     for mask in given[1:]:
         counted = counted & mask.to(counted.device)
-    # Positions are found where the mask lives, which for a loader's batch is the CPU.
+    # Positions are found on the device of the mask, which for the batch of a loader is the CPU.
     kept_n = counted.reshape(-1).nonzero().squeeze(1)
     return rows_nd.index_select(0, kept_n.to(rows_nd.device, non_blocking=True))

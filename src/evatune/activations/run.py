@@ -23,8 +23,8 @@ from evatune.pca import AnyPCA, StreamingPCA, look_all, settle_all
 from evatune.settings import Reason, Stopping
 
 Needed = Callable[[Mapping[str, str], Mapping[str, InputState]], Mapping[str, int]]
-"""Returns how many components of each input a plan from the present state would use: from the input of each target and
-the states of the inputs."""
+"""A function of the input of each target and of the states of the inputs. It returns how many components of each input
+a plan from the present states would use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Learned:
     input_of: dict[str, str]
     """Key of the input of every target that was reached."""
     pcas: dict[str, AnyPCA]
-    """What was learned of each input, by key."""
+    """The PCA of each input, by key."""
     reasons: dict[str, Reason]
     """The stopping rule that an input has met, if any."""
     n_batches: int
@@ -50,14 +50,14 @@ class Run:
 
     Args:
         targets: the targets, in the order of the model.
-        new_pca: makes the streaming PCA of an input that keeps so many components.
+        new_pca: makes a streaming PCA that keeps the given number of components.
         n_components: how many are kept at most.
         rule: the stopping rules.
-        needed: tells how many components of each input the later plan needs, if that is known; the rules then look at
-            these only.
-        state_device: where states are kept and rows are multiplied, if not where the rows are.
+        needed: returns how many components of each input the later plan needs, if that is known; the rules then use
+            only these.
+        state_device: device on which states are kept and rows are multiplied; by default that of the rows.
         checks_per_doubling: how often the rules are applied, see `stopping.is_check`.
-        alone: whether the run applies the rules by itself. If not, others call `findings` and `conclude`.
+        alone: whether the run applies the rules itself. If not, the caller does so with `findings` and `conclude`.
 
     Attributes:
         inputs: the state of every input by key, the name of one of the targets that receive it.
@@ -103,7 +103,7 @@ class Run:
                 state.before = state.pca.look()
 
     def take(self, key: str, number: int, entering: Any) -> bool:
-        """Take what enters a target in the call of this number; returns False if it is not known what counts of it."""
+        """Take what enters a target in the call of this number; return False if it is unknown which rows count."""
         target = self._targets[key]
         try:
             masks = self.rows.masks(key, number, target.layer.activations(target.module, entering))
@@ -131,7 +131,7 @@ class Run:
         return True
 
     def look(self, key: str, number: int, entering: Any) -> None:
-        """See what enters a target, while it is not known yet which of its rows count."""
+        """Look at what enters a target while it is unknown which of its rows count."""
         target = self._targets[key]
         self.rows.look_at(key, number, target.layer.activations(target.module, entering))
 
@@ -156,7 +156,7 @@ class Run:
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def findings(self) -> dict[str, Finding]:
-        """Return what the present components say by the rules, for every input that is not done."""
+        """Return what the stopping rules need to know about every input that is not done."""
         if not self._rule.has_rule:
             return {}
         undone = {key: state for key, state in self.inputs.items() if state.pca.is_fitted and state.reason is None}
@@ -167,7 +167,7 @@ class Run:
         }
 
     def conclude(self, findings: Mapping[str, Finding]) -> None:
-        """Apply the rules to what was found, here or by several processes together, and prepare for the next check."""
+        """Apply the rules to findings, of this process or of several together, and prepare for the next check."""
         states = {key: self.inputs[key] for key in findings}
         decide(states, findings, self._rule)
         for state in states.values():
@@ -220,5 +220,5 @@ class Run:
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
-    """Return rows, as a layer type hands them over, on a device."""
+    """Return rows, in the form that a layer type returns, on a device."""
     return rows.to(device) if isinstance(rows, Tensor) else [part.to(device) for part in rows]

@@ -1,13 +1,13 @@
 """Which targets receive the very same tensors, so that these are measured once (q, k and v; gate and up).
 
-Tensors are compared by what they are, never by their values: same memory, same geometry, same version. A tensor without
-elements is nobody's input: it has no memory by which to know it, and no rows.
+Tensors are compared by identity, never by their values: same memory, same geometry, same version. A tensor without
+elements is ignored: it has no memory that identifies it, and no rows.
 
-What one batch shows of sharing is not the rule for the next. Targets share an input as long as they have received the
+Targets that share an input in one batch need not share it in the next. They share it as long as they have received the
 same tensors in every call of every pass. So the n-th call of a shared input is handed over when all its targets have
-made their n-th call. Where they differ, or where one makes fewer calls, they have shared all rows up to there: the
-input is split in two with equal states, and each goes on with its own tensors. No pass is needed again for this, unless
-a tensor that waited for other targets was changed in place.
+made their n-th call. If the tensors differ there, or one target makes fewer calls, the targets have shared all rows
+before: the input is split in two with equal states, and each continues with its own tensors. This needs no repeated
+pass, unless a tensor that waited for other targets was changed in place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SeenTensors:
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor: a new one, unless this tensor was seen before.
 
-        A tensor is held by a weak reference only; while it is alive its memory cannot be another tensor's.
+        Only a weak reference to the tensor is held; while the tensor is alive, no other tensor can have its memory.
         """
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version_of(tensor))
         if key in self._seen:
@@ -48,7 +48,7 @@ class SeenTensors:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """Return how often a tensor was changed in place; None for tensors made in inference mode, which do not count."""
+    """Return how often a tensor was changed in place; None for a tensor of inference mode, which has no counter."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -62,10 +62,10 @@ class _Call:
     tensors: tuple[Tensor, ...]
     versions: tuple[int | None, ...]
     number: Number
-    """What tells its input from others in this pass."""
+    """Identifies its input among those of this pass."""
 
     def is_of(self, form: Hashable, tensors: tuple[Tensor, ...]) -> bool:
-        """Tell, at little cost, whether a call has the same form and the very same tensors, unchanged since."""
+        """Tell, at little cost, whether a call has the same form and the same tensor objects, unchanged since."""
         same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
         return same and form == self.form and self.is_unchanged()
 
@@ -83,21 +83,22 @@ class _Input:
     n_passed: int = 0
     """How many calls of this pass have been made by all members."""
     waiting: list[dict[str, _Call]] = field(default_factory=list)
-    """The calls after these, each by the targets that have made it already."""
+    """The calls after these, each by the names of the targets that have made it already."""
     closed: bool = False
-    """Nothing more of this pass can be handed over."""
+    """Whether no more calls of this pass can be handed over."""
     lost: bool = False
-    """A tensor was changed while it waited."""
+    """Whether a tensor was changed in place while it waited."""
 
 
 class SharedInputs:
     """Groups targets by their inputs, and hands over each call of an input once.
 
     Args:
-        take: takes the key of an input, the number of the call in its pass and what entered. It returns False if it
-            cannot take it yet; it then gets this call, and those that follow, when the pass is made again.
-        look: gets the calls that follow one that was not taken, in the same pass.
-        split: takes the key of an input and a new key: from here on there are two inputs with the same rows so far.
+        take: called with the key of an input, the number of the call in its pass and what entered. It returns False if
+            it cannot take the call yet; it then gets this call, and those that follow, when the pass is repeated.
+        look: called for the calls after one that was not taken, in the same pass.
+        split: called with the key of an input and a new key: from now on there are two inputs, with the same rows so
+            far.
 
     Attributes:
         input_of: for every target that got any element so far, the key of its input, which is the name of one of them.
@@ -151,7 +152,7 @@ class SharedInputs:
         self._calls[name] = n_calls + 1
         if key is None:
             number = self._number(form, tensors)
-            # A target that is called for the first time shares an input that was found in this pass, at this call.
+            # On its first call, a target joins an input that another target got in this pass.
             key = self.input_of[name] = self._born.setdefault(number, name)
             if key != name:
                 self._inputs[key].members.append(name)
@@ -177,7 +178,7 @@ class SharedInputs:
             self._advance(key)
 
     def end_pass(self) -> bool:
-        """Hand over what still waits; returns False if the pass must be made again.
+        """Hand over what still waits; return False if the pass must be repeated.
 
         Raises:
             EvaError: this pass was made again and had fewer calls than before.

@@ -1,7 +1,7 @@
-"""Experts that are linear layers of their own and got too few rows, or none: what stands in for their spectrum.
+"""Experts that are separate linear layers and got too few rows, or none: which spectrum they get instead.
 
 A router sends only some rows to each expert, so on downstream data some experts see fewer rows than components are
-asked for. The explained variance of a few rows says nothing (two rows are explained whole by one component). So:
+asked for. The explained variance of a few rows says nothing (one component explains two rows completely). So:
 
 - the layers that the routed rows enter (gate and up) take the spectrum of all experts of that block together: all of
   them see hidden states, one space;
@@ -33,7 +33,7 @@ def stand_ins(
     n_components: int,
     n_batches: int,
 ) -> dict[str, Spectrum]:
-    """Return a spectrum for every expert layer that got fewer rows than components, where it has siblings with enough.
+    """Return a spectrum for every expert layer with fewer rows than components, if siblings of it have enough rows.
 
     Args:
         targets: all targets by name.
@@ -77,7 +77,7 @@ def stand_ins(
 
 
 def _entered_parts(input_of: Mapping[str, str]) -> set[tuple[str, str]]:
-    """Return the parts of experts, with their group, that the routed rows enter: the first called, and what shares."""
+    """Return the parts of experts, with their group, that routed rows enter: the first called, and those sharing it."""
     first: dict[tuple[str, str], str] = {}
     entered = set()
     for name, key in input_of.items():

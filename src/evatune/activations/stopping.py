@@ -1,15 +1,15 @@
 """When an input has been measured enough: the paper's rule on directions, and a rule on accuracy beside it.
 
-The paper's rule (Section 3.2, Algorithm 1): each component has cosine τ with itself one update before. Steps shrink as
-rows accumulate, so every input meets this rule in the end, however wrong its components are. It meets it sooner when
-batches are small. The second rule asks for what matters: how much more variance of unseen rows would the next doubling
-of the data capture?
+The paper's rule (Section 3.2, Algorithm 1): each component has a cosine of at least τ with itself one update before.
+Updates get smaller as rows accumulate, so every input meets this rule in the end, even if its components are wrong, and
+meets it sooner with smaller batches. The second rule asks for what matters: how much more variance of unseen rows would
+the next doubling of the data capture?
 
-The last doubling tells. At every check, two sets of components are compared on the rows that came since the check
-before, which neither set has seen: the components of the check before, and those of half the data by then. Second
-moments give the energy of these rows along any direction, so no row is kept. The variance that components miss for want
-of data falls with one over the number of rows. While this rule says that more data gain much, the paper's rule is not
-applied.
+The last doubling answers this. At every check, two sets of components are compared on the rows since the previous
+check, which neither set has seen: the components at the previous check, and those at half as many rows. Second moments
+give the energy of these rows along any direction, so no row is kept. The variance that components miss because of too
+little data is proportional to 1 / number of rows. As long as this rule expects a large gain from more data, the paper's
+rule is not applied.
 
 Shapes: d features, k components.
 """
@@ -28,13 +28,13 @@ from evatune.pca.subspace import component_cosines
 from evatune.settings import Reason, Stopping
 
 ENOUGH_ROWS = 2048
-"""On how many unseen rows a gain is measured at least; fewer say little about rows to come."""
+"""A gain is measured on at least this many unseen rows; fewer say little about later rows."""
 
 
 def is_check(n_batches: int, *, per_doubling: int = 2) -> bool:
     """Tell whether the rules are applied after `n_batches`.
 
-    Checks factorize, so their number grows with the logarithm of the data only.
+    Checks factorize matrices, so their number grows only with the logarithm of the data.
 
     Args:
         n_batches: how many batches were passed.
@@ -55,19 +55,19 @@ class Finding:
     """What a check has found of one input; the tensors stay on their device until `decide` reads all of them."""
 
     share: Tensor | None = None
-    """Share of the needed components that have not turned with the last batch, ()."""
+    """Share of the needed components that meet the paper's rule after the last batch, ()."""
     energies_2: Tensor | None = None
-    """Energy of the rows since the last check in the span of its components, and of those of half the data by then."""
+    """Energy of the rows since the last check, in the span of the components then and of those at half as many rows."""
     n_rows: int = 0
-    """How many rows came since the last check."""
+    """How many rows were added since the last check."""
     n_rows_before: int = 0
-    """How many there were then."""
+    """How many rows there were at the last check."""
     n_processes: int = 1
-    """How many processes have found this together, each on its own rows with its own components."""
+    """How many processes this finding is from, each with its own rows and components."""
 
 
 def find(state: InputState, rule: Stopping, *, n_needed: int) -> Finding:
-    """Return what the present components of an input say by both rules; the plan needs `n_needed` of them."""
+    """Return what both rules need to know about the components of an input; the plan needs `n_needed` of them."""
     share, before, now = None, state.before, state.pca.look()
     if before is not None and now.n_samples_seen > before.n_samples_seen:
         cosines_k = component_cosines(now.components[:n_needed], before.components[:n_needed])
@@ -95,21 +95,21 @@ def decide(states: Mapping[str, InputState], findings: Mapping[str, Finding], ru
     for key, (now, then) in energies.items():
         state, found = states[key], ready[key]
         last = (now - then) / now if now > 0 else 0.0
-        # The doubling up to the last check gained this much; the next one, from now on, so much less. What processes
-        # learn is merged in the end: from so many times the rows, they gain so many times less.
+        # The doubling up to the last check gained `last`. The next doubling starts from more rows and gains less in
+        # proportion. The processes' states are merged at the end, so p processes have p times the rows and gain 1 / p.
         state.gain = last * found.n_rows_before / (2 * (found.n_rows_before + found.n_rows)) / found.n_processes
         if rule.min_gain is not None and state.gain < rule.min_gain:
             state.reason = state.reason or Reason.ACCURATE
 
 
 def begin(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
-    """Keep the components as they are now for the checks to come; of an input that is done nothing is kept."""
+    """Keep the present components for later checks; for an input that is done, drop all that was kept."""
     if state.before is not None and state.before.n_samples_seen < state.pca.n_samples_seen_:
-        state.before = None  # it was compared; one that was taken for the next check stays
+        state.before = None  # already compared; a look at all present rows is for the next check and stays
     if state.reason is not None:
         state.before, state.checked, state.energies = None, [], None
         return
-    # There were half the rows `per_doubling` checks ago.
+    # `per_doubling` checks ago there were half as many rows.
     state.checked = [*state.checked[-per_doubling:], state.pca.look().components]
     if rule.min_gain is not None and len(state.checked) > per_doubling:
         state.energies = _energies(state)
@@ -122,7 +122,7 @@ def _energies(state: InputState) -> tuple[Tensor, int]:
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the values of equally shaped tensors, waiting for the device once."""
+    """Return the values of tensors of equal shape; the host waits for the device only once."""
     if not tensors:
         return {}
     device = next(iter(tensors.values())).device

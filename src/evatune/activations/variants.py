@@ -1,6 +1,6 @@
-"""The same batch with other values at its padding, with more of it, with less of it, or without.
+"""The same batch with other values at its padding, with longer or shorter sequences, or without padding.
 
-What a model makes of these tells which of its rows are padding (`evatune.activations.padding`).
+The model's activations for these show which rows are padding (`evatune.activations.padding`).
 
 Shapes: B samples, T positions.
 """
@@ -36,8 +36,8 @@ def perturbed(batch: Any, positions: BatchPositions, *, reserved: frozenset[int]
     Args:
         batch: the batch.
         positions: what `read_positions` said of it.
-        reserved: token numbers that mean something to the model, as those of pictures.
-        seed: of the values.
+        reserved: token numbers with a special meaning for the model, such as those of pictures.
+        seed: seed of the values.
     """
     generator = torch.Generator().manual_seed(seed)
     entries: dict[str, Tensor] = {}
@@ -71,7 +71,7 @@ def ragged(batch: Any, positions: BatchPositions, *, takes: Callable[[str], bool
     Args:
         batch: the batch.
         positions: what `read_positions` said of it.
-        takes: whether the model takes an entry of this name; where it takes a mask that is not there, it gets one.
+        takes: returns whether the model takes an entry of this name. A mask that it takes and the batch lacks is added.
     """
     entries: dict[str, Tensor] = {}
     sequences = []
@@ -94,9 +94,9 @@ def ragged(batch: Any, positions: BatchPositions, *, takes: Callable[[str], bool
 
 
 def lengthened(batch: Any, positions: BatchPositions) -> tuple[Any, list[int]]:
-    """Return the batch with more padding at the end of each sequence, and how many positions that is of each.
+    """Return the batch with more padding at the end of each sequence, and how many positions each sequence gets.
 
-    The numbers differ, so that rows which follow one sequence cannot be taken for those of another.
+    The numbers differ, so that rows of one sequence cannot be mistaken for those of another.
     """
     numbers = [max(1, sequence.kept.shape[-1] // 4) + index for index, sequence in enumerate(positions.sequences)]
     return _resized(batch, positions, lambda value, axis, index: _stretched(value, axis, numbers[index])), numbers
@@ -138,7 +138,7 @@ def _resized(batch: Any, positions: BatchPositions, resize: Callable[[Tensor, in
 
 
 def _padding_value(name: str, mask: Tensor) -> float:
-    """Return what a mask has where there is padding: false, 0, or the most negative number of an additive mask."""
+    """Return the value of a mask at padding: false, 0, or the most negative number of an additive mask."""
     if name.endswith(TORCH_MASK):
         return -math.inf if mask.is_floating_point() else 1
     if mask.is_floating_point() and bool((mask < 0).any()):
@@ -150,8 +150,8 @@ def without_padding(batch: Any, positions: BatchPositions) -> Iterator[Any] | No
     """Return the batch in parts without padding: samples of equal length together, and nothing else.
 
     Returns:
-        The parts; None if the batch cannot be cut: positions are missing inside a sequence, or entries of the batch do
-        not go by samples.
+        The parts; None if the batch cannot be cut: there is padding inside a sequence, or entries of the batch are not
+        divided by samples.
     """
     entries = entries_of(batch)
     n_samples = len(positions.sequences[0].kept) if positions.sequences else 0

@@ -26,8 +26,8 @@ Pairs = tuple[Tensor, Tensor]
 """Orthonormal eigenvectors in columns (d, p) and their eigenvalues (p,), descending."""
 
 WORKING_COPIES = 4
-"""A factorization works in so many copies of a state, as counted in the code: the state without the mean, the same in
-float64, and what is multiplied with it."""
+"""How many copies of a state a factorization needs as working memory, as counted in the code: the state without the
+mean, the same in float64, and the matrix that it is multiplied with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Wanted:
     """What a state is asked for; see `StreamingPCA`."""
 
     n_components: int
-    """k; a state of fewer features keeps as many as these."""
+    """k; a state with fewer than k features keeps one component for each feature."""
     center: bool = True
     """Whether the scatter is about the mean."""
     tolerance: float | None = None
-    """Share of the variance that the best k components capture that may be missed; None leaves a state as it is."""
+    """Allowed error, as a share of the variance that the best k components capture; with None a state never adapts."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
 
 
 class State(ABC):
@@ -49,7 +49,8 @@ class State(ABC):
 
     Args:
         wanted: what is asked for.
-        moments: of the rows so far. Rows are shifted by `moments.shift_d` before the state sees them.
+        moments: count, mean and variance of the rows so far. `moments.shift_d` is subtracted from rows before the state
+            sees them.
     """
 
     name: ClassVar[str]
@@ -57,9 +58,9 @@ class State(ABC):
     is_offered: ClassVar[bool] = True
     """Whether users may ask for it."""
     keeps_all: ClassVar[bool] = False
-    """Whether it can tell any number of components, whatever was asked for."""
+    """Whether it can return any number of components, even more than were asked for."""
     turns_into: ClassVar[tuple[str, ...]] = ()
-    """The backends that it may give way to."""
+    """The backends that may replace it during a run."""
 
     def __init__(self, wanted: Wanted, moments: Moments) -> None:
         self.wanted = wanted
@@ -72,39 +73,39 @@ class State(ABC):
 
     @abstractmethod
     def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
-        """Add shifted rows, (n, d), by matrix products; what is more work than that is put off until `settle`.
+        """Add shifted rows, (n, d), by matrix products; any more expensive work is left for `settle`.
 
         Args:
             shifted_nd: the rows, in the dtype of the shift; `moments` include them already.
-            product_dtype: in which they may be multiplied.
+            product_dtype: dtype in which they may be multiplied.
         """
 
     @property
     @abstractmethod
     def is_due(self) -> bool:
-        """Whether so many rows came since the state last settled that it should settle again."""
+        """Whether enough rows have been added since the last `settle` that it should be called again."""
 
     @abstractmethod
     def settle(self) -> Steps[State]:
-        """Do what was put off, and return the state to go on with: this one, or another that is better off."""
+        """Do the work that `update` left, and return the state to continue with: this one or its replacement."""
 
     @abstractmethod
     def refresh(self) -> Steps[None]:
-        """Fold the rows since the last refresh in, so that the state is at its smallest."""
+        """Fold in the rows since the last refresh, so that the state is as small as it can be."""
 
     @abstractmethod
     def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return the leading eigenpairs of the scatter matrix, in any float dtype.
 
         Args:
-            n_pairs: how many are wanted, k or more. Fewer come where the rows vary in fewer directions.
-            rough: they only need to be good enough to watch them. A rough call may leave something behind that makes
-                the next call cheaper; others change nothing.
+            n_pairs: how many are wanted, k or more. Fewer are returned if the rows vary in fewer directions.
+            rough: the pairs only need to be good enough for the stopping rules. A rough call may store something that
+                makes the next call cheaper; other calls change nothing.
         """
 
     @abstractmethod
     def missed(self) -> float:
-        """Return what variance of the rows, not divided by their number, the first k pairs miss; NaN if unknown."""
+        """Return the variance that the first k pairs miss, not divided by the number of rows; NaN if unknown."""
 
     @abstractmethod
     def merged(self, other: Self) -> Self:
@@ -112,11 +113,11 @@ class State(ABC):
 
     @abstractmethod
     def exactly(self) -> State | None:
-        """Return what is known as an exact second moment; None where that is too little to go on with."""
+        """Return what is known as an exact second moment; None if too little is known for that."""
 
     @abstractmethod
     def condensed(self) -> State:
-        """Return a smaller state that merges about as well, if there is one, else this one."""
+        """Return a smaller state that merges nearly as well, or this one if there is none."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ class State(ABC):
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
-        """Return the state that `tensors` describes, which keeps them.
+        """Return the state that `tensors` describes; it keeps these tensors without a copy.
 
         Raises:
             KeyError: one is missing.
@@ -134,7 +135,7 @@ class State(ABC):
     @classmethod
     @abstractmethod
     def cost(cls, n_components: int, n_features: int) -> Cost:
-        """Return what it takes to follow rows of so many features."""
+        """Return the memory that a state for rows of `n_features` features takes."""
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
@@ -154,13 +155,13 @@ class State(ABC):
         return self.wanted.center
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
-        """Return vᵀ C v for every row v of `directions_kd`, (k,), as far as the eigenpairs tell."""
+        """Return vᵀ C v for every row v of `directions_kd`, (k,), with C approximated by its eigenpairs."""
         vectors_dp, values_p = alone(self.eigenpairs(self.n_components))
         return (directions_kd.to(vectors_dp) @ vectors_dp).square() @ values_p
 
     @property
     def working_bytes(self) -> int:
-        """About how much memory a factorization works in."""
+        """About how many bytes of working memory a factorization needs."""
         return WORKING_COPIES * sum(tensor.nbytes for tensor in self.tensors().values())
 
     def copied(self, device: torch.device) -> Self:
@@ -170,7 +171,7 @@ class State(ABC):
 
 
 def merge_eigenpairs(first: State, second: State) -> Pairs:
-    """Return the eigenpairs of the sum of the scatter matrices of two states, as far as their own eigenpairs tell.
+    """Return the eigenpairs of the sum of two scatter matrices, each approximated by its eigenpairs.
 
     Returns:
         Eigenvectors (d, at most p + q + 1) and eigenvalues, descending; with centring, the difference of the means
@@ -187,6 +188,6 @@ def merge_eigenpairs(first: State, second: State) -> Pairs:
 
 
 def between_means(mine: Moments, theirs: Moments) -> tuple[float, Tensor]:
-    """Return weight and direction (d,) of what the difference of two means adds to the scatter of both sets of rows."""
+    """Return weight and direction (d,) of the rank-one term that different means add to the merged scatter matrix."""
     weight = mine.n_rows * theirs.n_rows / max(mine.n_rows + theirs.n_rows, 1)
     return weight, solver_copy(mine.mean_d) - solver_copy(theirs.mean_d)

@@ -12,7 +12,7 @@ from evatune.errors import EvaError
 
 
 def check_rows(rows: Tensor, *, n_features: int | None) -> None:
-    """Refuse what is no float matrix, or has another width than `n_features`, if that is known.
+    """Refuse rows that are not a float matrix, or not `n_features` wide if that is given.
 
     Raises:
         EvaError: in one sentence, what the rows are and what they should be.
@@ -27,7 +27,7 @@ def check_rows(rows: Tensor, *, n_features: int | None) -> None:
 
 
 def refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:
-    """Refuse rows that hold NaN or infinite values, which the sum of their squares tells, (d,).
+    """Refuse rows that hold NaN or infinite values, which `squares_d`, the sums of their squares, (d,), shows.
 
     Raises:
         EvaError: how many rows hold such values, or that only their squares do.

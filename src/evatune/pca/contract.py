@@ -1,9 +1,9 @@
-"""`AnyPCA`: what a streaming PCA answers to whoever measures with it, whatever kind of rows it takes.
+"""`AnyPCA`: the protocol that every streaming PCA implements, whatever kind of rows it takes.
 
 Shapes: d features, k components.
 
-Three classes answer it: `StreamingPCA` (rows of numbers), `OneHotPCA` (token numbers) and `StackedPCA` (several inputs
-behind one rank). Nobody asks an object which of them it is.
+Three classes implement it: `StreamingPCA` (rows of numbers), `OneHotPCA` (token numbers) and `StackedPCA` (several
+inputs that share one rank). No caller asks an object which of them it is.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class NotFittedError(EvaError, AttributeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The components at one moment, precise enough to watch how they change. All but the components is on the host."""
+    """The components at one moment, precise enough to watch how they change. Only the components are on the device."""
 
     components: Tensor
     """Orthonormal rows by descending variance, (k, d)."""
     singular_values: Tensor
-    """Of the centred rows, (k,)."""
+    """Singular values of the centred rows, (k,)."""
     total_variance: float
     """Sum of the variances of all features."""
     n_samples_seen: int
@@ -60,26 +60,26 @@ class AnyPCA(Protocol):
 
     @abstractmethod
     def add(self, rows: Any) -> Self:
-        """Add rows as `partial_fit` does, but put off what is more work than matrix products until `settle`."""
+        """Add rows as `partial_fit` does, but leave work that is more expensive than matrix products for `settle`."""
 
     @abstractmethod
     def works(self, task: Task) -> list[Work]:
-        """Return what is left to be done for a task, to be done together with that of others.
+        """Return the open work of a task, so that `evatune.pca.many` can run it together with the work of others.
 
-        Nothing, as long as there are no rows; `evatune.pca.many` does it for many.
+        The list is empty as long as there are no rows.
         """
 
     def settle(self) -> Self:
-        """Do what was put off."""
+        """Do the work that `add` has left."""
         together(self.works(Task.SETTLE))
         return self
 
     @abstractmethod
     def look(self) -> Look:
-        """Return the components as they are now, at the least cost; to ask again before more rows come is free."""
+        """Return the present components, as cheaply as possible; a second call before more rows are added is free."""
 
     def refresh(self) -> Self:
-        """Fold the rows since the last refresh into the state, which is then at its smallest."""
+        """Fold the rows since the last refresh into the state, which is then as small as it can be."""
         together(self.works(Task.REFRESH))
         return self
 
@@ -121,7 +121,7 @@ class AnyPCA(Protocol):
     @property
     @abstractmethod
     def captured_error_(self) -> float:
-        """Estimated share of the variance that the best k components capture that these miss; NaN where unknown."""
+        """Estimate of what these components miss, as a share of what the best k would capture; NaN if unknown."""
 
     @property
     @abstractmethod
@@ -150,7 +150,7 @@ class AnyPCA(Protocol):
 
     @property
     def explained_variance_ratio_(self) -> Tensor:
-        """Share of the total variance along each component, (k,); zeros where the rows never vary."""
+        """Share of the total variance along each component, (k,); zeros if all rows are equal."""
         total = self.total_variance_
         return self.explained_variance_ / total if total > 0 else torch.zeros_like(self.singular_values_)
 
@@ -158,7 +158,7 @@ class AnyPCA(Protocol):
 
     @abstractmethod
     def condensed(self) -> AnyPCA:
-        """Return an object for processes to exchange at the end: it merges as this one does, and is smaller if it can.
+        """Return what processes exchange at the end: an object that merges as this one does, smaller where possible.
 
         The state is refreshed first.
         """
@@ -174,11 +174,11 @@ class AnyPCA(Protocol):
 
     @abstractmethod
     def cost(self, *, n_features: int) -> Cost:
-        """Return what it takes to follow rows of so many features."""
+        """Return the memory that measuring rows of `n_features` features takes."""
 
 
 def variances(singular_values_k: Tensor, *, n_rows: int) -> Tensor:
-    """Return the variance along each component, (k,), of so many rows with these singular values, (k,)."""
+    """Return the variance along each component, (k,), from the singular values of `n_rows` rows, (k,)."""
     return singular_values_k.square() / max(n_rows - 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""What following the rows of one input takes in memory: bounds, of float32 sums."""
+"""Upper bounds of the memory that the PCA of one input takes, with sums in float32."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ the last batch, and the present ones."""
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What following one input takes."""
+    """The memory that the PCA of one input takes."""
 
     backend: str
     """The backend in use."""
     width: int | None = None
-    """Columns with which a sketch begins, beside its probes."""
+    """With how many columns a sketch begins, probes not counted."""
     state_bytes: int
-    """Bound of what is accumulated: the tensors of `state_dict`."""
+    """Upper bound of the bytes of the state: the tensors of `state_dict`."""
     initial_bytes: int
-    """What it begins with."""
+    """Bytes of the state at the beginning."""
     cached_bytes: int
-    """Bound of what is kept beside the state from one check to the next."""
+    """Upper bound of the bytes that are kept beside the state from one check to the next."""
 
 
 def moments_bytes(n_features: int) -> int:
@@ -43,7 +43,7 @@ def components_bytes(n_components: int, n_features: int) -> int:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """Return what following several inputs takes together."""
+    """Return the memory that several inputs take together."""
     costs = list(costs)
     return Cost(
         backend="+".join(sorted({cost.backend for cost in costs})),

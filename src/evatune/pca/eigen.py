@@ -17,28 +17,32 @@ FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
 
 FULL_FROM = 6
-"""So many times the width of the iterated columns, a matrix is not worth iterating on."""
+"""Iteration is used only where the matrix is at least this many times as wide as the block of iterated columns;
+a narrower matrix is factorized in full."""
 
 APART = 0.02
-"""Gap to both neighbours, as a share of its own eigenvalue, from which on an eigenvector has a direction of its own."""
+"""An eigenvector stands apart if its eigenvalue differs from both neighbours by at least this share of itself. The
+direction of any other eigenvector is not checked."""
 
 ANGLE = 16
-"""Angle to such an eigenvector that is allowed, in roots of the share of variance that may be missed."""
+"""Allowed angle between such an eigenvector and its estimate, in units of √tolerance."""
 
 OVERSAMPLING = 16
-"""How many columns more than wanted pairs are iterated: the pairs converge by λ of the first left out over theirs."""
+"""How many columns are iterated beside one for each wanted pair. With more of them the pairs converge faster: in each
+round the error of a pair shrinks by the first eigenvalue left out, divided by its own."""
 
 DEGREE = 3
-"""Of the Chebyshev filter; in float32 a higher one would drown small eigenvectors in the rounding of large ones."""
+"""Degree of the Chebyshev filter. With a higher degree, float32 rounding errors of large eigenvectors would hide the
+small ones."""
 
 TINY = 1e-30
 """Length that a column of zeros is taken to have."""
 
 ZERO_ROUNDINGS = 10
-"""An eigenvalue below so many roundings of the largest one is zero."""
+"""An eigenvalue counts as zero below this many times the machine epsilon of the largest one."""
 
 MAX_ROUNDS = 16
-"""Rounds after which a matrix whose spectrum hardly falls is factorized in full."""
+"""After this many rounds without convergence the matrix is factorized in full; its spectrum decays too slowly."""
 
 
 def leading_eigenpairs(
@@ -51,20 +55,20 @@ def leading_eigenpairs(
 ) -> Steps[tuple[Tensor, Tensor]]:
     """Return the leading eigenpairs of a symmetric positive matrix, or all of them where that is quicker.
 
-    Subspace iteration with a Chebyshev filter, until the residuals ‖S v - λ v‖ say that the wanted pairs miss, in the
-    mean, no more than `tolerance` of their eigenvalues, and that every eigenvector that stands apart from its
-    neighbours is met to an angle of `ANGLE` √tolerance.
+    Subspace iteration with a Chebyshev filter. It ends when the residuals ‖S v - λ v‖ show two things: the wanted pairs
+    miss on average at most the share `tolerance` of their eigenvalues, and each wanted eigenvector that stands apart
+    (`APART`) is found up to an angle of `ANGLE` √tolerance.
 
     Args:
         matrix_dd: the matrix, (d, d).
         n_pairs: how many pairs are wanted.
-        tolerance: share of its eigenvalue that a wanted pair may miss, in the mean over the pairs.
-        near_dl: columns that nearly span them, from a similar matrix.
-        n_rounds: take so many rounds, whatever the residual.
+        tolerance: share of their eigenvalues that the wanted pairs may miss on average.
+        near_dl: columns that nearly span the wanted eigenvectors, from a similar matrix, (d, l).
+        n_rounds: take exactly this many rounds, whatever the residuals are.
 
     Returns:
-        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending, p >= n_pairs where the matrix has
-        so many that are not zero. Cost O(d² p) a round, or O(d³).
+        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p >= n_pairs if the
+        matrix has that many nonzero eigenvalues. Cost O(d² p) a round, or O(d³).
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
@@ -93,7 +97,7 @@ def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Ten
     """Estimate what each of some eigenpairs misses, (k,), in the units of the eigenvalues.
 
     By second-order perturbation, a pair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of eigenvalue μ, and
-    never more than ρ.
+    at most ρ.
 
     Args:
         residual_k: norms of the residuals S v - λ v, (k,).
@@ -105,7 +109,7 @@ def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Ten
 
 
 def _settled(residual_l: Tensor, values_l: Tensor, *, n_pairs: int, tolerance: float) -> Tensor:
-    """Tell whether the first pairs of many are good enough, see `leading_eigenpairs`."""
+    """Tell whether the first `n_pairs` pairs meet both conditions of `leading_eigenpairs`."""
     residual_k, values_k = residual_l[:n_pairs], values_l[:n_pairs]
     missed_k = missed_variance(residual_k, values_k, values_l[-1])
     gap_l = values_l[:-1] - values_l[1:]
@@ -116,7 +120,7 @@ def _settled(residual_l: Tensor, values_l: Tensor, *, n_pairs: int, tolerance: f
 
 
 def _basis_of(columns_dl: Tensor) -> Steps[Tensor]:
-    """Return orthonormal columns with the same span, (d, l), of columns whose lengths may be far apart."""
+    """Return orthonormal columns with the same span, (d, l); the lengths of the given columns may differ widely."""
     basis_dl, _ = yield Orthonormal(columns_dl / torch.linalg.vector_norm(columns_dl, dim=0).clamp_min(TINY))
     return basis_dl
 
@@ -133,8 +137,8 @@ def _ritz_pairs(matrix_dd: Tensor, basis_dl: Tensor) -> Steps[tuple[Tensor, Tens
 def _filtered(matrix_dd: Tensor, basis_dl: Tensor, image_dl: Tensor, values_l: Tensor) -> Tensor:
     """Apply the Chebyshev polynomial that is small on [0, smallest Ritz value] and grows fastest beyond it, (d, l).
 
-    Scaled so that it is 1 at the largest Ritz value, which keeps it from overflowing. Where the columns see all there
-    is, so that the smallest Ritz value is zero, they are left as they are.
+    The polynomial is scaled to 1 at the largest Ritz value, so that it cannot overflow. If the smallest Ritz value is
+    zero, the columns already span all that the matrix does not map to zero, and only the matrix is applied.
     """
     half = values_l[-1] / 2
     first = half / (values_l[0] - half)

@@ -2,9 +2,9 @@
 
 Shapes: n rows, d features, k components, l columns.
 
-Batch order, batch size and rank do not matter to the result, beyond rounding. One matrix product of O(n d²) a batch;
-the leading eigenpairs come by subspace iteration from those that were found last. Right for inputs of moderate width,
-and the oracle of the other backends.
+Batch order, batch size and rank do not change the result, beyond rounding. One matrix product of O(n d²) a batch;
+the leading eigenpairs are found by subspace iteration that starts from the last ones. Right for inputs of moderate
+width, and the reference in tests of the other backends.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from evatune.pca.subspace import solver_copy
 from evatune.pca.together import Host, Steps, alone
 
 BATCH_NOISE = 0.03
-"""How much of the mean small eigenvalue the rounding of one batch's product in bfloat16 may be (`_review`).
+"""Largest allowed rounding error of one batch's bfloat16 product, as a share of the mean small eigenvalue (`_review`).
 
-With it, products in bfloat16 miss 2e-5 of the variance at most on spectra without massive directions
+With this value, products in bfloat16 miss 2e-5 of the variance at most on spectra without massive directions
 (`tests/pca/test_exact.py`).
 """
 
 SPARE_PAIRS = 48
-"""How many eigenpairs beside the components' stand for a second moment between processes: half the columns that a
-sketch has beside them (`evatune.pca.sketch.SPARE`), since these lie in a space that is found already. At least as many
-as components."""
+"""In place of a second moment, processes exchange the pairs of the k components and this many more (k more if k is
+larger). It is half the number of spare columns of a sketch (`evatune.pca.widths.SPARE`): eigenvectors have converged,
+the columns of a sketch have not."""
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-16}
-"""Share of its eigenvalue that a component may miss, in the mean, by the dtype of the sums. With 1e-5 the components of
-SmolLM2's inputs miss 1e-6 of the variance (`benchmarks/accuracy.py`); 1e-16 is the rounding of float64."""
+"""Share of their eigenvalues that components may miss on average, by the dtype of the sums. With 1e-5 the components
+of SmolLM2's inputs miss 1e-6 of the variance (`benchmarks/accuracy.py`); 1e-16 is the rounding of float64."""
 
 
 class ExactState(State):
-    """The second moment of the shifted rows, of which only strips up to the diagonal are filled.
+    """The second moment of the shifted rows, of which only strips up to the diagonal are filled (`accumulate_gram`).
 
     Args:
         wanted: what is asked for.
         moments: of the rows.
         second_moment_dd: S as `accumulate_gram` fills it, (d, d).
-        n_rows_reviewed: how many rows there were when it was last decided how precise products must be.
-        needs_full_precision: what was decided.
-        missed: the variance, not divided by the rows, that the leading components lack because the state began as a
-            sketch.
+        n_rows_reviewed: how many rows there were at the last `_review`, which decides how precise products must be.
+        needs_full_precision: the result of that review.
+        missed: the variance, not divided by the number of rows, that the leading components miss because the state
+            began as a sketch.
     """
 
     name = "exact"
@@ -95,8 +95,8 @@ class ExactState(State):
     def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
         """Add shifted rows, (n, d); `moments` include them already.
 
-        Whether the first ones may be multiplied in half precision, they tell themselves. An accelerator would have to
-        be asked, so there they are multiplied in full.
+        On the CPU, the first rows themselves decide whether they may be multiplied in half precision. On an accelerator
+        that question would stall the device, so there the first rows are multiplied in full precision.
         """
         is_first = self.n_rows_reviewed == 0
         if is_first and product_dtype != shifted_nd.dtype and shifted_nd.device.type == "cpu":
@@ -110,7 +110,7 @@ class ExactState(State):
 
     @property
     def is_due(self) -> bool:
-        """Whether the rows have doubled since it was last decided how precise products must be."""
+        """Whether the number of rows has doubled since the last review."""
         return self.moments.n_rows >= 2 * self.n_rows_reviewed
 
     def settle(self) -> Steps[State]:
@@ -119,12 +119,12 @@ class ExactState(State):
         return self
 
     def _review(self) -> Steps[None]:
-        """Decide whether products may be in bfloat16 until the rows have doubled.
+        """Decide whether products may be in bfloat16 until the number of rows has doubled.
 
         Each entry of such a product is rounded by a relative 2⁻⁹, so the error of a batch like all so far is a random
-        matrix of norm 2 · 2⁻⁹ ‖S‖ / √(3 d) (Frobenius norm of S). It must be small beside the eigenvalues that matter,
-        of which (trace S - ‖S‖) / d, the mean of the small ones, is a lower bound. It is not where a few massive
-        activations own the variance.
+        matrix of norm 2 · 2⁻⁹ ‖S‖ / √(3 d) (Frobenius norm of S). It must be small beside the eigenvalues that matter;
+        (trace S - ‖S‖) / d, the mean of the small ones, is a lower bound of these. It is not small where a few massive
+        activations hold most of the variance.
         """
         norm = gram_norm(self.second_moment_dd)
         noise = 2 * BFLOAT16_ROUNDING * norm / (3 * self.n_features) ** 0.5
@@ -138,17 +138,17 @@ class ExactState(State):
         yield from ()
 
     def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
-        """Return at least `n_pairs` eigenpairs of the scatter matrix, if it has so many.
+        """Return at least `n_pairs` eigenpairs of the scatter matrix, or all if it has fewer.
 
         A rough call takes one round of iteration from the eigenvectors that the last rough call found, whatever the
-        residual, and leaves its own to the next call of any kind.
+        residual, and stores its own eigenvectors; the next call starts from them, rough or not.
         """
         scatter_dd = symmetric(self.second_moment_dd)
         if self.center:
             offset_d = self.moments.offset_d.to(scatter_dd)
             scatter_dd.addr_(offset_d, offset_d, alpha=-self.moments.n_rows)
         tolerance = TOLERANCES[scatter_dd.dtype]
-        if self.needs_full_precision:  # large eigenvalues would drown small ones in the rounding of float32
+        if self.needs_full_precision:  # float32 rounding errors of large eigenvalues would hide small ones
             scatter_dd = solver_copy(scatter_dd)
         pairs = yield from leading_eigenpairs(
             scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_rounds=1 if rough else None
@@ -158,7 +158,7 @@ class ExactState(State):
         return pairs
 
     def missed(self) -> float:
-        """Return zero, or what a sketch had missed before it became this state."""
+        """Return zero, or what the sketch had missed if the state began as one."""
         return self._missed
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class ExactState(State):
         return self
 
     def condensed(self) -> State:
-        """Return leading eigenpairs where they are much smaller than the matrix, as when sketches merge."""
+        """Return the leading eigenpairs if they take much less memory than the matrix, else this state."""
         n_pairs = max(2 * self.n_components, self.n_components + SPARE_PAIRS)
         if 2 * n_pairs >= self.n_features:
             return self
@@ -222,7 +222,7 @@ class ExactState(State):
 
     @classmethod
     def cost(cls, n_components: int, n_features: int) -> Cost:
-        """Return the cost of a matrix, and of the columns from which iteration goes on at the next look."""
+        """Return the cost of the matrix and of the columns from which the next look starts."""
         k, d = n_components, n_features
         n_bytes = FLOAT * d * d + moments_bytes(d)
         return Cost(

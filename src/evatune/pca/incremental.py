@@ -27,7 +27,7 @@ class IncrementalState(State):
 
     Args:
         wanted: what is asked for.
-        moments: of the rows.
+        moments: count, mean and variance of the rows.
         components_pd: right-singular vectors in rows, (p, d).
         singular_values_p: (p,), descending.
     """
@@ -62,7 +62,7 @@ class IncrementalState(State):
             rows_nd = torch.cat([shifted_nd - batch_mean_d, correction_1d])
         else:
             rows_nd = shifted_nd
-        # Equations 4 and 5: the SVD of old and new rows together needs of the old ones only Σ Vᵀ.
+        # Equations 4 and 5: of the old rows, the SVD of all rows together needs only Σ Vᵀ.
         stacked = torch.cat([self.singular_values_p[:, None] * self.components_pd, rows_nd])
         _, values, components = torch.linalg.svd(stacked, full_matrices=False)
         n_kept = min(self.n_kept, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
@@ -70,7 +70,7 @@ class IncrementalState(State):
 
     @property
     def is_due(self) -> bool:
-        """False: nothing is put off."""
+        """False: no work is left."""
         return False
 
     def settle(self) -> Steps[State]:

@@ -19,7 +19,7 @@ def from_state(state: Mapping[str, Tensor]) -> AnyPCA:
     """Return the PCA, of whichever kind, whose `state_dict` this is.
 
     Raises:
-        EvaError: it is the state of none.
+        EvaError: it is not the state of any kind.
     """
     name = read_name(state["kind"]) if "kind" in state else "none"
     if name not in KINDS:

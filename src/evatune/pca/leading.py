@@ -1,8 +1,8 @@
-"""The leading eigenpairs of some rows, and little else: what stands for a state where processes meet.
+"""The leading eigenpairs of some rows, and little else: what processes exchange in place of a larger state.
 
 Shapes: d features, k components, p eigenpairs.
 
-It merges and goes on as `evatune.pca.incremental` does, and is smaller where it is saved, (p + 1) d numbers: of the
+It merges and takes rows as `evatune.pca.incremental` does, and is smaller when saved, (p + 1) d numbers: of the
 moments it keeps the mean and the total variance. They stay in full precision, because one massive component rounded to
 16 bits would look like new directions.
 """
@@ -59,6 +59,6 @@ class LeadingState(IncrementalState):
         moments = Moments.around(shift_d)
         moments.n_rows = n_rows
         moments.sum_d += n_rows * (mean_d - shift_d)
-        # Of the variance of each feature only the sum over all is asked for.
+        # Callers read only the sum of the variances of all features.
         moments.squares_d += tensors["scatter"] / len(mean_d)
         return cls(wanted, moments, tensors["components"], tensors["singular_values"])

@@ -1,6 +1,6 @@
-"""What is done for many streaming PCAs at once: their factorizations run side by side (`evatune.pca.together`).
+"""Functions for many streaming PCAs at once: their factorizations run side by side (`evatune.pca.together`).
 
-Those that have seen no rows are passed over.
+A PCA that has seen no rows is skipped.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from evatune.pca.together import Task, together
 
 
 def settle_all(pcas: Iterable[AnyPCA]) -> None:
-    """Do what `AnyPCA.add` has put off."""
+    """Do the work that `AnyPCA.add` has left, for all of them."""
     _do(Task.SETTLE, pcas)
 
 
 def look_all(pcas: Iterable[AnyPCA]) -> None:
-    """Find what `AnyPCA.look` then returns at no cost."""
+    """Find the present components of all of them, which `AnyPCA.look` then returns at no cost."""
     _do(Task.LOOK, pcas)
 
 

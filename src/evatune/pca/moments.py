@@ -3,8 +3,8 @@
 Shapes: n rows, d features.
 
 Activations can have means a thousand times their deviation. Sums of squares in float32 then lose every digit, so all
-rows are shifted by the mean of the first batch before anything is accumulated: what is left is small, and sums stay
-plain sums, which merge and reduce over processes by addition.
+rows are shifted by the mean of the first batch before anything is accumulated: the rest is small, and the sums stay
+plain sums, which merge by addition.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Moments:
     """
 
     shift_d: Tensor
-    """What is subtracted from every row, (d,), in the dtype of the accumulated matrices."""
+    """The vector that is subtracted from every row, (d,), in the dtype of the accumulated matrices."""
     sum_d: Tensor
     """Sum of the shifted rows, (d,)."""
     squares_d: Tensor

@@ -15,20 +15,20 @@ from evatune.pca.subspace import ZERO, solver_copy
 from evatune.pca.together import Eigh, Host, InverseRoot, Orthonormal, Steps
 
 SPREAD = 1e6
-"""Where the columns of a sketch see variances that are further apart than this, products of it are made in float64."""
+"""Products of a sketch are made in float64 if the variances along its columns differ by more than this factor."""
 
 
 COLUMN_NOISE = 1e-3
-"""A column q with qᵀS q below this share of ‖S q‖ / √d, which a random column has, sees no variance: what it holds are
-rounding errors. Chosen, not measured."""
+"""A column q sees no variance if qᵀS q is below this share of ‖S q‖ / √d, the value of a random column: S q then holds
+rounding errors only. Chosen, not measured."""
 
 
 def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """Return eigenpairs of the Nyström approximation Y (QᵀY)⁺ Yᵀ of a matrix S that is known through Y = S Q.
 
-    Products of tall matrices are made in the dtype of the sketch, which is as rounded as they will be; the small
-    matrices are factorized in float64. That takes a factor whose columns fall in size as the eigenvalues do: float32
-    then tells small eigenvalues from large ones.
+    Products of tall matrices are made in the dtype of the sketch: more precision would not help, since the sketch is
+    rounded to it already. The small matrices are factorized in float64. The columns of the factor shrink as the
+    eigenvalues do, so float32 is precise enough for the small eigenvalues too.
 
     Args:
         test_dl: test matrix Q, (d, l).
@@ -41,7 +41,7 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor
     n_features, width = test_dl.shape
     rounding = torch.finfo(sketch_dl.dtype).eps
     energy_l = solver_copy((test_dl * sketch_dl).sum(dim=0))
-    # A column that sees no variance holds rounding errors, which the formula would divide by themselves.
+    # A column that sees no variance holds rounding errors; the formula would divide rounding errors by rounding errors.
     noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=0)) * (COLUMN_NOISE / n_features**0.5)
     alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
     order_l = torch.where(alive_l, energy_l, -torch.inf).argsort(descending=True, stable=True)
@@ -71,7 +71,7 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor
 
 
 def _inverse_root(core_mm: Tensor, *, cutoff: float) -> Steps[Tensor]:
-    """Return R, (m, r), with R Rᵀ = C⁺ and column j made of the first m - r + j of the columns it will be applied to.
+    """Return R, (m, r), with R Rᵀ = C⁺, where column j has nonzero entries in its first m - r + j rows only.
 
     Args:
         core_mm: C, with a unit diagonal, in float64.

@@ -1,14 +1,14 @@
-"""Principal components of one-hot rows from counts alone: what an embedding's low-rank update sees of its tokens.
+"""Principal components of one-hot rows from counts alone: the rows that an embedding's low-rank update multiplies.
 
 Shapes: n rows, V features (tokens), k components, u distinct counts.
 
 The second moment of one-hot rows is diag(c), with the counts c. Centred, the scatter matrix is diag(c) - c cᵀ / n: a
-diagonal, changed by rank one. Tokens that were seen equally often are alike in it, so its eigenvectors are
+diagonal, changed by rank one. Tokens with equal counts can be exchanged in it, so its eigenvectors are
 
 - for each distinct count d, which m tokens share: m - 1 contrasts among these tokens, with eigenvalue d;
 - the eigenvectors of the (u, u) matrix diag(d) - w wᵀ / n with w = d √m, spread evenly over the tokens of each count.
 
-Counts that differ number at most √(2n), because together they sum to no more than n. Nothing of size V × V is formed.
+There are at most √(2n) distinct counts, because their sum is at most n. Nothing of size V × V is formed.
 
 Reference: Golub (1973), Some modified matrix eigenvalue problems, for diagonals changed by rank one.
 """
@@ -68,7 +68,8 @@ class OneHotPCA(AnyPCA):
             y: ignored; part of the contract.
 
         Raises:
-            EvaError: the rows are not such numbers, or a number is outside 0 ... V - 1. Nothing is added then.
+            EvaError: the rows are not whole numbers of shape (n,), or a number is outside 0 ... V - 1. Nothing is added
+                then.
         """
         if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
             raise EvaError(f"one-hot rows are given as whole numbers of shape (n,), got {tuple(rows.shape)}.")
@@ -85,11 +86,11 @@ class OneHotPCA(AnyPCA):
         return self
 
     def add(self, rows: Tensor) -> Self:
-        """Add rows; nothing is put off."""
+        """Add rows; no work is left for `settle`."""
         return self.partial_fit(rows)
 
     def look(self) -> Look:
-        """Return the components; counts need no cheaper way."""
+        """Return the components, exact ones: with counts no cheaper way is needed."""
         return Look(
             components=self.components_,
             singular_values=self.singular_values_.cpu(),
@@ -98,7 +99,7 @@ class OneHotPCA(AnyPCA):
         )
 
     def works(self, task: Task) -> list[Work]:
-        """Return what finding the components takes; counts are as small as they get, and nothing is put off."""
+        """Return the work of finding the components; `SETTLE` and `REFRESH` have none."""
         is_left = self._counts_v is not None and self._decomposition is None
         return [Work(self._learn())] if is_left and task in (Task.LOOK, Task.LEARN) else []
 
@@ -148,7 +149,7 @@ class OneHotPCA(AnyPCA):
 
     @property
     def backend_(self) -> str:
-        """The name of this kind: counts."""
+        """The name of its only backend: counts."""
         return self.kind
 
     @property
@@ -187,7 +188,7 @@ class OneHotPCA(AnyPCA):
         return self._decompose()[1]
 
     def condensed(self) -> Self:
-        """Return this object: counts are smaller than components."""
+        """Return this object: its counts take less memory than its components."""
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def unrounded(*devices: torch.device) -> Iterator[None]:
-    """Keep autocast, on these devices, from rounding what products need whole."""
+    """Switch autocast off on these devices, so that it does not round the operands of products."""
     with ExitStack() as stack:
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -38,10 +38,10 @@ BFLOAT16_ROUNDING = 2.0**-9
 """Relative error of a number that was rounded to bfloat16."""
 
 NARROW = 256
-"""Width up to which rows are multiplied in full precision."""
+"""Rows of up to this many features are multiplied in full precision."""
 
 GRAM_STRIPS = 3
-"""How many strips a Gram matrix is made of; each leaves out what is above its diagonal block."""
+"""A Gram matrix is computed in this many strips of rows; each leaves out the entries right of its diagonal block."""
 
 
 def _strips(n_features: int) -> list[tuple[int, int]]:
@@ -51,7 +51,7 @@ def _strips(n_features: int) -> list[tuple[int, int]]:
 
 
 def accumulate_gram(total_dd: Tensor, rows_nd: Tensor) -> None:
-    """Add ZᵀZ to `total_dd` in place, but for what stands above the diagonal blocks of strips.
+    """Add ZᵀZ to `total_dd` in place, without the entries to the right of the diagonal blocks of strips.
 
     Args:
         total_dd: (d, d), float32 or float64.
@@ -64,7 +64,7 @@ def accumulate_gram(total_dd: Tensor, rows_nd: Tensor) -> None:
 
 
 def symmetric(total_dd: Tensor) -> Tensor:
-    """Return a new matrix (d, d) in which what `accumulate_gram` leaves out is there."""
+    """Return a new matrix (d, d) with the entries that `accumulate_gram` leaves out filled in."""
     whole_dd = total_dd.clone()
     for start, stop in _strips(len(total_dd)):
         whole_dd[:start, start:stop] = total_dd[start:stop, :start].T
@@ -76,7 +76,7 @@ def energies_along(total_dd: Tensor, directions_kd: Tensor) -> Tensor:
     energies_k = directions_kd.new_zeros(len(directions_kd))
     for start, stop in _strips(len(total_dd)):
         weighted_ks = directions_kd[:, :stop].clone()
-        weighted_ks[:, :start] *= 2  # what stands left of the diagonal block stands above it, too
+        weighted_ks[:, :start] *= 2  # entries left of the diagonal block occur a second time, mirrored
         energies_k += ((weighted_ks @ total_dd[start:stop, :stop].T) * directions_kd[:, start:stop]).sum(dim=1)
     return energies_k
 
@@ -114,8 +114,8 @@ def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype, *, n_component
     Args:
         rows: rows as they arrive, (n, d).
         wanted: a dtype, or "auto": float64 rows in float64, others in bfloat16 where that is fast and else in float32.
-            Narrow rows, where little can be gained, and those of which so many components are wanted that the
-            smallest would drown in rounding, are multiplied in float32.
+            Two kinds of rows are multiplied in float32 all the same: narrow ones, where bfloat16 gains little, and
+            those of which so many components are wanted that rounding errors would hide the smallest.
         n_components: k.
 
     Returns:

@@ -5,14 +5,14 @@ Shapes: n rows, d features, k components, l >= k sketch columns, s probes, p eig
 S = Σ z zᵀ is the second moment of the shifted rows; it is never formed. A batch costs the two thin products
 P = Z Q and Y += Zᵀ P, O(n d l). Whenever the rows since the last refresh are as many as the rows before it, S is
 approximated from the sketch by the Nyström formula Y (QᵀY)⁺ Yᵀ, its l leading eigenvectors become the new Q, and Y
-restarts from what that approximation knows of the past. So the test matrix goes through one step of subspace iteration
-at every doubling of the data, and refreshes cost five products of O(d l²) at logarithmically many batches.
+restarts from what that approximation knows of the past. So the test matrix takes one step of subspace iteration at
+each doubling of the data. A refresh costs five products of O(d l²); their number grows with the logarithm of the data.
 
-A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. What
-they still lose is the past outside of the sketch, and that is estimated: a few random probes Ω, which never change and
-take no part in the approximation, ride along, so that W = S Ω is known of all rows. For an eigenpair (v, λ) of the
-approximation, vᵀW - λ vᵀΩ has mean square ‖S v - λ v‖², the residual of the pair in the true matrix. Where it says that
-the components miss more than asked, the sketch gets wider, or gives way to the exact second moment.
+A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. They
+still lose the part of past rows that lies outside of the sketch. Probes estimate this loss: a few random columns Ω
+never change and take no part in the approximation, but W = S Ω is accumulated over all rows. For an eigenpair (v, λ) of
+the approximation, vᵀW - λ vᵀΩ has mean square ‖S v - λ v‖², the squared residual of the pair in the true matrix. If the
+components seem to miss more than the tolerance, the sketch gets wider, or the exact second moment replaces it.
 
 References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation with
 a shift; Levy and Lindenbaum (2000) for sequential bases; Tropp, Yurtsever, Udell and Cevher (2019) for estimates of
@@ -43,44 +43,47 @@ FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
 
 RESIDUAL_NOISE = 1e-2
-"""How large a residual, relative to the k-th eigenvalue, bfloat16 may seem to make (`_is_massive`).
+"""Largest residual, relative to the k-th eigenvalue, that rounding to bfloat16 may cause by estimate (`_is_massive`).
 
-What is missed is its square: measured on 4,096 features with variances 1/i, 3e-7 (`benchmarks/scaling.py`).
+The missed variance is about its square: measured on 4,096 features with variances 1/i, 3e-7 (`benchmarks/scaling.py`).
 """
 
 MASSIVE_RATIO = 1e5
-"""Where the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 drowns the latter."""
+"""If the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 errors hide the smallest."""
 
 HALF_MARGIN = 10
-"""How much more strictly the first half of the components is held to the tolerance. Chosen, not measured: with rho 2,
-twice as many components are kept as a target uses on average."""
+"""The first half of the components may miss only the tolerance divided by this. Chosen, not measured: with rho 2, a
+target uses on average half of the components that are kept."""
 
 SAFETY = 4
-"""A sketch is widened when it seems to miss the tolerance divided by this: what it has missed by then stays missed."""
+"""A sketch is widened as soon as it seems to miss more than the tolerance divided by this: what it has missed so far is
+lost for good."""
 
 SETTLED = 2
-"""After this times k² rows a sketch is held to its tolerance; after fewer it may miss more in proportion.
+"""The tolerance of a sketch holds from this times k² rows on. With n rows before that, it is larger by the factor
+SETTLED k² / n.
 
-Neighbours among k eigenvalues are about a share 1/k apart, and n rows tell eigenvectors apart where the root of n is
-well above k. Before, most of what a sketch misses is that axes turn with every batch, which falls as rows come. But for
-the first batch, of which all rows are at hand: what a sketch misses of it is for want of columns.
+Neighbours among k eigenvalues differ by about a share 1/k, and n rows separate their eigenvectors if √n is well above
+k. With fewer rows, a sketch misses variance mostly because axes turn with every batch, and this error falls as rows are
+added. The first batch is an exception: all its rows are in memory, so a sketch misses variance only if it has too few
+columns.
 """
 
 PROBE_SEED = 0x9E3779B9
-"""Of the probes, whatever the seed of the test matrix."""
+"""Seed of the probes, whatever the seed of the test matrix is."""
 
 
 class SketchState(State):
     """Test matrix and probes [Q Ω], sketches [Y W] = S [Q Ω], and when they were refreshed.
 
     Args:
-        wanted: what is asked for; the tolerance holds for all components, a tenth of it for the first half of them,
-            and more while rows are few (`SETTLED`).
-        moments: of the rows.
+        wanted: what is asked for. Its tolerance holds for all components, and a tenth of it for the first half of them;
+            with few rows both are larger (`SETTLED`).
+        moments: count, mean and variance of the rows.
         columns_dm: test matrix and probes, (d, m) with m = l + s.
         sums_dm: their products with S, (d, m).
         n_rows_refreshed: how many rows there were at the last refresh.
-        needs_full_precision: whether bfloat16 would drown small directions.
+        needs_full_precision: whether bfloat16 rounding errors would hide directions of small variance.
     """
 
     name = "sketch"
@@ -101,7 +104,7 @@ class SketchState(State):
         self.sums_dm = sums_dm
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
-        self._known: Pairs | None = None  # of the rows so far
+        self._known: Pairs | None = None  # eigenpairs of the rows so far
         self._first: tuple[Tensor, torch.dtype] | None = None  # rows of the first batch, until the state settles
 
     @classmethod
@@ -118,7 +121,7 @@ class SketchState(State):
         return self.columns_dm.shape[1] - N_PROBES
 
     def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
-        """Add shifted rows, (n, d); `moments` include them already. The first ones choose the test matrix."""
+        """Add shifted rows, (n, d); `moments` include them already. The test matrix is made from the first ones."""
         is_first = self.moments.n_rows == len(shifted_nd)
         if is_first:
             test_dl = self.columns_dm[:, : self.width]
@@ -141,9 +144,10 @@ class SketchState(State):
         return self.moments.n_rows >= 2 * self.n_rows_refreshed
 
     def settle(self) -> Steps[State]:
-        """Refresh, and return the state to go on with.
+        """Refresh, and return the state to continue with.
 
-        That is this state, perhaps wider, or an exact one where the sketch is not good enough and the rows are narrow.
+        It is this state, perhaps wider. If the widest sketch is not good enough and the rows are narrow, it is an exact
+        one.
         """
         pairs = yield from self._eigenpairs()
         first, self._first = self._first, None
@@ -156,7 +160,7 @@ class SketchState(State):
             elif self._may_turn_exact:
                 if first is None:
                     return self.exactly()
-                state = ExactState.start(self.wanted, self.moments)  # nothing needs to be lost, with all rows at hand
+                state = ExactState.start(self.wanted, self.moments)  # nothing is lost: all rows are in memory
                 state.update(first[0], product_dtype=first[1])
                 return (yield from state.settle()) if state.is_due else state
         self._restart(pairs, width=width, needs_full_precision=bool(is_massive))
@@ -179,11 +183,11 @@ class SketchState(State):
         return ExactState.of_eigenpairs(self.wanted, self.moments, pairs, missed=self.missed())
 
     def missed(self) -> float:
-        """Estimate what variance the components miss, not divided by the rows, from the probes."""
+        """Estimate from the probes how much variance the components miss, not divided by the number of rows."""
         return float(self._missed(*alone(self._eigenpairs())).sum())
 
     def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
-        """Return how many times as much as it may the sketch seems to miss, a scalar tensor."""
+        """Return the estimate of what the sketch misses, divided by what it may miss, a scalar tensor."""
         if self.wanted.tolerance is None or not len(values_p):
             return vectors_dp.new_zeros(())
         missed_k = self._missed(vectors_dp, values_p)
@@ -199,7 +203,7 @@ class SketchState(State):
         """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
 
         By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
-        eigenvalues μ, and never more than ρ. Outside of the sketch, these are at most about its last eigenvalue.
+        eigenvalues μ, and at most ρ. Outside of the sketch, μ is at most about its last eigenvalue.
         """
         if not len(values_p):
             return values_p
@@ -214,14 +218,14 @@ class SketchState(State):
         """Continue with `width` columns from known eigenpairs of the scatter matrix."""
         vectors_dp, values_p = pairs
         moments = self.moments
-        # Rounded as they are saved, so that a state that was loaded goes on with the very same numbers.
+        # Saving rounds in the same way, so that a loaded state continues with exactly these numbers.
         vectors_dp = vectors_dp[:, :width].to(self.columns_dm).contiguous()
         values_p = values_p[:width].to(self.sums_dm)
         test_dl = vectors_dp
         if len(values_p) < width:
             test_dl = complete_basis(vectors_dp, width, seed=self.wanted.seed + moments.n_rows)
         test_dl = _rounded(test_dl)
-        # What the sketch would be, had S been V Λ Vᵀ (+ n o oᵀ about the shift) and this the test matrix all along.
+        # The sketch as it would be if S were V Λ Vᵀ (+ n o oᵀ about the shift) and Q had always been this test matrix.
         sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
         if self.center:
             offset_d = moments.offset_d.to(test_dl)
@@ -234,7 +238,7 @@ class SketchState(State):
         self.needs_full_precision = needs_full_precision
 
     def _is_massive(self, values_p: Tensor) -> Tensor:
-        """Tell, by a scalar tensor, whether a few directions are so large that bfloat16 would drown the others.
+        """Tell, by a scalar tensor, whether a few directions are so large that bfloat16 errors would hide the others.
 
         Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d.
         """
@@ -253,25 +257,25 @@ class SketchState(State):
         return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-self.moments.n_rows)
 
     def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
-        """Return approximate eigenpairs of the scatter matrix in float64, as many as there are columns at most.
+        """Return approximate eigenpairs of the scatter matrix in float64, at most one for each column.
 
-        The first k are orthonormal to float64.
+        The first k are orthonormal up to the rounding of float64.
         """
         found = yield from self._eigenpairs()
         vectors_dp, values_p = (solver_copy(tensor) for tensor in found)
-        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal to the rounding of the sums, now beyond it
+        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal up to rounding in float32; corrected next
         leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
         return vectors_dp, values_p
 
     def _eigenpairs(self) -> Steps[Pairs]:
-        """Return the eigenpairs in the dtype of the sums; they stay known until rows come."""
+        """Return the eigenpairs in the dtype of the sums; they are stored until rows are added."""
         if self._known is None:
             test_dl, sketch_dl = self.columns_dm[:, : self.width], self._scatter_of(slice(self.width))
             self._known = yield from nystrom_eigenpairs(test_dl, sketch_dl)
         return self._known
 
     def merged(self, other: Self) -> Self:
-        """Return the state of both sets of rows, from the eigenpairs of either. Cost O(d l²)."""
+        """Return the state of both sets of rows, from the eigenpairs of both states. Cost O(d l²)."""
         moments = self.moments.merged(other.moments)
         images_ds = solver_copy(self._scatter_of(slice(self.width, None)))
         images_ds += solver_copy(other._scatter_of(slice(other.width, None)))
@@ -294,7 +298,7 @@ class SketchState(State):
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors; right after a refresh, its eigenpairs (d, l), (l,) stand for test and sketch."""
+        """Return the state as tensors; right after a refresh, eigenpairs (d, l), (l,) replace Q and Y."""
         numbers = [self.wanted.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
         common = self.moments.tensors() | {"counters": torch.tensor(numbers)}
         if self._known is None or not self._is_refreshed:
@@ -304,7 +308,7 @@ class SketchState(State):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: Wanted) -> Self:
-        """Return the state that `tensors` describes; it goes on with the seed that it began with."""
+        """Return the state that `tensors` describes; it continues with the seed of its beginning."""
         moments = Moments.from_tensors(tensors)
         seed, n_rows_refreshed, full, width = tensors["counters"].tolist()
         wanted = replace(wanted, seed=seed)
@@ -326,7 +330,7 @@ class SketchState(State):
 
     @classmethod
     def cost(cls, n_components: int, n_features: int) -> Cost:
-        """Return the cost of two thin matrices, which may get wider or give way to a square one."""
+        """Return the cost of two thin matrices, which may get wider, or be replaced by one square matrix."""
         k, d = n_components, n_features
         width, widest = sketch_width(k, d), widest_sketch(k, d)
         initial_bytes, state_bytes = (2 * FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
@@ -337,13 +341,13 @@ class SketchState(State):
             width=width,
             state_bytes=state_bytes + moments_bytes(d),
             initial_bytes=initial_bytes + moments_bytes(d),
-            # The eigenvectors of the last refresh are kept until rows come.
+            # The eigenvectors of the last refresh are kept until rows are added.
             cached_bytes=components_bytes(k, d) + FLOAT * d * widest + DOUBLE * widest,
         )
 
 
 def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
-    """Return Gaussian columns (d, m), of which the last are the probes: everywhere the same, so that sketches merge."""
+    """Return Gaussian columns (d, m). The last are the probes, the same in all sketches so that these merge."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
     probes_ds = torch.randn(n_features, N_PROBES, generator=generator)
     generator.manual_seed(seed)
@@ -352,9 +356,9 @@ def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
 
 
 def _rounded(columns_dm: Tensor) -> Tensor:
-    """Round columns to bfloat16, so that half-precision products see the very same ones as the formulas do.
+    """Round columns to bfloat16, so that half-precision products use exactly the same columns as the formulas do.
 
-    It also keeps columns apart from the null space of the rows: what a column sees of the large directions is then far
-    above rounding errors, which the Nyström formula would divide by themselves.
+    It also keeps columns out of the null space of the rows: rounding adds a part along the large directions, so that
+    qᵀS q is far above the rounding errors. Without it the Nyström formula would divide rounding errors by each other.
     """
     return columns_dm.to(torch.bfloat16).to(columns_dm.dtype)

@@ -1,10 +1,10 @@
-"""Several inputs whose adapters must share one rank, followed by one streaming PCA each and reported as one.
+"""Several inputs whose adapters must share one rank: each has a streaming PCA of its own, and all are reported as one.
 
 Shapes: P parts, n rows, d features of a part, D = Σ d features in all, k components.
 
 A layer that adapts several inputs with one rank (the packed projections and the output projection of an attention
-module, all experts of a fused layer) is block-diagonal: a map from the stacked inputs, D wide, in which component j has
-a piece in every part. Piece j of a part is the part's own j-th principal component, and the variance of component j is
+module, all experts of a fused layer) is a block-diagonal map of the stacked inputs, D wide. Component j has a
+piece in every part. Piece j of a part is the part's own j-th principal component, and the variance of component j is
 Σ over parts, weighted by their rows. Pieces are scaled by 1/√P, so that the stacked components are orthonormal.
 """
 
@@ -30,16 +30,16 @@ class StackedPCA(AnyPCA):
     """One `StreamingPCA` for each of several parts, seen as the PCA of the stacked input.
 
     Args:
-        n_components: k; where a part is narrower, its pieces of the later components are zero.
+        n_components: k; in a part with fewer than k features, the pieces of the later components are zero.
         widths: features of each part.
-        new_pca: makes the PCA of a part with so many components.
+        new_pca: makes the PCA of a part with the given number of components.
         alike: the parts are samples of one space (all experts get rows of the same hidden states). A part with fewer
             rows than components then takes its pieces from all parts merged; otherwise it completes its own directions
-            at random. Either way it counts with the variance of its own rows.
+            at random. In both cases only the variance of its own rows counts.
         center: whether the parts' means are subtracted.
 
     Attributes: as those of `StreamingPCA`. `n_samples_seen_` counts the rows of all parts, and variances are means over
-        the parts, weighted by rows.
+        the parts, weighted by their numbers of rows.
 
     Cost: that of its parts.
     """
@@ -64,7 +64,7 @@ class StackedPCA(AnyPCA):
         """Add rows: one matrix (n, d) for each part, of which any may be empty.
 
         Raises:
-            EvaError: the rows of a part are not fit for `StreamingPCA.partial_fit`.
+            EvaError: `StreamingPCA.partial_fit` refuses the rows of a part.
         """
         return self.add(rows).settle()
 
@@ -91,7 +91,7 @@ class StackedPCA(AnyPCA):
         )
 
     def merge(self, other: StackedPCA) -> Self:
-        """Return a new object that has seen the rows of both; its parts are alike if those of either are.
+        """Return a new object that has seen the rows of both; its parts are `alike` if those of at least one are.
 
         Raises:
             EvaError: the two do not agree in their settings.
@@ -242,7 +242,7 @@ class StackedPCA(AnyPCA):
 
         Args:
             of_parts: those of each part, (at most k, d); None for a part without rows.
-            components_of: the way in which they were asked for, to ask those of all parts merged.
+            components_of: returns the components of a PCA in the same way; applied to all parts merged.
         """
         like = self._fitted()[0].mean_
         pooled_kd: Tensor | None = None
@@ -255,7 +255,7 @@ class StackedPCA(AnyPCA):
                     pooled_kd = components_of(functools.reduce(lambda a, b: a.merge(b), self._fitted()))
                 piece_kd = pooled_kd
             elif own_kd is not None:
-                piece_kd = own_kd  # completed at random, where rows are few
+                piece_kd = own_kd  # completed at random if the part has few rows
             else:
                 piece_kd = complete_basis(like.new_zeros(width, 0), n_kept, seed=number).T
             pieces.append(torch.nn.functional.pad(piece_kd, (0, 0, 0, self.n_components - n_kept)))
@@ -263,7 +263,7 @@ class StackedPCA(AnyPCA):
 
 
 def _pooled_variance(of_parts: Sequence[tuple[float, int]]) -> float:
-    """Return the mean of variances, weighted by the rows that each is of."""
+    """Return the mean of variances, each weighted by its number of rows."""
     scatter = sum(variance * max(n_rows - 1, 1) for variance, n_rows in of_parts)
     return scatter / max(sum(n_rows for _, n_rows in of_parts) - 1, 1)
 

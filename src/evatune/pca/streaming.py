@@ -35,30 +35,31 @@ class StreamingPCA(AnyPCA):
         n_components: how many components to keep; clipped, with a warning, to the number of features.
         backend: "exact" accumulates the (d, d) second moment and does not depend on the order of batches; "sketch"
             accumulates a thin (d, l) sketch and is the fast one for wide rows; "incremental" is Algorithm 2 of the
-            paper and its reference; "auto" takes "exact" for rows of up to 2048 features, and wider ones where a
-            sketch would not be much thinner, and else "sketch".
+            paper and its reference; "auto" takes "exact" for rows of up to 2048 features, and for wider rows if a
+            sketch would not be much thinner; otherwise "sketch".
         center: subtract the running mean, as Algorithm 2 does. `False` gives the uncentred second moment E[xxᵀ] of
             Theorem 3.2.
-        seed: of the sketch's first test matrix. Equal rows and equal seed give equal components.
+        seed: seed of the first test matrix of a sketch. Equal rows and equal seed give equal components.
         product_dtype: dtype of the matrix products, or "auto" (see `evatune.pca.products.choose_product_dtype`).
             Sums are kept in float32, or in float64 for float64 rows.
-        tolerance: share of the variance that the best k components capture that a sketch may miss (and a tenth of it
-            for the first half of them); in proportion more until there are 2k² rows. One that seems to miss more gets
-            wider at its next refresh, up to four times the columns it has beside the components', or turns into the
-            exact second moment for rows of up to 2048 features. None leaves it as it is.
+        tolerance: how much a sketch may miss, as a share of the variance that the best k components capture; the first
+            half of the components may miss a tenth of it. With n < 2k² rows it is larger by the factor 2k² / n. A
+            sketch that seems to miss more gets wider at its next refresh, up to four times its spare columns (those
+            beside the k of the components); for rows of up to 2048 features it then turns into the exact second
+            moment. With None a sketch never changes.
 
     Attributes:
         components_: (k, d), orthonormal rows by descending variance; the largest entry of each is positive.
         singular_values_: (k,), of the centred rows; σ² / (M - 1) is the variance along a component.
         explained_variance_: (k,).
-        explained_variance_ratio_: (k,), share of the total variance; zeros where the rows never vary.
+        explained_variance_ratio_: (k,), share of the total variance; zeros if all rows are equal.
         mean_: (d,).
         var_: (d,), with M - 1 in the denominator.
         n_samples_seen_: M.
         n_components_: k, after clipping.
         n_features_in_: d.
         backend_: the backend in use.
-        captured_error_: estimated share of the variance that the best k components capture that these miss.
+        captured_error_: estimate of what these components miss, as a share of what the best k would capture.
 
     Cost for a batch of n rows: O(n d²) exact, O(n d l) sketch with l of about k + 96, O((n + k) d min(n + k, d))
     incremental. Memory: O(d²), O(d l), O(d k).
@@ -102,7 +103,7 @@ class StreamingPCA(AnyPCA):
         self.product_dtype = product_dtype
         self.tolerance = tolerance
         self._state: State | None = None
-        # What was found of the rows so far:
+        # Results for the rows so far:
         self._found: tuple[Tensor, Tensor] | None = None
         self._looked: Look | None = None
 
@@ -120,17 +121,17 @@ class StreamingPCA(AnyPCA):
 
         Raises:
             EvaError: the rows are not a float matrix, have another width than before, or hold NaN or infinite values.
-                Nothing is added then. On accelerators, where looking would stall the device, NaN and infinite values
-                are reported when the components are next asked for.
+                Nothing is added then. On accelerators, where checking would stall the device, NaN and infinite values
+                are reported when the components are next read.
         """
         self.add(rows)
         return self.settle()
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> Self:
-        """Add rows as `partial_fit` does, but put off what is more work than matrix products until `settle`.
+        """Add rows as `partial_fit` does, but leave work that is more expensive than matrix products for `settle`.
 
-        Who follows many inputs settles them together (`evatune.pca.settle_all`).
+        A caller with many inputs settles them together (`evatune.pca.settle_all`).
         """
         check_rows(rows, n_features=None if self._state is None else self._state.n_features)
         if rows.shape[0] == 0:
@@ -158,7 +159,7 @@ class StreamingPCA(AnyPCA):
         return self
 
     def works(self, task: Task) -> list[Work]:
-        """Return what is left to be done for a task."""
+        """Return the open work of a task."""
         state = self._state
         if state is None:
             return []
@@ -181,7 +182,7 @@ class StreamingPCA(AnyPCA):
     def refresh(self) -> Self:
         """Fold the rows since the last refresh into the sketch's basis.
 
-        Right after it the state is at its smallest, which is what processes exchange.
+        Right after it the state is as small as it can be.
         """
         self._fitted()
         return super().refresh()
@@ -222,7 +223,7 @@ class StreamingPCA(AnyPCA):
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
         """Return Σ (vᵀ(x - m))² over the rows seen, for every row v of `directions_kd`, (k,).
 
-        From the second moment with the backend "exact", O(d² k), and else from the eigenpairs that are kept.
+        With the backend "exact" it comes from the second moment, O(d² k); otherwise from the eigenpairs that are kept.
         """
         state = self._fitted()
         with unrounded(state.moments.shift_d.device):
@@ -233,8 +234,9 @@ class StreamingPCA(AnyPCA):
     def look(self) -> Look:
         """Return the components as they are now, precise enough to watch how they change.
 
-        With the backend "exact" that is one round of iteration from the last look, O(d² k), instead of as many as it
-        takes; `components_` then begins from there as well. To ask again before more rows come costs nothing.
+        With the backend "exact" that is a single round of iteration that starts from the last look, O(d² k), instead of
+        rounds until convergence; `components_` then starts from this look too. A second call before more rows are added
+        costs nothing.
         """
         self._fitted()
         together(self.works(Task.LOOK))
@@ -264,7 +266,7 @@ class StreamingPCA(AnyPCA):
 
     @property
     def captured_error_(self) -> float:
-        """Estimated share of the variance that the best k components capture that these miss; NaN where unknown.
+        """Estimate of what these components miss, as a share of what the best k would capture; NaN if unknown.
 
         Zero for the backend "exact", unless it began as a sketch. For "sketch" see
         `evatune.pca.sketch.SketchState.missed`; for "incremental" nothing is known.
@@ -320,8 +322,8 @@ class StreamingPCA(AnyPCA):
     def condensed(self) -> StreamingPCA:
         """Refresh, and return what processes exchange at the end.
 
-        That is this object, but where "auto" took a wide exact moment for its speed: there more leading components than
-        are asked for stand for it, as they do where sketches merge.
+        It is this object, with one exception: if "auto" has chosen "exact", leading eigenpairs replace the second
+        moment where they take much less memory. There are more of them than components, so that merging loses little.
         """
         state = self.refresh()._fitted()
         if self.backend != AUTO:
@@ -460,7 +462,7 @@ class StreamingPCA(AnyPCA):
         yield from _check_finite(state)
         k, like_d = state.n_components, state.moments.shift_d
         vectors_dp, values_p = yield from state.eigenpairs(k, rough=rough)
-        # Rows that span fewer directions than asked for leave singular values of zero, with any orthonormal vector.
+        # If the rows span fewer directions than asked for, the rest are orthonormal vectors with singular value zero.
         n_known = min(k, len(values_p))
         basis_dk = complete_basis(vectors_dp[:, :n_known], k, seed=self.seed)
         values_k = torch.zeros(k, dtype=values_p.dtype, device=values_p.device)

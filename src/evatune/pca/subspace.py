@@ -44,8 +44,8 @@ def fix_signs(components_kd: Tensor) -> Tensor:
 def complete_basis(basis_dl: Tensor, n_columns: int, *, seed: int) -> Tensor:
     """Add random orthonormal columns to an orthonormal basis until it has `n_columns`.
 
-    A test matrix must keep its width even where the data so far span fewer directions, or it could never pick up new
-    ones.
+    A test matrix must keep its width even if the data so far span fewer directions; otherwise it could never find
+    directions that later data add.
 
     Args:
         basis_dl: orthonormal columns, (d, l) with l <= n_columns <= d.
@@ -74,8 +74,8 @@ def eigenpairs_of_factor(factor_dm: Tensor) -> tuple[Tensor, Tensor]:
         factor_dm: the factor F, (d, m) in float64 with few columns.
 
     Returns:
-        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p <= min(m, d) leaves out
-        what is zero to rounding. Cost O(d m² + m³).
+        Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending. p <= min(m, d), since
+        eigenvalues that are zero up to rounding are left out. Cost O(d m² + m³).
     """
     values_m, vectors_mm = torch.linalg.eigh(factor_dm.T @ factor_dm)
     values_m, vectors_mm = values_m.flip(0), vectors_mm.flip(1)

@@ -1,7 +1,7 @@
-"""On how many processor threads factorizations run: each on one, and many side by side.
+"""How many CPU threads a factorization uses: one each, and many factorizations run side by side.
 
-A factorization that is spread over threads waits for them longer than it works, and stalls where other work has taken
-a processor. Those of different inputs do not need each other.
+A factorization that is spread over threads waits for them longer than it works, and stalls if other work occupies a
+core. Factorizations of different inputs do not depend on each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run what is inside on one processor thread."""
+    """Run the `with` block on one CPU thread."""
     n_threads = torch.get_num_threads()
     if n_threads > 1:
         torch.set_num_threads(1)
@@ -31,10 +31,10 @@ def one_thread() -> Iterator[None]:
 
 
 def on_one_thread_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Return what a function gives for each item; as many run at a time as torch may use threads, each on one of them.
+    """Return the result of a function for each item; as many calls run at a time as torch has threads, one thread each.
 
     Raises:
-        Exception: what the function raises for the first item that it fails for.
+        Exception: the exception of the first item for which the function fails.
     """
     items = list(items)
     n_threads = torch.get_num_threads()
@@ -45,4 +45,4 @@ def on_one_thread_each(function: Callable[[T], R], items: Iterable[T]) -> list[R
         with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
     finally:
-        torch.set_num_threads(n_threads)  # what threads to come start with is set by the last call of any
+        torch.set_num_threads(n_threads)  # new threads start with the number that any thread has set last

@@ -1,12 +1,12 @@
-"""Many algorithms side by side: what they factorize is factorized together, and the host is asked once for all.
+"""Many algorithms side by side: their matrices are factorized together, and their numbers reach the host together.
 
 Shapes: m rows and columns of a small matrix, d rows of a tall one.
 
 On an accelerator, factorizing a small matrix takes as long as thousands of products, and reading one number stalls the
 device. So an algorithm that does either is written as a generator: it reads as if it were alone, and where it needs a
-matrix factorized or a number on the host, it yields a request and goes on with the answer. `together` runs many of
-them and answers the requests of one kind and shape at once, in one stack. On the processor it is the same code: there
-the matrices of a stack are spread over the threads, each on one of them.
+matrix factorized or a number on the host, it yields a request and continues with the answer. `together` runs many
+of them and answers the requests of one kind and shape at once, in one stack. On the CPU it is the same code: there the
+matrices of a stack are spread over the threads, each on one of them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Steps = Generator["Request", Any, T]
 """An algorithm that yields requests and returns a T."""
 
 PROCESSOR_BYTES = 32 * 1024**2
-"""How much memory algorithms that run side by side on the processor may work in. Beyond its caches, taking turns costs
-more than it gains; but there are always as many as there are threads."""
+"""Upper bound of the working memory of all algorithms that run side by side on the CPU. More would not fit in its
+caches and would cost more than it gains. All the same, at least as many run as there are threads."""
 
 ACCELERATOR_BYTES = 512 * 1024**2
-"""The same on an accelerator: some 28 sketches of 4,096 features and 32 components."""
+"""The same bound on an accelerator: enough for 28 sketches of 4,096 features and 32 components."""
 
 
 class Request(ABC):
@@ -43,7 +43,7 @@ class Request(ABC):
 
     @property
     def key(self) -> Hashable:
-        """What requests have in common that are answered at once."""
+        """Requests with equal keys are answered at once."""
         return type(self), self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     @classmethod
@@ -60,7 +60,7 @@ class Host(Request):
 
     @property
     def key(self) -> Hashable:
-        """What requests have in common that are answered at once: shapes may differ."""
+        """Requests with equal keys are answered at once; their shapes may differ."""
         return Host, self.tensor.device
 
     @classmethod
@@ -81,10 +81,10 @@ class _Factorization(Request):
 
     @classmethod
     def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
-        """Factorize all matrices in one stack, or in one for each thread of the processor."""
+        """Factorize all matrices in one stack, or in one stack for each thread of the CPU."""
         device = requests[0].tensor.device
         stack = torch.stack([request.tensor for request in requests])
-        if device.type == "mps":  # which has no factorizations
+        if device.type == "mps":  # MPS has no factorizations
             stack = stack.cpu()
         stacks = stack.tensor_split(min(torch.get_num_threads(), len(stack))) if stack.device.type == "cpu" else [stack]
         for factors in on_one_thread_each(cls.factorized, stacks):
@@ -136,15 +136,15 @@ class Work:
 
     steps: Steps[Any]
     n_bytes: int = 0
-    """How much memory it works in."""
+    """Bytes of its working memory."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where that is."""
+    """Device of that memory."""
 
 
 class Task(Enum):
-    """What is left to be done for a streaming PCA when rows have come."""
+    """Kinds of work that a streaming PCA has left after rows were added."""
 
-    SETTLE = "what was put off while rows came"
+    SETTLE = "the work that adding rows has left"
     REFRESH = "folding all rows in, so that the state is at its smallest"
     LOOK = "components good enough to watch them"
     LEARN = "components"
@@ -157,10 +157,10 @@ def alone(steps: Steps[T]) -> T:
 
 
 def together(works: Iterable[Work]) -> list[Any]:
-    """Run algorithms side by side, as many at a time as fit in the memory they may work in, and return their results.
+    """Run algorithms side by side, as many at a time as their memory bound allows, and return their results.
 
     Raises:
-        Exception: what any of them raises; the others are ended then.
+        Exception: the exception of the first that fails; the others are closed then.
     """
     works = list(works)
     results: list[Any] = [None] * len(works)

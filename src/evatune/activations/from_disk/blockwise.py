@@ -30,7 +30,7 @@ from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
 MEASURED = "measured"
-"""The variant of a batch that is measured; with the others it is learned which rows are padding."""
+"""Key of the variant of a batch that is measured; the other variants only show which rows are padding."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BlockwiseRun:
         weights: fills parts of the model.
         device: where blocks run.
         autocast: returns the context of a forward pass.
-        new_run: returns a run that measures `targets`.
+        new_run: returns a run that measures the given targets.
         n_components: how many components are kept of each input at most.
         max_batches: how many batches are taken at most.
         read: reads which positions of a batch count.
@@ -112,7 +112,7 @@ class BlockwiseRun:
         """Measure all targets on all batches.
 
         Args:
-            batches: gone through once, up to `max_batches`.
+            batches: iterated once, up to `max_batches`.
             waiting: keeps hidden states and arguments between blocks.
             bar: moves by one for each batch in each block.
 
@@ -123,7 +123,7 @@ class BlockwiseRun:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer if buffer is None else buffer.to(self.device)
         last_measured = [name for name, targets in self.targets_of.items() if targets][-1]
-        # Targets outside the blocks may come behind them; the first pass tells.
+        # Targets outside the blocks may run after them; the first pass shows this.
         outline = Outline(self.model, self.blocks, last=list(self.blocks)[-1] if self.outside else last_measured)
         self._run_before(islice(batches, self.max_batches), outline, waiting, bar)
         behind = [target for target in self.outside if target.name not in self.table]
@@ -157,7 +157,7 @@ class BlockwiseRun:
             try:
                 outline.learn_style(self._forward(first))
             except EvaError:
-                # Some models take the weights of a module without calling it. Then all have to be there.
+                # Some models use the weights of a module without calling it. Then all weights must be filled.
                 self._fill_outside = True
                 self.weights.fill(name for name in self._outside_names() if name in self.weights)
                 outline.learn_style(self._forward(first))
@@ -209,7 +209,7 @@ class BlockwiseRun:
         waiting: WaitingTensors,
         output: Any,
     ) -> None:
-        """Run what comes behind the blocks for every batch."""
+        """Run what comes after the blocks for every batch."""
         run = self.new_run(targets=targets)
         capture = self._capture(run, targets, to_the_end=False)
         with self._filled_on_demand(), capture:
@@ -228,7 +228,7 @@ class BlockwiseRun:
         return Capture(self.model, targets, shared, to_the_end=to_the_end)
 
     def _variants(self, number: int, batch: Any) -> dict[str, Any]:
-        """Return the batch, and beside the first one in which not all positions count, what is compared with it."""
+        """Return the batch, and for the first one with positions that do not count, variants to compare it with."""
         positions = self.read(batch)
         self._positions.append(positions)
         if positions.all_count or self._probed is not None or not positions.can_be_perturbed:
@@ -282,7 +282,7 @@ class BlockwiseRun:
         return results
 
     def _conclude(self, run: Run, targets: Sequence[TargetModule]) -> None:
-        """Keep the spectra of a run; its states can go."""
+        """Keep the spectra of a run; its states are no longer needed."""
         if targets:
             reached, spectra = spectra_of(run.learned(), targets, n_components=self.n_components, stopped=self.stopped)
             self.table |= reached
@@ -337,7 +337,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _put_away(calls: Sequence[Call], number: tuple[int, str], waiting: WaitingTensors) -> list[Call]:
-    """Let the tensors among the arguments of a batch wait; those that several blocks get wait once."""
+    """Store the tensors among the arguments of a batch in `waiting`; one that several blocks get is stored once."""
     keys: dict[int, _Waits] = {}
 
     def away(value: Any) -> Any:
@@ -352,5 +352,5 @@ def _put_away(calls: Sequence[Call], number: tuple[int, str], waiting: WaitingTe
 
 
 def _fetched(arguments: Any, hidden: Tensor, waiting: WaitingTensors, device: torch.device) -> Any:
-    """Return arguments with the hidden state and what waited in their places."""
+    """Return arguments with the hidden state and the waiting tensors put back in their places."""
     return _mapped(arguments, lambda value: hidden if value is HIDDEN else waiting[value.key].to(device))

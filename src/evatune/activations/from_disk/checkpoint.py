@@ -70,9 +70,9 @@ class Checkpoint:
 class StoredWeights:
     """Fills parts of a model on the meta device from a checkpoint, and empties them again.
 
-    Names and layouts in a file may differ from those in the model: a prefix more or less, the old names of layer
-    norms, projections that are fused now. Transformers 5 keeps these rules by model, and they are used; with older
-    versions only prefix and layer norms are known.
+    Names and layouts in a file may differ from those in the model: a prefix is added or missing, layer norms have their
+    old names, projections are fused now. With transformers 5 its own conversion rules for each model are used; with
+    older versions only the prefix and the names of layer norms are handled.
 
     Args:
         model: a transformers model whose parameters are on the meta device.
@@ -92,7 +92,7 @@ class StoredWeights:
         for key in checkpoint.files:
             for name in self._rules.names_of(key, state) if self._rules else _plain_names_of(key, model, state):
                 self._keys_of.setdefault(name, set()).add(key)
-        # Of weights that are tied, a file holds one.
+        # Of several tied weights, a file holds only one.
         pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
         pairs |= {source: name for name, source in pairs.items()}
         self._twin_of = {
@@ -162,7 +162,7 @@ class StoredWeights:
 
 
 class _Stored:
-    """A tensor that is read when it is sliced, as transformers does at the very moment it needs one."""
+    """A tensor that is read only when it is sliced; transformers slices it when it needs the values."""
 
     def __init__(self, checkpoint: Checkpoint, key: str) -> None:
         self.checkpoint, self.key = checkpoint, key

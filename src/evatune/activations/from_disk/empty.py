@@ -68,7 +68,7 @@ def empty_model(
         context: another context that keeps tensors from taking memory, in which the model is made.
 
     Raises:
-        EvaError: the model is quantized, or its class cannot be told.
+        EvaError: the model is quantized, or its class is unknown.
     """
     import transformers
     from accelerate import init_empty_weights

@@ -1,8 +1,8 @@
 """`measure_from_disk`: measure a model that is larger than memory, one block after the other.
 
 The weights are read once. First the part before the blocks runs for every batch; then each block is filled from disk,
-all batches pass through it, its inputs are measured, and it is emptied again. What waits between two blocks is one
-hidden state per batch, in memory or on disk.
+all batches pass through it, its inputs are measured, and it is emptied again. Between two blocks, one hidden
+state per batch waits in memory or on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra
 
 _RULES = ("tau", "delta", "min_gain", "metric", "budget", "train_a")
-"""Options of `measure` that concern the stopping rules alone, of which there are none here."""
+"""Options of `measure` for the stopping rules, which do not exist here."""
 
 
 @takes(Measuring, without=_RULES)
@@ -62,7 +62,7 @@ def measure_from_disk(
 
     It works for models of transformers that keep their blocks in one `ModuleList` and pass one hidden state from block
     to block: the decoders and encoders of text and vision. Targets before and after the blocks are measured as well.
-    Nothing behind the last target is read.
+    No weight after the last target is read.
 
     Args:
         model: folder of a model in safetensors, or a hub id.
@@ -74,13 +74,13 @@ def measure_from_disk(
         head: which class of model, as for `evatune.models.load_model`; by default the one in `config.json`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
-        forward: calls the model with a batch, where the default does not fit.
+        forward: calls the model with a batch; needed if the default does not fit.
         progress: show a bar on standard error.
         settings: all options in one object; the options below change it. Its stopping rules are not looked at.
         options: see the list below.
 
     Returns:
-        Spectra by target name. Ctrl-C leaves nothing behind, since blocks behind the present one have seen no row.
+        Spectra by target name. After Ctrl-C there are none, since the blocks after the present one have seen no row.
 
     Raises:
         EvaError: as `measure` does; and there is no such model, it is quantized or not in safetensors, a weight is
@@ -94,9 +94,9 @@ def measure_from_disk(
         if name in options:
             raise EvaError(f"{name} cannot be given to evatune.measure_from_disk: only max_batches ends it.")
     settings = Measuring.of(options, settings=settings, call="evatune.measure_from_disk")
-    pca_maker(settings)(settings.n_kept)  # refuses settings before anything is read
+    pca_maker(settings)(settings.n_kept)  # raises on invalid settings before anything is read
     if not waiting_gib >= 0:
-        raise EvaError(f"waiting_gib must be a number of at least 0, got {waiting_gib!r}; 0 lets all wait on disk.")
+        raise EvaError(f"waiting_gib must be a number of at least 0, got {waiting_gib!r}; 0 puts everything on disk.")
     started = time.perf_counter()
     folder = model_folder(model, revision=revision)
     checkpoint = Checkpoint(folder)

@@ -2,8 +2,8 @@
 
 A model that keeps its blocks in one list calls them in turn, each with the hidden state that the one before gave and
 with arguments that do not depend on it (masks, position embeddings). In an outline pass every block is a stand-in that
-notes its arguments and hands on a tensor without values, on the meta device. Whatever the model computed from that
-tensor would be on the meta device too, so that an argument which does depend on another block is seen and refused.
+notes its arguments and hands on a tensor without values, on the meta device. Whatever the model computes from that
+tensor is on the meta device too, so an argument that does depend on another block is detected and refused.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class _MisfitError(EvaError):
         )
 
 
-# What a block returns to its model: the hidden state alone, or first in a tuple. The second member is without values,
-# so that a model that passes it on to the next block is found out.
+# What a block returns to its model: the hidden state alone, or first in a tuple. The second member of the tuple has no
+# values, so a model that passes it on to the next block is detected.
 _STYLES: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden,),
@@ -79,13 +79,13 @@ class Outline:
         self._output: Any = None
 
     def learn_style(self, forward: Callable[[], Any]) -> None:
-        """Find out in which form blocks return the hidden state.
+        """Find out in which form the blocks return the hidden state: alone, or first in a tuple.
 
         Args:
             forward: calls the model.
 
         Raises:
-            EvaError: in none that works: this model is not one list of blocks.
+            EvaError: no form works, so this model is not one list of blocks.
         """
         misfits: list[_MisfitError] = []
         for style in _STYLES:
@@ -96,11 +96,11 @@ class Outline:
                 misfits.append(error)
             except EvaError:
                 raise
-            except Exception as error:  # what a model makes of a wrong form can be any error
+            except Exception as error:  # a wrong form can cause any error in the model
                 misfits.append(_MisfitError(self.model, str(error).strip().split("\n")[0]))
             else:
                 return
-        # That an argument depends on a block says more than how a model fails on a tuple that it does not expect.
+        # An argument that depends on a block explains more than the error of a model that gets an unexpected tuple.
         raise EvaError(str(next((error for error in misfits if "depends" in str(error)), misfits[0]))) from None
 
     def record(self, forward: Callable[[], Any]) -> tuple[Tensor, list[Call]]:

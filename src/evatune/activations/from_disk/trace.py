@@ -1,7 +1,7 @@
 """Follow a batch without values through a model without weights: shared inputs and rows are known then.
 
-Nothing is computed and no memory is taken: tensors are fake, or on the meta device, which have shapes only. Some models
-ask for the values of a tensor on the way; where neither kind of tensor leads through a model, it cannot be followed.
+Nothing is computed and no memory is taken: tensors are fake or on the meta device, and have only shapes. Some models
+read values of tensors on the way; if a model fails with both kinds of tensors, a batch cannot be followed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evatune.activations.layers.targets import TargetModule, TargetRules, find_t
 
 
 class Trace:
-    """What a batch without values shows of a model.
+    """What a batch without values shows about a model.
 
     Attributes:
         first_of: for every target, the first one that got the same input.
@@ -50,14 +50,14 @@ class Trace:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering = target.layer.entering(module, args, kwargs)
             tensors = target.layer.tensors(entering)
-            # Tensors without values have no address and are told apart as objects; kept, their numbers stay theirs.
+            # Tensors without values have no address, so their ids identify them; kept alive, ids stay unique.
             self._kept.append(tensors)
             key = (target.layer.form(module), *map(id, tensors))
             self.first_of.setdefault(target.name, self._owners.setdefault(key, target.name))
             try:
                 pieces = target.layer.rows(module, entering)
                 n_rows = sum(len(piece) if isinstance(piece, Tensor) else max(map(len, piece)) for piece in pieces)
-            except Exception:  # which rows reach an expert depends on values: all of them at most
+            except Exception:  # which rows reach an expert depends on values: assume all of them
                 hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 n_rows = hidden.shape[:-1].numel()
             self.n_rows[target.name] = self.n_rows.get(target.name, 0) + n_rows
@@ -90,14 +90,14 @@ def follow(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Numbers of rows do not depend on the dtype, and some fused experts can be followed in one only.
+    # The number of rows does not depend on the dtype, and some fused experts can be followed in one dtype only.
     for kind, tried in (("cpu", dtype), ("meta", dtype), ("cpu", torch.bfloat16)):
         context: AbstractContextManager[Any] = FakeTensorMode() if kind == "cpu" else torch.device("meta")
         try:
             with context:
                 model = build(dtype=tried, context=context).requires_grad_(False)
                 return Trace().run(model, rules, _inputs(model, kind, batch_size=batch_size, length=length))
-        except Exception:  # whatever a model makes of values that are not there
+        except Exception:  # a model can fail in any way if values are missing
             continue
     return None
 

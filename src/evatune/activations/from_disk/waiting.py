@@ -33,7 +33,7 @@ class WaitingTensors:
     Files are read whole and not mapped: all of a tensor is needed at once, and mapped pages count as resident.
 
     Args:
-        limit_bytes: what may wait in memory.
+        limit_bytes: how many bytes may wait in memory.
         folder: where the temporary folder is made; by default where the system keeps its own.
     """
 

@@ -3,8 +3,8 @@
 Shapes: B samples, T positions, E features.
 
 Neither projection is called as a module: both happen inside one function. PEFT adapts them together, with one rank: `A`
-of the packed projections multiplies query, key and value, `A` of the output projection what the heads give. So the
-layer has two parts (`StackedPCA`):
+of the packed projections multiplies query, key and value, `A` of the output projection multiplies the heads' output. So
+the layer has two parts (`StackedPCA`):
 
 - the rows of query, key and value; of only one of them where all three are the same tensor;
 - the heads' output, which is the module's output with the identity in place of the output projection. It is computed
@@ -55,7 +55,7 @@ class AttentionType(LayerType):
         return tuple(entering[0][name] for name in ("query", "key", "value"))
 
     def form(self, module: nn.Module) -> Hashable:
-        """Return the module: what its heads give is its own."""
+        """Return the module: no other module computes the same heads' output."""
         return "attention", id(module)
 
     def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from evatune.activations.layer_type import LayerType, Rows, described
 from evatune.errors import EvaError
 
 MAX_ELEMENTS = 1 << 24
-"""Patches are unfolded in pieces of at most about so many numbers (64 MiB in float32)."""
+"""Patches are unfolded in pieces of at most about this many numbers (64 MiB in float32)."""
 
 
 class ConvolutionType(LayerType):

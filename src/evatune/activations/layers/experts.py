@@ -2,14 +2,15 @@
 
 Shapes: E experts, N positions, d input features of one expert.
 
-Such a parameter is no module with an input of its own, and implementations differ in how they gather rows. So the
-module is run once more on what entered it, without the positions that do not count, while every product with a slice of
-one of its parameters is watched: the other factor is the input of that expert. One part for each expert (`StackedPCA`),
+Such a parameter is not a module with an input of its own, and implementations differ in how they gather rows. So the
+module is run a second time on its input, without the positions that do not count, and every product with a slice of one
+of its parameters is intercepted: the other factor is the input of that expert. One part for each expert (`StackedPCA`),
 because PEFT gives all experts of a parameter one rank.
 
-An expert with fewer rows than components takes its directions from the rows of all experts together where these rows
-are hidden states, which all experts share; behind a first projection, where each expert has a space of its own, it
-completes its own directions at random. In both cases it counts with the variance of its own rows only.
+If an expert has fewer rows than components, the kind of parameter decides. Rows of a first projection are hidden
+states, which all experts share: the expert takes its directions from the rows of all experts together. Rows of a later
+projection lie in a space of each expert: it completes its own directions at random. In both cases only the variance of
+its own rows counts.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ExpertsType(LayerType):
         return tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
     def form(self, module: nn.Module) -> Hashable:
-        """Return the parameter: which rows reach an expert is the module's own."""
+        """Return the parameter: each module routes rows to its experts in its own way."""
         return "experts", id(module), self.parameter_name
 
     def activations(self, module: Any, entering: Any) -> tuple[Tensor, ...]:
@@ -80,7 +81,7 @@ class ExpertsType(LayerType):
         found = products.rows.get(self.parameter_name)
         if not found and next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).numel():
             raise EvaError(
-                f"is multiplied in a way that cannot be followed in {type(module).__name__}; "
+                f"is multiplied in a way that evatune cannot follow in {type(module).__name__}; "
                 "leave it out of target_parameters."
             )
         self._are_hidden_states |= next(iter(products.rows), None) == self.parameter_name
@@ -116,7 +117,7 @@ _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm,
 
 
 class _Products(TorchFunctionMode):
-    """Keeps the other factor of every product with a slice of a watched parameter.
+    """Records the other factor of every product with a slice of a watched parameter.
 
     Attributes:
         rows: by parameter name, in the order of first use, the rows of each expert by its number.
@@ -137,7 +138,7 @@ class _Products(TorchFunctionMode):
         return result
 
     def _follow(self, before: Tensor, after: Tensor) -> None:
-        """Take a parameter in another dtype, as routers multiply by, for the parameter itself."""
+        """Treat a copy of a parameter in another dtype, as routers multiply by, as the parameter itself."""
         self._copies += [(name, after) for name, parameter in self.watched.items() if before is parameter is not after]
 
     def _keep(self, rows: Tensor, weight: Tensor) -> None:
@@ -154,7 +155,7 @@ class _Products(TorchFunctionMode):
                 experts.setdefault(first, []).append(rows.detach().reshape(-1, rows.shape[-1]))
             elif weight.ndim == 3 and rows.ndim == 3 and len(rows) == len(weight):
                 for number, rows_nd in enumerate(rows.detach()):
-                    # All positions go through all experts then; those of other experts are zero.
+                    # Then all positions go through all experts, and rows of other experts are zero.
                     experts.setdefault(first + number, []).append(rows_nd[rows_nd.any(dim=1)])
             return
 
@@ -181,7 +182,7 @@ def _counted(
 
 @contextmanager
 def _written_out(module: Any) -> Iterator[None]:
-    """Have transformers go through the experts one by one, as their code is written, and not by a fused kernel."""
+    """Make transformers run its plain code, one expert after the other, and not a fused kernel."""
     config: Any = getattr(module, "config", None)
     before = getattr(config, "_experts_implementation", None)
     if before is None:

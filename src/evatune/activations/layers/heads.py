@@ -1,8 +1,8 @@
-"""Which parts of a model are its head: what "all-linear" leaves out, and which of that is trained whole instead.
+"""Which parts of a model are heads: "all-linear" leaves them out, and some of them are trained whole instead.
 
 A language model's head is pretrained and as wide as the vocabulary: it gets no adapter and stays frozen. Any other head
-belongs to one task and is new when fine-tuning begins: beside a frozen random head an adapter cannot learn, so such
-heads are trained whole. How heads are recognized:
+belongs to one task and is new when fine-tuning begins. An adapter cannot learn while such a random head is frozen, so
+these heads are trained whole. How heads are recognized:
 
 1. a language model's head: what `get_output_embeddings()` returns, if an embedding of the model has as many tokens as
    the head has outputs;
@@ -11,7 +11,7 @@ heads are trained whole. How heads are recognized:
    child that `base_model_prefix` names;
 4. in any model, direct children with one of the names in `HEAD_NAMES`.
 
-A model with a language model's head has no other.
+A model with a language model's head has no other head.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def find_heads(model: Any) -> dict[str, bool]:
 
 
 def _called(model: Any, method: str) -> Any:
-    """Return the module that a method of the model gives, or None where it has no such method or no such module."""
+    """Return the module that a method of the model returns, or None if there is no such method or no such module."""
     try:
         module = getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):

@@ -1,7 +1,7 @@
-"""Which modules a setting means: found once, here, for measuring, for PEFT and for every method.
+"""Which modules the settings select: found here, once, for measuring, for PEFT and for every method.
 
-The settings have the names and the meaning that they have in PEFT's `LoraConfig`, with these differences, each of which
-either turns silence into an error or makes PEFT's own rule hold for every model:
+The settings have the names and the meaning that they have in PEFT's `LoraConfig`, with a few differences. Each of them
+raises an error where PEFT is silent, or applies PEFT's own rule to every model:
 
 - "all-linear" means every linear map of the model but its heads (`evatune.activations.layers.heads`): linear layers,
   `nn.MultiheadAttention`, the fused experts of a mixture and the router before them;
@@ -37,7 +37,7 @@ FORMER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("w2",),),
 }
-"""By the name of a fused parameter: the layers that it replaced, under each set of names that they had."""
+"""Name of a fused parameter -> the layers that it replaced, under each set of names that they had."""
 
 
 class TargetRules(Targets):
@@ -60,7 +60,7 @@ class TargetRules(Targets):
         return bool(re.fullmatch(excluded, name)) if isinstance(excluded, str) else _ends_with(name, excluded)
 
     def includes(self, name: str) -> bool:
-        """Tell whether the other settings mean this name."""
+        """Tell whether the other settings select this name."""
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, name) is not None
         if name in self.target_modules:
@@ -80,13 +80,13 @@ class TargetRules(Targets):
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A module, or a parameter that stands for a module, that a setting may mean."""
+    """A module, or a parameter in the place of a module, that a setting may select."""
 
     name: str
     module: nn.Module
     parameter: str | None = None
     others: tuple[str, ...] = ()
-    """Further names that mean it."""
+    """Further names by which a setting may select it."""
     inside: str | None = None
     """The attention module that uses its weight and never calls it."""
 
@@ -95,7 +95,7 @@ class _Candidate:
         return (self.name, *self.others)
 
     def is_linear_map(self) -> bool:
-        """Tell whether "all-linear" means it."""
+        """Tell whether "all-linear" selects it."""
         if self.inside is not None or _returns_more(self.module):
             return False
         if isinstance(self.module, nn.MultiheadAttention):
@@ -152,8 +152,8 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
         At least one target.
 
     Raises:
-        EvaError: nothing matches, or a name that matches nothing (with the nearest names), or something matches that
-            cannot be measured.
+        EvaError: nothing matches, or a name that matches nothing (with the nearest names), or a match that cannot be
+            measured.
     """
     base = unwrap(model)
     modules = dict(_adaptable(base))
@@ -226,7 +226,7 @@ def _fused(module: nn.Module) -> list[str]:
 
 
 def _routers(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Yield the routers beside a module of fused experts, no linear layers themselves, and the name of their matrix."""
+    """Yield the routers beside a module of fused experts that are not linear layers, and the name of their matrix."""
     parent = name.rpartition(".")[0]
     fused = _fused(module)
     for other, sibling in modules.items() if fused else ():
@@ -288,7 +288,7 @@ def _adaptable(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_names(rules: TargetRules, candidates: Sequence[_Candidate], matched: Sequence[_Candidate]) -> None:
-    """Check that every name and number in the settings means something.
+    """Check that every name and number in the settings matches something.
 
     Raises:
         EvaError: one does not.
@@ -312,8 +312,8 @@ def _check_names(rules: TargetRules, candidates: Sequence[_Candidate], matched: 
             inside = [item for item in matched if not _ends_with(item.name, [wanted]) and _has_part(item.name, wanted)]
             if inside:
                 raise EvaError(
-                    f"{wanted!r} in exclude_modules names a part of the model and not a target, and leaves nothing "
-                    f"inside it out, such as {inside[0].name!r}; write the regular expression "
+                    f"{wanted!r} in exclude_modules names a part of the model and not a target, so it does not exclude "
+                    f"the targets inside it, such as {inside[0].name!r}; write the regular expression "
                     f"'(.*\\.)?{re.escape(wanted)}\\..*' instead."
                 )
     numbers = rules.layers_to_transform
@@ -326,7 +326,7 @@ def _check_names(rules: TargetRules, candidates: Sequence[_Candidate], matched: 
 
 
 def _check_former_names(rules: TargetRules, matched: Sequence[_Candidate]) -> None:
-    """Check that what is one parameter now is named whole."""
+    """Check that the settings name all former parts of a layer that is one parameter now."""
     for item in matched:
         if item.parameter is None or _named(rules, (item.name, item.name.removesuffix(f".{item.parameter}"))):
             continue

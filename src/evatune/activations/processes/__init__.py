@@ -1,1 +1,1 @@
-"""Measuring in many processes at once: what they tell each other, and when."""
+"""Measuring in several processes at once: what they exchange, and when."""

@@ -1,7 +1,7 @@
-"""What processes tell each other: numbers, small tables, and tensors of any shapes. Nothing is pickled.
+"""What processes exchange: numbers, small tables, and tensors of any shapes. Nothing is pickled.
 
-Tensors travel as bytes behind a header that says what they are, so processes may have different tensors, of different
-shapes, under different names, or none.
+Tensors are sent as bytes after a header with names, shapes and dtypes, so processes may have different tensors, of
+different shapes, under different names, or none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 Layout = list[tuple[str, str, list[int]]]
 
 BUCKET_BYTES = 64 * 1024**2
-"""How much one process sends at a time; every process receives as much from each of the others."""
+"""How many bytes one process sends at a time; it receives as many from each of the others."""
 
 
 class Processes:
@@ -34,7 +34,7 @@ class Processes:
     def __init__(self) -> None:
         self.number, self.size = dist.get_rank(), dist.get_world_size()
         self.bytes_sent = 0
-        # What is exchanged goes over the processor for gloo and over the accelerator for the others.
+        # gloo exchanges tensors on the CPU, the other backends exchange tensors on the accelerator.
         on_cpu = dist.get_backend() in ("gloo", "mpi")
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
@@ -52,11 +52,11 @@ class Processes:
         return everyone
 
     def gather_numbers(self, *numbers: int) -> list[list[int]]:
-        """Return the whole numbers that each process gave, as many as the others."""
+        """Return the whole numbers of each process; all processes must give equally many."""
         return [row.tolist() for row in self.gather(torch.tensor(numbers, dtype=torch.int64))]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Return what all processes gave, of any length."""
+        """Return the values of all processes, of any length."""
         packed = zlib.compress(json.dumps(value).encode(), level=1)
         lengths = [length for (length,) in self.gather_numbers(len(packed))]
         everyone = self.gather(_padded(torch.frombuffer(bytearray(packed), dtype=torch.uint8), max(lengths)))
@@ -71,7 +71,7 @@ class Processes:
         """Yield for each name the states of the processes that have one, in the order of processes.
 
         Args:
-            states: those of this process by name.
+            states: the states of this process by name.
             layouts: `layout_of` the states of every process.
         """
         sizes = {
@@ -95,7 +95,7 @@ class Processes:
 
 
 def layout_of(states: Mapping[str, State]) -> dict[str, Layout]:
-    """Return what describes the tensors of each state to others, as JSON has it."""
+    """Return a description of the tensors of each state for other processes, ready for JSON."""
     return {
         name: [(entry, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for entry, tensor in state.items()]
         for name, state in states.items()

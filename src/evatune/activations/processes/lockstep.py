@@ -1,16 +1,16 @@
-"""Measuring in many processes: each passes its own batches, and what they have learned is exchanged once, at the end.
+"""Measuring in several processes: each passes its own batches, and they exchange their PCA states once, at the end.
 
-Every process follows its rows with its own `StreamingPCA`. After 1, 2, 4, 8, … batches the processes meet to apply the
-stopping rules. Each has compared its own components on its own rows; what they tell each other are four numbers for
-every input that is not done. When all inputs are done everywhere, they exchange their states: some d x l numbers per
-input and process, whatever the number of rows, where gathering activations would send n x d. Every process merges the
-same states in the same order, so that all end with the same bits on equal hardware.
+Every process feeds its rows to its own `StreamingPCA`. After 1, 2, 4, 8, … batches the processes meet: they synchronize
+and apply the stopping rules. Each has compared its own components on its own rows; for every input that is not done,
+they exchange four numbers. When all inputs are done in all processes, they exchange their states: about d x l numbers
+per input and process, whatever the number of rows n is. Gathering activations would send n x d numbers. Every process
+merges the same states in the same order, so all get the same bits on equal hardware.
 
-A process that has run out of data, or never had any, keeps taking part. One that fails says so at the next meeting, and
-then all end with an error: none waits for a process that is gone.
+A process that has no more data, or never had any, keeps taking part. A process that fails reports this at the next
+meeting, and then all end with an error: none waits for a process that has ended.
 
-Where a pass itself needs all processes (`sharded_models.py`), they meet before each pass, and each says whether it has
-a batch, has failed or was interrupted. One without a new batch repeats its last one and measures nothing.
+If a pass itself needs all processes (`sharded_models.py`), they meet before each pass, and each reports whether it has
+a batch, has failed or was interrupted. A process without a new batch repeats its last one and measures nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from evatune.settings import Reason
 
 
 class _Facts(NamedTuple):
-    """What a process tells all others where they meet."""
+    """What a process tells all others at each meeting."""
 
     running: int
     """Whether it has or may have another batch."""
@@ -41,11 +41,11 @@ class _Facts(NamedTuple):
     interrupted: int
     n_passed: int
     can_pass: int
-    """Whether it has any batch, be it one passed before."""
+    """Whether it has any batch, a new one or one that was passed before."""
 
 
 class _Member:
-    """This process among the others: what it does, and what came of it."""
+    """This process: the actions between meetings, and what it has to tell the others about them."""
 
     def __init__(self, passes: Passes, *, max_batches: int) -> None:
         self.passes = passes
@@ -67,7 +67,7 @@ class _Member:
     def attempt(self, action: Callable[[], Any]) -> None:
         """Do something that may fail or be interrupted, and remember that for the next meeting.
 
-        Where a pass that others are in has ended in the middle, there is no next meeting, and this process ends.
+        If a pass that needs all processes has ended early, there is no next meeting: the error is raised at once.
         """
         try:
             action()
@@ -86,7 +86,7 @@ class _Member:
             self.running = self.passes.n_passed < self.max_batches and self.passes.load()
 
     def walk(self) -> None:
-        """Take and pass the next batch, on one's own."""
+        """Take the next batch and pass it, without the other processes."""
         self.load()
         while self.passes.loaded:
             self.passes.run()
@@ -110,14 +110,14 @@ def measure_in_lockstep(
         processes: all of them.
         max_batches: the most batches that one process passes.
         bar: the progress bar.
-        together: whether every single pass needs all processes.
-        interrupted: tells whether Ctrl-C was pressed, where it does not interrupt by itself.
+        together: whether each pass needs all processes.
+        interrupted: returns whether Ctrl-C was pressed; needed if it does not raise by itself.
 
     Returns:
         What all have learned together, the same in every process, and why measuring ended.
 
     Raises:
-        EvaError: another process has failed. What this process itself raised is raised again.
+        EvaError: another process has failed. An error of this process itself is raised as it is.
     """
     member = _Member(passes, max_batches=max_batches)
     n_steps, n_met = 0, 0
@@ -174,7 +174,7 @@ def _check(run: Run, processes: Processes) -> None:
     failure: Exception | None = None
     try:
         found = run.findings()
-    except Exception as error:  # told to the others, who would wait for what this process has found
+    except Exception as error:  # the others are told, since they wait for the findings of this process
         failure = error
     told = processes.gather_json([failure is not None, {key: _numbers(finding) for key, finding in found.items()}])
     _raise_failure(failure, [failed for failed, _ in told])
@@ -182,7 +182,7 @@ def _check(run: Run, processes: Processes) -> None:
 
 
 def _numbers(finding: Finding) -> list[Any]:
-    """Return what is told of an input: its share, its energies, and its rows since the last check and before it."""
+    """Return what others are told about an input: its share, its energies, its rows since the last check and before."""
     share = None if finding.share is None else float(finding.share)
     energies = None if finding.energies_2 is None else finding.energies_2.tolist()
     return [share, energies, finding.n_rows, finding.n_rows_before]
@@ -218,7 +218,7 @@ def _exchange(own: Learned, processes: Processes) -> Learned:
     failure: Exception | None = None
     try:
         states = {key: pca.condensed().state_dict() for key, pca in own.pcas.items() if pca.is_fitted}
-    except Exception as error:  # not a number, or no memory: told to the others, who would wait for the states
+    except Exception as error:  # NaN or no memory: the others are told, since they wait for the states
         failure = error
     told = processes.gather_json([failure is not None, layout_of(states), replace(own, pcas={}).__dict__])
     _raise_failure(failure, [failed for failed, _, _ in told])
@@ -244,7 +244,7 @@ def _summed(tables: Iterable[Mapping[str, list[int]]]) -> dict[str, list[int]]:
 
 
 def _common_reasons(everyone: Sequence[Learned]) -> dict[str, Reason]:
-    """Return why inputs are done: of those that are done in every process that has reached them, the first's reason."""
+    """Return why inputs are done: an input must be done in every process that reached it; the first reason counts."""
     reasons: dict[str, Reason] = {}
     for key in dict.fromkeys(key for learned in everyone for key in learned.input_of.values()):
         found = [learned.reasons.get(key) for learned in everyone if key in learned.input_of.values()]

@@ -1,8 +1,8 @@
 """Models whose parameters are spread over processes: `fully_shard` (FSDP2) and DeepSpeed ZeRO-3.
 
-Every layer of such a model is gathered from all processes right before it runs and given back right after. So all
-processes must make the same number of passes, and a pass must not end in the middle: the others would wait for good,
-and what was gathered would stay.
+Every layer of such a model is gathered from all processes right before it runs and released right after. So all
+processes must make the same number of passes, and no pass may end early: the other processes would wait forever, and
+the gathered parameters would stay in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ZERO_3 = "ZeRO-3"
 
 
 def without_engine(model: Any) -> Any:
-    """Return the model inside a DeepSpeed engine, whose hooks are on the model itself; any other as it is."""
+    """Return the model inside a DeepSpeed engine, whose hooks are on this model; return any other model as it is."""
     engine = _if_loaded("deepspeed.runtime.engine", "DeepSpeedEngine")
     return model.module if engine is not None and isinstance(model, engine) else model
 
@@ -30,8 +30,7 @@ def sharding_of(model: nn.Module) -> str | None:
     """Return what spreads the parameters of a model over processes: `FULLY_SHARD`, `ZERO_3` or None.
 
     Raises:
-        EvaError: it is `FullyShardedDataParallel` (FSDP1) or tensor parallelism, with which measuring was never seen
-            to work.
+        EvaError: it is `FullyShardedDataParallel` (FSDP1) or tensor parallelism, which measuring does not support.
     """
     wrapper = _if_loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     if wrapper is not None and any(isinstance(module, wrapper) for module in model.modules()):
@@ -55,7 +54,7 @@ def sharding_of(model: nn.Module) -> str | None:
 
 @contextmanager
 def sharded_again(model: nn.Module) -> Iterator[None]:
-    """Give back on exit what is still gathered: after a pass, `fully_shard` keeps its outermost part for a backward."""
+    """Release gathered parameters on exit: after a pass, `fully_shard` keeps the outermost ones for a backward pass."""
     try:
         yield
     finally:
@@ -73,5 +72,5 @@ def _fully_sharded(model: nn.Module) -> Iterator[Any]:
 
 
 def _if_loaded(module: str, name: str) -> Any:
-    """Return a class if its module was imported; if not, nothing can be of that class."""
+    """Return a class if its module was imported, else None: then no object of this class exists."""
     return getattr(sys.modules.get(module), name, None)
