@@ -205,7 +205,7 @@ def test_what_cannot_be_known_is_said():
     batch["attention_mask"][:, 1] = 0
     model = Net(lambda m, x, kept: m.a(x + x.mean(1, keepdim=True)), "a")
     with pytest.warns(
-        EvaWarning, match=r"padding among the rows of 1 of 1 inputs cannot be told and counts \('a': 100% of its"
+        EvaWarning, match=r"padding among the rows of 1 of 1 inputs cannot be recognized and counts \('a': 100% of its"
     ):
         spectra = measure(model, [batch] * 2, target_modules=["a"], **QUIET)
     assert (spectra["a"].n_rows, spectra["a"].padding, spectra["a"].unsure_share) == (56, "unknown", 1.0)

@@ -352,7 +352,7 @@ def test_mixtures_start_save_load_and_merge_as_others_do(kind, how, outputs, tmp
 
 def test_dropout_and_dora_are_refused_where_peft_adds_to_the_weights():
     build = FAMILIES["qwen3-moe"][0]
-    with pytest.raises(EvaError, match=r"lora_dropout=0.1 cannot be had on 'model.layers.0.mlp.experts.gate_up_proj'"):
+    with pytest.raises(EvaError, match=r"lora_dropout=0.1 is impossible on 'model.layers.0.mlp.experts.gate_up_proj'"):
         evatune.prepare(build(), method="lora", lora_dropout=0.1)
     with pytest.raises(EvaError, match=r"PEFT cannot do 'dora' here: lora.ParamWrapper does not work with use_dora"):
         evatune.prepare(build(), method="dora")

@@ -127,7 +127,7 @@ class Estimate:
             )
         if not self.traced:
             lines.append(
-                "no batch can be followed through this model without its weights: inputs that are shared count apart"
+                "this model cannot run without its weights, so a shared input is counted once for each of its targets"
             )
         return "\n".join(lines)
 
@@ -162,7 +162,7 @@ def estimate(
             id of one (only its configuration is read).
         batch_size: samples in a batch.
         length: tokens of a sample; models of images take the size in their configuration.
-        weights_dtype: of the weights; by default that of the configuration.
+        weights_dtype: dtype of the weights; by default that of the configuration.
         head: which class of model, as for `evatune.models.load_model`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.

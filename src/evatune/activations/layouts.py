@@ -149,7 +149,7 @@ Learned = tuple[Layout, ...] | NotOfPositions
 
 
 def may_be_filled_up(positions: BatchPositions, leading: torch.Size) -> bool:
-    """Tell whether there are more rows in each sequence than it has positions."""
+    """Tell whether each sequence has more rows than positions, so that the model may have padded it."""
     kinds = [kind.spread for kind in _KINDS.values() if kind.others is not None]
     return any(spread(sequence.kept, leading) is not None for sequence in positions.sequences for spread in kinds)
 
@@ -215,6 +215,6 @@ def agreeing(seen: Seen, positions: BatchPositions, more: Sequence[int] | None) 
             by_growth.append(layout)
     if by_growth or not is_certain:
         return tuple(by_growth)
-    # What grows by no multiple of the sequence is filled up to a length that the model likes.
+    # If the growth is no multiple of that of the sequence, the model pads rows to a length of its own.
     filled = [layout for layout in found if layout.n_more(positions, seen.leading, 0) is None]
     return tuple(layout for layout in filled if not grown or not grown_by or grown % grown_by[layout.sequence])

@@ -58,14 +58,14 @@ def measure(
 ) -> Spectra:
     """Measure the activations that enter the targets of a model while batches of downstream data pass through it.
 
-    Every input is followed by a `StreamingPCA`; targets that receive the very same tensor share one. Measuring ends
+    Every input has a `StreamingPCA`; targets that receive the same tensor share one. Measuring ends
     when every input is done by one of the two stopping rules, at `max_batches`, or when the data end; all inputs go on
     accumulating until then. The model, its mode, hooks, adapters and the random number generators are left as they
     were. Ctrl-C ends with what has been measured so far.
 
     Args:
         model: a torch model, bare or wrapped by PEFT (adapters are switched off while measuring).
-        batches: any iterable of mappings, tensors or tuples that start with one of these; gone through once.
+        batches: any iterable of mappings, tensors or tuples that start with one of these; iterated once.
         forward: calls the model with a batch, where the default (see `forward_arguments`) does not fit.
         row_mask: takes a batch and returns which of its positions count, (B, T), or a mapping from names of modules to
             such masks; the masks of the batch are then ignored. Of activations with another leading shape, all rows

@@ -28,7 +28,7 @@ class Passes:
     `load`, `run` and `idle` are called one by one instead.
 
     Args:
-        batches: gone through once.
+        batches: iterated once.
         prepare: returns the call of the model with a batch.
         read: returns which positions of a batch count.
         capture: the hooks.

@@ -1,4 +1,4 @@
-"""What a run knows of the plan to come: how many components of each input it would use."""
+"""What a run knows of the later plan: how many components of each input it would use."""
 
 from __future__ import annotations
 

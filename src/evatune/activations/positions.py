@@ -96,7 +96,7 @@ def read_positions(
 ) -> BatchPositions:
     """Read which positions of a batch count.
 
-    A sequence is known by its mask: `attention_mask`, `decoder_attention_mask` or any other prefix of `attention_mask`;
+    A sequence has a mask: `attention_mask`, `decoder_attention_mask` or any other prefix of `attention_mask`;
     or `key_padding_mask` with any prefix, which is true at padding, as in PyTorch. A mask of pairs of positions (3 or
     4 dimensions) keeps the positions that some position attends to. The values of a position are in all entries with
     the mask's prefix and its leading dimensions.

@@ -134,12 +134,12 @@ def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason, counts: RowCounts
 
 
 def warn_of_padding(spectra: Mapping[str, Spectrum]) -> None:
-    """Name the inputs among whose rows padding may have been counted, and how many rows that concerns."""
+    """Warn of the inputs whose counted rows may include padding, and how many rows that concerns."""
     unsure = {key: spectrum.unsure_share for key, spectrum in spectra.items() if spectrum.unsure_share}
     if unsure:
         named = ", ".join(f"{key!r}: {share:.0%} of its rows" for key, share in list(unsure.items())[:4])
         warnings.warn(
-            f"padding among the rows of {len(unsure)} of {len(spectra)} inputs cannot be told and counts ({named}"
+            f"padding among the rows of {len(unsure)} of {len(spectra)} inputs cannot be recognized and counts ({named}"
             f"{', …' if len(unsure) > 4 else ''}); give batches without padding, or say with row_mask= what counts.",
             EvaWarning,
             stacklevel=3,

@@ -196,7 +196,7 @@ class Run:
         """Return what the bar shows beside the batches and the time left."""
         return f"{self._n_done()}/{len(self.inputs)} inputs converged, {self._most_rows():,} rows"
 
-    # -- what came of it ----------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def learned(self) -> Learned:
         """Return what the run has learned so far."""

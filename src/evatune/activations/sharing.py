@@ -1,4 +1,4 @@
-"""Which targets receive the very same tensors, so that these are measured once (q, k and v; gate and up).
+"""Which targets receive the same tensors, so that these are measured only once (q, k and v; gate and up).
 
 Tensors are compared by identity, never by their values: same memory, same geometry, same version. A tensor without
 elements is ignored: it has no memory that identifies it, and no rows.

@@ -1,6 +1,6 @@
-"""What AdaLoRA knows beside its weights: how important each was so far, and which directions the last cut kept.
+"""AdaLoRA's state beside its weights: importance scores of the weights, and the directions that the last cut kept.
 
-PEFT keeps both in memory only. Without them a training that is interrupted cannot go on as if it had not been.
+PEFT keeps both in memory only. Without them, an interrupted training run cannot resume with the same result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def allocator_state(peft_model: Any, kept: Mapping[str, list[bool]] | None) -> d
 
     Args:
         peft_model: a PEFT model with a trainable AdaLoRA adapter.
-        kept: of `kept_directions`.
+        kept: what `kept_directions` returned.
     """
     allocator = peft_model.base_model.rankallocator
     state = {f"kept/{name}": torch.tensor(mask) for name, mask in (kept or {}).items()}
@@ -68,7 +68,7 @@ def restore_allocator(peft_model: Any, state: Mapping[str, Tensor]) -> dict[str,
             scores[kind][name] = value.to(weights[name].device)
     for score, values in scores.items():
         setattr(allocator, score, values)
-    # The scores of the last step alone are computed anew before anything reads them, but must be there.
+    # The scores of the last step must exist, but PEFT computes them anew before it reads them.
     allocator.ipt = {name: torch.zeros_like(value) for name, value in scores[_SCORES[0]].items()}
     return kept or None
 

@@ -1,9 +1,9 @@
-"""A model is changed as a whole or not at all: what it was is noted before, and put back when anything raises.
+"""A model is changed completely or not at all: its state is noted before, and restored if anything raises.
 
 PEFT replaces modules, freezes parameters, sets attributes and registers hooks one by one, and an error in the middle
-leaves the rest undone. So everything that hangs on a model is noted: the attributes of every module (submodules,
-parameters, buffers and hooks are attributes too) and of every configuration, and of every parameter its storage and
-whether it requires a gradient. No weight is copied: whoever changes the numbers in a storage hands over a copy.
+leaves the model half changed. So the following is noted: the attributes of every module (submodules, parameters,
+buffers and hooks are attributes too) and of every configuration; and for every parameter, its storage and whether it
+requires a gradient. No weight is copied: code that changes the numbers in a storage must hand over a copy (`let_go`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Before:
-    """What a model was.
+    """The state of a model before a change.
 
     Args:
         model: the model, with or without adapters.
@@ -32,7 +32,7 @@ class Before:
         self._copies: dict[int, Tensor] = {}
 
     def let_go(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Take copies for the storage of parameters whose numbers are about to change, so that it need not be kept."""
+        """Keep these copies instead of the storage of parameters whose numbers are about to change."""
         self._copies |= {id(tensor): copy for tensor, copy in copies.items()}
         self._tensors = [
             (tensor, self._copies.get(id(tensor), data), required, gradient)
@@ -40,7 +40,7 @@ class Before:
         ]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Restore the model."""
         for owner, kind, noted in self._attributes:
             owner.__class__ = kind  # parametrizations make classes of their own
             _put_back(vars(owner), noted)
@@ -57,13 +57,13 @@ class Before:
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[Before]:
-    """Make a model what it was if the block raises.
+    """Restore a model if the `with` block raises.
 
     Args:
         model: the model, with or without adapters.
 
-    Cost: O(modules + parameters), without copying a tensor. Until the block ends, tensors that it replaces stay in
-    memory.
+    Cost: O(modules + parameters), without copying a tensor. Until the block ends, tensors that it replaces stay
+    in memory.
     """
     before = Before(model)
     try:
@@ -74,7 +74,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[Before]:
 
 
 def _noted(attributes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return each attribute, and what it holds where it is a container, which may be changed in its place."""
+    """Return each attribute and, if it is a container, a copy of its contents, since it may be changed in place."""
     return {
         name: (value, value.copy() if isinstance(value, dict | list | set) else None)
         for name, value in attributes.items()

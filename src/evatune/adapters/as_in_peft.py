@@ -6,9 +6,9 @@ A script that calls PEFT's function needs no other change than its import:
     model = get_peft_model(base, config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(model, dataloader)
 
-What `EvaConfig` says counts. What PEFT saves of EVA (`get_eva_state_dict`) is one matrix for each layer: rows of A, as
-many as the layer's rank. It has neither variances nor further components, so it starts an adapter with exactly these
-ranks, and no other rank, rho or metric can be planned from it; `evatune.Spectra` can.
+The settings of `EvaConfig` apply. What PEFT saves of EVA (`get_eva_state_dict`) is one matrix for each layer: as many
+rows of A as the layer's rank. It holds neither variances nor further components, so it can start an adapter with
+exactly these ranks only. A plan with another rank, rho or metric needs `evatune.Spectra`.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> RankPlan:
-    """Start a LoRA adapter from EVA, as the `EvaConfig` in its configuration says.
+    """Initialize a LoRA adapter with EVA, with the settings of the `EvaConfig` in its configuration.
 
     Args:
         model: what `peft.get_peft_model` returned.
-        dataloader: batches as the model takes them; gone through once. Spectra measured before are taken too.
-        eva_state_dict: what PEFT's `get_eva_state_dict` returned, or the file in which it was saved, in its place.
+        dataloader: batches as the model takes them, iterated once; or spectra that were measured before.
+        eva_state_dict: instead of batches, what PEFT's `get_eva_state_dict` returned, or the file with it.
         forward_fn: calls the model with a batch.
         prepare_model_inputs_fn: PEFT's own, or None. Which rows count is found by evatune's rules (docs/measuring.md).
         prepare_layer_inputs_fn: PEFT's own, or None.
         adapter_name: the adapter.
-        gather_distributed_inputs: without meaning here: processes exchange small matrices and never activations.
+        gather_distributed_inputs: ignored: processes exchange small matrices and never activations.
         show_progress_bar: show a bar.
 
     Returns:
@@ -153,7 +153,7 @@ def _start_from(fresh: Fresh, matrices: Mapping[str, Tensor], eva_config: EvaCon
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the matrices in a file that `torch.save` or safetensors has written; nothing is unpickled but tensors."""
+    """Return the matrices in a file written by `torch.save` or safetensors; only tensors are unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _with_ignored(batches: Iterable[Any], ignored: int) -> tuple[Iterable[Any], bool]:
-    """Return batches in which the labels that do not count are those that losses ignore, and whether there are any."""
+    """Return batches with the label `ignored` replaced by the one that losses ignore, and whether they have labels."""
     rest = iter(batches)
     first = list(itertools.islice(rest, 1))
     has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in first)

@@ -66,7 +66,8 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
     Args:
         model: the base model that the adapter was made for.
         directory: what `save_pretrained` wrote.
-        is_trainable: make it ready for training; an adapter that was saved unconverted changes the base weights.
+        is_trainable: make it ready for training. If the adapter was saved with `convert=False`, this changes the base
+            weights.
 
     Raises:
         EvaError: the folder holds no adapter, or one for another model.
@@ -87,15 +88,15 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
 def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = False, convert: bool = True) -> Path:
     """Write an adapter for the untouched base model as PEFT does, complete or not at all.
 
-    Where the method changed the base weights, the adapter is converted to one of twice the rank that means the same on
-    the base weights as they were.
+    If the method changed the base weights, the adapter is converted to one of twice the rank, which gives the same
+    outputs on the original base weights.
 
     Args:
         model: the model with the adapter.
         directory: the folder to write.
         overwrite: replace a folder that exists.
-        convert: without it, what is written is the adapter as it is, which only `load_adapter` with `is_trainable=True`
-            understands: it changes the base weights again, and training goes on from there.
+        convert: if false, the adapter is written as it is. Only `load_adapter` with `is_trainable=True` can load it: it
+            changes the base weights again, and training continues from there.
 
     Raises:
         EvaError: the folder exists or cannot be written.
@@ -109,7 +110,7 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence what PEFT says in vain: about its own deprecated calls, and that `package:` models are on no hub."""
+    """Silence useless warnings of PEFT: of its own deprecated calls, and that `package:` models are on no hub."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in package:")

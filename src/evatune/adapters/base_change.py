@@ -1,7 +1,7 @@
-"""Adapters that start from a product other than zero: what they take out of the base weights, and how it comes back.
+"""Adapters that start with B A ≠ 0: what they subtract from the base weights, and how saved adapters account for it.
 
-Such a method starts from A0, B0 with s B0 A0 ≠ 0 and trains beside W' = W - s B0 A0, so that the outputs stay the base
-model's. Its A and B mean nothing beside W. What is saved is therefore the converted adapter of rank 2 r,
+Such a method starts from A0, B0 with s B0 A0 ≠ 0 and trains with the base weight W' = W - s B0 A0, so that the first
+outputs are the base model's. Its A and B are wrong for W. Therefore the converted adapter of rank 2 r is saved,
 [B, -B0] [A; A0], for which W + s (B A - B0 A0) = W' + s B A: it loads onto the untouched base model.
 """
 
@@ -27,7 +27,7 @@ from evatune.methods import METHODS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseChange:
-    """What was taken out of the base weights for one adapter."""
+    """What was subtracted from the base weights for one adapter."""
 
     starts: dict[str, tuple[Tensor, Tensor]]
     """A0 and B0 of each layer."""
@@ -37,12 +37,12 @@ class BaseChange:
 def take_out(peft_model: PeftModel, originals: Mapping[str, Tensor], *, method: str) -> None:
     """Write W - s B A into the base weights for the A and B that the adapter has now, and remember A and B.
 
-    The configuration then has the name of the method as `init_lora_weights`, which tells `load_start` what to do, and
-    which PEFT itself refuses to load where it would put the adapter beside the unchanged base.
+    The configuration then has the name of the method as `init_lora_weights`. `load_start` reads it. PEFT itself refuses
+    to load such an adapter, which would be wrong for the unchanged base model.
 
     Args:
         peft_model: the model with the fresh adapter.
-        originals: W of each layer by the name of the parameter, whatever PEFT has made of it in the meantime.
+        originals: W of each layer by the name of the parameter, as it was before PEFT changed it.
         method: name of the method.
     """
     model, config, layers = find_adapter(peft_model, "default")
@@ -61,7 +61,7 @@ def take_out(peft_model: PeftModel, originals: Mapping[str, Tensor], *, method: 
 
 
 def base_change(peft_model: Any) -> BaseChange | None:
-    """Return what was taken out of the base weights of this model, or None."""
+    """Return what was subtracted from the base weights of this model, or None."""
     tuner = getattr(peft_model, "base_model", None)
     return vars(tuner).get("_evatune_base_change") if tuner is not None else None
 
@@ -72,7 +72,7 @@ def convert_saved(peft_model: PeftModel, folder: Path, change: BaseChange) -> No
     Args:
         peft_model: the model it was saved from.
         folder: where PEFT wrote it.
-        change: what was taken out.
+        change: what was subtracted from the base weights.
     """
     tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     for name, (A0, B0) in change.starts.items():
@@ -90,7 +90,7 @@ def convert_saved(peft_model: PeftModel, folder: Path, change: BaseChange) -> No
 
 
 def load_start(model: Any, folder: str | Path) -> PeftModel | None:
-    """Put an adapter that was saved as it started, unconverted, on an untouched base model, which changes accordingly.
+    """Put an adapter that was saved unconverted on an untouched base model; this changes the base weights.
 
     Args:
         model: the base model.

@@ -1,4 +1,4 @@
-"""The adapter's `LoraConfig`: read the ranks that it asks for, write the ranks that the plan gave.
+"""The adapter's `LoraConfig`: read the ranks that it asks for, write the ranks that the plan assigned.
 
 PEFT finds the rank of a module by matching the keys of `rank_pattern` against its name: `layers.1` also matches
 `encoder.layers.1`. The keys written here are anchored and escaped, so that each matches one module of the base model.
@@ -26,14 +26,14 @@ def configured(pattern: Mapping[str, Any] | None, name: str, *, default: Any) ->
 def planned_config(config: LoraConfig, plan: RankPlan, *, parameters: Mapping[str, str] | None = None) -> LoraConfig:
     """Return a copy of `config` from which PEFT rebuilds exactly the layers, ranks and alphas of `plan`.
 
-    Patterns for modules that the plan does not know, `target_modules` and what was excluded before are kept. The
-    copy says `init_lora_weights=True`, which every loader accepts; the tensors that it stands beside are loaded anyway.
+    Patterns for modules that the plan does not know, `target_modules` and earlier exclusions are kept. The copy has
+    `init_lora_weights=True`, which every loader accepts; the saved tensors replace that start anyway.
 
     Args:
-        config: of the adapter as PEFT made it.
+        config: configuration of the adapter as PEFT made it.
         plan: ranks and alphas of its layers by name.
-        parameters: the layers that PEFT takes for parameters, and the names of these. PEFT excludes modules only, so
-            all parameters that keep an adapter are named.
+        parameters: the layers that PEFT adapts as parameters, and PEFT's names for these. PEFT can exclude modules
+            only, so all parameters that keep an adapter are named.
     """
     parameters = parameters or {}
     planned = copy.copy(config)  # the original may be the caller's, for a second model

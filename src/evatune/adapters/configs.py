@@ -15,7 +15,7 @@ _SUBSECTIONS: dict[Any, tuple[str, type]] = {
     "corda": ("corda_config", CordaConfig),
     "lora_ga": ("lora_ga_config", LoraGAConfig),
 }
-"""By the value of `init_lora_weights`: a further configuration that PEFT asks for."""
+"""Value of `init_lora_weights` -> the further configuration that PEFT needs for it."""
 
 
 def lora(adapter: Adapter, *, settings: Mapping[str, Any], common: Mapping[str, Any], **others: Any) -> peft.LoraConfig:
@@ -23,9 +23,9 @@ def lora(adapter: Adapter, *, settings: Mapping[str, Any], common: Mapping[str, 
 
     Args:
         adapter: rank, scale and dropout.
-        settings: of the method and its options.
-        common: what all configurations of PEFT have: the task type, and what is trained whole.
-        others: what other adapters need.
+        settings: settings of the method and its options.
+        common: fields of all PEFT configurations: the task type, and the modules that are trained whole.
+        others: values that only other adapters need; ignored.
     """
     further = dict(settings)
     if (start := settings.get("init_lora_weights")) in _SUBSECTIONS:

@@ -24,10 +24,10 @@ from evatune.settings import IGNORED_LABEL
 
 @torch.no_grad()
 def corda(p: Preparation) -> None:
-    """Leave on each target what PEFT's CorDA starts from; padding is left out.
+    """Store on each target the decomposition that PEFT's CorDA starts from; padding is left out.
 
-    Each example counts alike: its rows are divided by their largest entry before they enter the covariance, as in
-    PEFT's own pass, which takes sequences only.
+    Each example has the same weight: its rows are divided by their largest entry before they enter the covariance, as
+    in PEFT's own pass, which takes sequences only.
 
     Raises:
         EvaError: no batch, a target that no batch reached, a value that is not finite, or a missing package.
@@ -82,7 +82,7 @@ def _covariances(p: Preparation) -> dict[str, Tensor]:
                 p.model(*args, **kwargs)
     if unreached := [name for name, count in counts.items() if not count]:
         raise EvaError(
-            f"no row of the batches reaches {unreached[0]!r}, without which corda has nothing to start from "
+            f"no row of the batches reaches {unreached[0]!r}, so corda has nothing to start it from "
             f"({len(unreached)} such targets); leave them out with exclude_modules."
         )
     return {name: total / counts[name] for name, total in sums.items()}
@@ -93,7 +93,7 @@ def examples(batch: Any, *, encoder_decoder: bool = False) -> Iterator[Any]:
 
     Args:
         batch: as the model takes it.
-        encoder_decoder: whether labels and what begins with `decoder_` have a padding of their own.
+        encoder_decoder: whether labels and entries that begin with `decoder_` have padding of their own.
     """
     if not isinstance(batch, Mapping):
         batch = batch[0] if isinstance(batch, tuple | list) else batch

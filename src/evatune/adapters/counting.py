@@ -17,12 +17,12 @@ def count_adapter(model: nn.Module, plan: RankPlan | None = None) -> dict[str, i
 
     Args:
         model: with an adapter, or without one after full fine-tuning.
-        plan: of its ranks; its targets without rank have no layer any more.
+        plan: the plan of its ranks; targets with rank 0 have no adapter layer any more.
 
     Returns:
-        `trainable` parameters, heads included; `targets`, those `without_adapter` among them, which got rank 0; and
-        `components`, the sum of all ranks, where the adapter is LoRA. A layer with several inputs, such as
-        `nn.MultiheadAttention` or fused experts, has one rank.
+        `trainable`: how many parameters are trained, heads included. `targets`: how many there are. `without_adapter`:
+        how many of these got rank 0. `components`: the sum of all ranks, if the adapter is LoRA. A layer with several
+        inputs, such as `nn.MultiheadAttention` or fused experts, has one rank.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     brought = {id(part) for layer in layers if isinstance(layer, LoraLayer) for part in layers_of(layer)[1:]}

@@ -1,7 +1,8 @@
-"""A saved adapter for programs that read one rank and one alpha only.
+"""A saved adapter for programs that can only read one rank and one alpha.
 
-Mixed ranks are ordinary PEFT, but not every server follows `rank_pattern` and `alpha_pattern`. Rows of zeros in `A`,
-columns of zeros in `B` and a scale that is part of `B` change nothing in B A, and leave nothing to follow.
+Mixed ranks are ordinary PEFT, but not every server reads `rank_pattern` and `alpha_pattern`. The export pads `A` with
+rows of zeros and `B` with columns of zeros, and multiplies the scale into `B`: B A stays the same, and no pattern is
+needed.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 def export_portable(
     peft_model: Any, directory: str | Path, *, adapter_name: str = "default", overwrite: bool = False
 ) -> Path:
-    """Save a LoRA adapter with one rank for all layers and the scale 1, equal to the original to rounding.
+    """Save a LoRA adapter with one rank for all layers and the scale 1, equal to the original up to rounding.
 
-    Every `A` and `B` is padded with zeros to the largest rank, B is multiplied by its scale alpha / r (rsLoRA:
-    alpha / sqrt(r)), and the config says `lora_alpha` = r, no patterns and `init_lora_weights=True`. Layers without the
-    adapter stay without it. DoRA keeps its magnitudes, for which B A at scale 1 is all the same. All layer types are
-    exported, `nn.MultiheadAttention` with both of its projections.
+    Every `A` and `B` is padded with zeros to the largest rank, B is multiplied by its scale alpha / r (rsLoRA: alpha /
+    sqrt(r)), and the config says `lora_alpha` = r, no patterns and `init_lora_weights=True`. Layers without the adapter
+    stay without it. DoRA keeps its magnitudes, which stay correct because the scaled B A is the same. All layer types
+    are exported, `nn.MultiheadAttention` with both of its projections.
 
     Args:
         peft_model: the model that carries the adapter; it is not changed.
@@ -60,7 +61,7 @@ def export_portable(
         )
     rank = max(layer.r[adapter_name] for layer in layers.values())
     with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder:
-        # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): save, then rewrite.
+        # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): it saves first.
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         saved = folder if adapter_name == "default" else folder / adapter_name
         tensors = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
@@ -84,7 +85,7 @@ def export_portable(
 def _pairs(
     model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str
 ) -> Iterator[tuple[str, Factors, float]]:
-    """Yield every pair of factors, with what stands before it in a saved adapter, and its scale."""
+    """Yield every pair of factors, with the prefix of its names in a saved adapter, and its scale."""
     paths = {id(module): path for path, module in model.get_base_model().named_modules()}
     for layer in layers.values():
         for part, pair in zip(layers_of(layer), factors_of(layer, adapter_name), strict=True):

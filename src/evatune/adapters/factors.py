@@ -21,7 +21,7 @@ from evatune.errors import EvaError
 
 
 class Factors:
-    """One pair of factors of one adapter on one layer; what is here is right for linear layers.
+    """One pair of factors of one adapter on one layer; the methods of this class fit linear layers.
 
     Args:
         layer: the PEFT layer.
@@ -62,7 +62,7 @@ class Factors:
         return [self.down_weight.flatten(1)]
 
     def write(self, A_rd: Tensor) -> None:
-        """Store A, and B = 0 of the same rank; parameters stay the same objects where they can."""
+        """Store A, and B = 0 of the same rank; parameters stay the same objects where possible."""
         rank = len(A_rd)
         assign(self.down, "weight", A_rd, device=self._device)
         assign(self.up, "weight", torch.zeros(self.up_weight.shape[0], rank), device=self._device)
@@ -81,7 +81,7 @@ class Factors:
 
 
 class ConvolutionFactors(Factors):
-    """A is a convolution (r, C, *kernel) like the layer, B one of size 1."""
+    """A is a convolution (r, C, *kernel) like the layer, B is a convolution of size 1."""
 
     @property
     def width(self) -> int:
@@ -110,7 +110,7 @@ class ConvolutionFactors(Factors):
 
 
 class EmbeddingFactors(Factors):
-    """A is a bare parameter (r, V), B one (o, r)."""
+    """A and B are parameters without a module, of shape (r, V) and (o, r)."""
 
     saved_as = ("lora_embedding_A", "lora_embedding_B")
 
@@ -142,7 +142,7 @@ class EmbeddingFactors(Factors):
 
 
 class ExpertFactors(Factors):
-    """A holds the matrices of all experts one below the other, (E r, d); B is (o, r E)."""
+    """A holds the matrices of all experts, one below the other, (E r, d); B is (o, r E)."""
 
     @property
     def width(self) -> int:
@@ -176,14 +176,14 @@ class ExpertFactors(Factors):
 
 
 def _grown(tensor: Tensor, dimension: int, size: int) -> Tensor:
-    """Return a tensor with zeros behind it in one dimension, up to a size."""
+    """Return a tensor padded with zeros at the end of one dimension, up to a size."""
     missing = list(tensor.shape)
     missing[dimension] = size - tensor.shape[dimension]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=dimension)
 
 
 def working_device(layer: LoraLayer, weight: Tensor) -> torch.device:
-    """Return where a layer computes: where its weight is, or where accelerate brings a weight that waits elsewhere."""
+    """Return the device on which a layer computes: that of its weight, or the one accelerate moves the weight to."""
     if not weight.is_meta:
         return weight.device
     hook = getattr(layer.get_base_layer(), "_hf_hook", None)
@@ -208,7 +208,7 @@ def layers_of(layer: LoraLayer) -> list[Any]:
 
 
 def is_computed(module: nn.Module) -> bool:
-    """Tell whether a module's weight is no parameter but computed from others in every call, as by `weight_norm`."""
+    """Tell whether a module's weight is computed from other parameters in every call, as by `weight_norm`."""
     has_weight = isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return is_parametrized(module) or (has_weight and "weight" not in module._parameters)
 
@@ -218,11 +218,11 @@ COMPUTED = (
     "merge an adapter into it; call torch.nn.utils.parametrize.remove_parametrizations first, or leave it out with "
     "exclude_modules."
 )
-"""What is wrong with such a module."""
+"""The error message for such a module."""
 
 
 def check_form(name: str, layer: LoraLayer) -> None:
-    """Check that PEFT's adapter on a layer can start from components of what enters the layer.
+    """Check that PEFT's adapter on a layer can start from components of the layer's input.
 
     Raises:
         EvaError: it cannot.
@@ -233,8 +233,8 @@ def check_form(name: str, layer: LoraLayer) -> None:
     if isinstance(layer, _ConvNd):
         if base.groups > 1:
             raise EvaError(
-                f"{name!r} is a convolution with groups={base.groups}, of which PEFT's A sees all groups at once and "
-                "its rank must stay a multiple of them; leave this module out with exclude_modules."
+                f"{name!r} is a convolution with groups={base.groups}, where PEFT's A sees all groups at once and "
+                "its rank must be a multiple of them; leave this module out with exclude_modules."
             )
         if any(step != 1 for step in base.dilation):
             raise EvaError(
@@ -243,7 +243,7 @@ def check_form(name: str, layer: LoraLayer) -> None:
             )
     if isinstance(layer, ParamWrapper) and type(base).__name__ == "Conv1D":
         raise EvaError(
-            f"{name!r} is stored as (in_features, out_features), of which PEFT takes one for the other; "
+            f"{name!r} is stored as (in_features, out_features), and PEFT confuses the two; "
             "name its module in target_modules instead of target_parameters."
         )
 
@@ -251,7 +251,7 @@ def check_form(name: str, layer: LoraLayer) -> None:
 def assign(owner: Any, name: str, value: Tensor, *, device: torch.device) -> None:
     """Put `value` into the parameter `name` of a module, whatever shape it had."""
     old = getattr(owner, name)
-    if old.is_meta:  # made with low_cpu_mem_usage=True: there is no memory yet
+    if old.is_meta:  # made with low_cpu_mem_usage=True: no memory is allocated yet
         setattr(owner, name, nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad))
     else:
         old.data = value.to(old.device, old.dtype).contiguous()

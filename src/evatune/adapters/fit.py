@@ -15,13 +15,13 @@ class Fit:
     """Spectra of an adapter's layers."""
 
     spectra: Spectra
-    """Of the layers that have one, and of nothing else."""
+    """The spectra of the layers that have one, and no others."""
     without: tuple[str, ...] = ()
     """Layers that no batch reached: they keep the rank and the random start that LoRA gives them."""
 
 
 def fit_spectra(spectra: Spectra, widths: Mapping[str, int], *, warn: bool = True) -> Fit:
-    """Return the spectra of an adapter's layers; those of other modules are left aside.
+    """Return the spectra of an adapter's layers; those of other modules are ignored.
 
     Args:
         spectra: measured on this model, of these modules or of more.

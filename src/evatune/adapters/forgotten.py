@@ -1,4 +1,4 @@
-"""Whether an adapter that is to start from EVA does: PEFT alone starts it at random and says nothing."""
+"""Checks that an adapter that should start from EVA does so: PEFT alone starts it at random without a warning."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def initialized_plan(peft_model: Any, adapter_name: str = "default") -> RankPlan
         EvaError: no PEFT model, or no LoRA adapter of that name.
     """
     model, config, _ = find_adapter(peft_model, adapter_name)
-    # An adapter that was deleted and made anew under the same name has another config.
+    # An adapter that was deleted and made again under the same name has another config object.
     applied_to, plan = _plans(model).get(adapter_name, (None, None))
     return plan if applied_to is config else None
 
 
 def require_initialized(peft_model: Any, adapter_name: str = "default", *, asked: bool | None = None) -> None:
-    """Check, before training, that an adapter which is to start from EVA does.
+    """Check, before training, that an adapter that should start from EVA does so.
 
     For `init_lora_weights="eva"` PEFT itself makes a random `A` and waits for a second call; without that call,
     training starts from random directions and says nothing.
@@ -40,8 +40,8 @@ def require_initialized(peft_model: Any, adapter_name: str = "default", *, asked
             `eva_config`).
 
     Raises:
-        EvaError: EVA was asked for, no plan was applied, `B` is zero everywhere and `A` is not made of components
-            either, as it is in an initial adapter that was loaded from disk.
+        EvaError: EVA was asked for, no plan was applied, `B` is zero everywhere, and `A` does not consist of
+            components. (In an initial adapter that was loaded from disk it does.)
     """
     model, config, layers = find_adapter(peft_model, adapter_name)
     if asked is None:
@@ -60,7 +60,7 @@ def require_initialized(peft_model: Any, adapter_name: str = "default", *, asked
 
 
 def note_plan(model: PeftModel, adapter_name: str, config: LoraConfig, plan: RankPlan) -> None:
-    """Note that a plan was applied to an adapter, which has this configuration since."""
+    """Note that a plan was applied to an adapter; `config` is its configuration since then."""
     vars(model.base_model)["_evatune_plans"] = {**_plans(model), adapter_name: (config, plan)}
 
 
@@ -75,11 +75,11 @@ def _plans(model: PeftModel) -> dict[str, tuple[LoraConfig, RankPlan]]:
 
 
 def _has_orthogonal_rows(A_rd: Tensor) -> bool:
-    """Tell principal components, whitened or not, from PEFT's random rows; of a single row, by its length."""
+    """Tell whether A consists of components, whitened or not, and not of random rows; a single row by its length."""
     if A_rd.is_meta:
         return False
     rows = A_rd.detach().float()
-    rows = rows[rows.any(dim=1)]  # later pieces of a narrow part of a stacked input are zero
+    rows = rows[rows.any(dim=1)]  # in a narrow part of a stacked input, later pieces are zero
     if not len(rows):
         return False
     lengths = rows.norm(dim=1, keepdim=True)

@@ -55,19 +55,19 @@ def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:
             device="meta",
         )
         quantized.bias = module.bias
-        # On a CPU, bitsandbytes repacks the weights at the first evaluation; from then on no gradient passes them.
+        # On a CPU, bitsandbytes repacks the weights at the first evaluation; after that they pass no gradient.
         quantized.support_avx512bf16_for_cpu = False
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
         quantized.weight = packed.to(weight.device)  # this is where bitsandbytes quantizes
         _put(model, name, quantized.train(module.training))
-    # PEFT asks the model, not the layer, whether to take its adapter for 4 bits; the one for floats cannot merge.
+    # PEFT reads from the model, not the layer, whether to use its adapter for 4 bits; only that one can be merged.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
 def dequantize_targets(model: nn.Module) -> None:
-    """Replace every layer in 4 bits by an ordinary one that computes the same: its weight is the rounded one.
+    """Replace every layer in 4 bits by an ordinary one that computes the same, with the rounded weight.
 
-    An adapter that was trained beside 4-bit weights merges into these without loss.
+    An adapter that was trained with 4-bit base weights merges into these without loss.
 
     Args:
         model: changed in place; no PEFT model.

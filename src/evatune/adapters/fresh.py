@@ -1,4 +1,4 @@
-"""`Fresh`: a LoRA adapter that has not been trained, and what it asks for."""
+"""`Fresh`: a LoRA adapter that has not been trained, and the ranks and alphas in its configuration."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Fresh:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Return the width of what a row of A of each layer multiplies."""
+        """Return the width of a row of A of each layer."""
         return {name: sum(pair.width for pair in factors_of(layer, self.name)) for name, layer in self.layers.items()}
 
     @property
@@ -66,7 +66,7 @@ class Fresh:
         return {name: sum(pair.n_outputs for pair in factors_of(layer, self.name)) for name, layer in layers}
 
     def measuring(self) -> dict[str, Any]:
-        """Return the options that make `measure` learn what a plan for these layers will need, and nothing else."""
+        """Return the options with which `measure` learns exactly what a plan for these layers will need."""
         parameters = [name for name, key in wrapped_parameters(self.layers).items() if name == key]
         ranks = self.ranks
         return {
@@ -122,7 +122,7 @@ def _check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: s
 
 
 def _callable_layers(model: PeftModel, layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Return the layers without output projections of attention modules, which are never called."""
+    """Return all layers except the output projections of attention modules, which are never called."""
     base = model.get_base_model()
     dead = [name for name in layers if isinstance(_parent(base, name), nn.MultiheadAttention)]
     if dead:
@@ -141,7 +141,7 @@ def _parent(base: nn.Module, name: str) -> nn.Module | None:
 
 
 def _trains_a(layers: Mapping[str, LoraLayer], adapter_name: str) -> bool:
-    """Tell whether A will be trained; it will not where B is trained beside a frozen A everywhere."""
+    """Tell whether A will be trained: it will not if every layer has a trainable B and a frozen A."""
     pairs = [pair for layer in layers.values() for pair in factors_of(layer, adapter_name)]
-    # PEFT freezes both factors of an adapter that is not active, which says nothing of its training.
+    # PEFT freezes both factors of an inactive adapter; this does not mean that A stays frozen in training.
     return any(pair.down_weight.requires_grad or not pair.up_weight.requires_grad for pair in pairs)

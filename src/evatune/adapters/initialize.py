@@ -45,14 +45,14 @@ def initialize(
     progress: bool = True,
     **options: Any,
 ) -> RankPlan:
-    """Redistribute the ranks of a fresh LoRA adapter and start it from EVA.
+    """Redistribute the ranks of a fresh LoRA adapter and initialize it with EVA.
 
     The adapter's `LoraConfig` gives the rank and alpha of each layer (`r`, `lora_alpha`, `rank_pattern`,
-    `alpha_pattern`) and so the budget. The base model's activations decide which layers get it. Each `A` becomes the
-    leading principal components of its layer's input, `B` becomes zero, and each alpha changes with its rank so that
-    the adapter keeps its scale: the outputs are the base model's. A layer that gets rank 0 loses the adapter. Layers
-    that no batch reaches keep the rank and the random start that LoRA gives them, outside the budget, and a warning
-    names them.
+    `alpha_pattern`) and so the budget. The base model's activations decide which layers get how much of it. Each `A`
+    becomes the leading principal components of its layer's input, `B` becomes zero, and each alpha changes with its
+    rank so that the adapter keeps its scale: the outputs are the base model's. A layer that gets rank 0 loses the
+    adapter. Layers that no batch reaches keep the rank and the random start that LoRA gives them, outside the budget,
+    and a warning names them.
 
     Args:
         peft_model: what `peft.get_peft_model` returned; the adapter sits where PEFT has put it. Other adapters on it
@@ -62,8 +62,8 @@ def initialize(
         adapter_name: the adapter to initialize.
         rho: a layer gets at most round(rho * its rank) components; 1 keeps all ranks as they are.
         metric: how components of different layers compare, see `Spectra.plan`.
-        budget: what is given away, "components" or trainable "parameters", of which a component of a wide layer takes
-            more. If every `A` is frozen (call `evatune.adapters.freeze_a` before), only `B` counts.
+        budget: what is distributed, "components" or trainable "parameters"; a component of a wide layer takes more
+            parameters. If every `A` is frozen (call `evatune.adapters.freeze_a` before), only `B` counts.
         whiten: divide each row of `A` by the square root of its singular value.
         forward: calls the model with a batch, see `evatune.measure`.
         row_mask: says which rows count, see `evatune.measure`.
@@ -76,7 +76,7 @@ def initialize(
     Raises:
         EvaError: no PEFT model or one that is spread over processes, an unknown, merged, trained or already initialized
             adapter, layers that cannot start from components, spectra of other modules, or an argument that is out of
-            range. Whatever is raised, the model is as it was then.
+            range. After any error the model is as it was before.
 
     Cost: that of `evatune.measure`; after it, O(sum of ranks * in_features).
 
@@ -88,7 +88,7 @@ def initialize(
         >>> trainer.train()
     """
     fresh = fresh_adapter(peft_model, adapter_name)
-    # What is out of range is refused before minutes of measuring.
+    # Values out of range raise before minutes of measuring.
     Planning.of({"rho": rho, "metric": metric, "budget": budget}, call="evatune.initialize")
     given = isinstance(batches_or_spectra, Spectra)
     _check_options(options | ({} if forward is None else {"forward": forward}), measured=given)

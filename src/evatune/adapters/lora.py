@@ -61,7 +61,7 @@ def find_adapter(peft_model: Any, adapter_name: str) -> tuple[PeftModel, LoraCon
 def base_name(path: str, layer: Any) -> str:
     """Return the name that a PEFT layer, or the parameter that it wraps, has in the base model.
 
-    The weight of a linear layer goes by the name of the layer, whichever of them PEFT has wrapped.
+    For the weight of a linear layer it is the name of the layer, whether PEFT has wrapped the layer or the weight.
     """
     name = path.replace("._orig_mod", "").replace(".base_layer", "")
     if not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), nn.Linear):
@@ -70,7 +70,7 @@ def base_name(path: str, layer: Any) -> str:
 
 
 def wrapped_parameters(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
-    """Return the layers that PEFT adapts as parameters (`target_parameters`), and the names that it has for these."""
+    """Return the layers that PEFT adapts as parameters (`target_parameters`), and PEFT's names for these."""
     return {
         name: name if name.endswith(f".{layer.parameter_name}") else f"{name}.{layer.parameter_name}"
         for name, layer in layers.items()
@@ -87,7 +87,7 @@ def down_up(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
 
 
 def check_layers(layers: Mapping[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
-    """Check that every layer holds the adapter as factors, and DoRA's magnitude at most.
+    """Check that every layer holds the adapter as two factors, and besides them at most DoRA's magnitude.
 
     Raises:
         EvaError: a LoRA variant with further tensors, or tied adapters.
@@ -109,7 +109,7 @@ def check_layers(layers: Mapping[str, LoraLayer], adapter_name: str, *, config: 
 
 
 def check_can_start(layers: Mapping[str, LoraLayer], adapter_name: str, *, config: LoraConfig) -> None:
-    """Check that an adapter can be written: that it holds factors only, in forms that components fit into.
+    """Check that an adapter can be written: it holds factors only, and their shapes fit components.
 
     Raises:
         EvaError: it cannot, see `check_layers` and `check_form`.
@@ -127,7 +127,7 @@ def check_can_start(layers: Mapping[str, LoraLayer], adapter_name: str, *, confi
 def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: float, use_rslora: bool) -> None:
     """Give a layer's adapter the rank of `A_rd`, these rows, B = 0 and the scale alpha / r (rsLoRA: alpha / sqrt(r)).
 
-    The parameters stay the same objects wherever they can, so an optimizer made before still trains them. Their dtype,
+    The parameters stay the same objects wherever possible, so an optimizer made before still trains them. Their dtype,
     device and `requires_grad` are kept, and dropout and the adapter's other settings are not touched.
 
     Args:
@@ -145,10 +145,10 @@ def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: flo
     for part in layers_of(layer):
         part.r[adapter_name] = rank
         part.lora_alpha[adapter_name] = alpha
-        # The very expression of PEFT, so that a reloaded adapter has the same scale to the last bit.
+        # The same expression as in PEFT, so that a reloaded adapter has the same scale to the last bit.
         part.scaling[adapter_name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
     if adapter_name in layer.lora_magnitude_vector:
-        # PEFT measures the norms in the base model's dtype; its forward pass does so in the adapter's. Measured in the
+        # PEFT's start computes the norms in the base model's dtype, its forward pass in the adapter's. Computed in the
         # latter, magnitude / norm is exactly one and a bfloat16 base model keeps its outputs.
         magnitude: Any = layer.lora_magnitude_vector[adapter_name]
         weight = dequantize_module_weight(layer.get_base_layer()).to(magnitude.weight.dtype)
@@ -158,7 +158,7 @@ def write_layer(layer: LoraLayer, adapter_name: str, *, A_rd: Tensor, alpha: flo
 
 @torch.no_grad()
 def start_at_random(layer: LoraLayer, adapter_name: str, *, seed: int) -> None:
-    """Start a layer's adapter as plain LoRA does, where PEFT has not yet done so (`low_cpu_mem_usage=True`).
+    """Start a layer's adapter as plain LoRA does, if PEFT has not yet done so (`low_cpu_mem_usage=True`).
 
     Args:
         layer: a LoRA layer that `check_can_start` lets pass.
@@ -179,10 +179,10 @@ def start_at_random(layer: LoraLayer, adapter_name: str, *, seed: int) -> None:
 
 
 def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
-    """Take an adapter, and only it, off the layer `name`; put the base layer back when it was the last one there.
+    """Remove an adapter, and no other, from the layer `name`; if it was the last one there, put the base layer back.
 
     PEFT's own `delete_adapter` of a layer would also activate another adapter and make it trainable. A bias that is
-    trained for the adapter's sake (`bias="lora_only"`) is frozen with it.
+    trained only because of the adapter (`bias="lora_only"`) is frozen.
     """
     base, tuner = model.get_base_model(), cast("Any", model.base_model)
     path, layer = next(

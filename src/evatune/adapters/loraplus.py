@@ -14,13 +14,13 @@ from evatune.errors import EvaError
 def loraplus_optimizer(
     model: PeftModel, *, learning_rate: float, ratio: float = 16.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Return AdamW with the learning rate of B above that of everything else.
+    """Return AdamW with a higher learning rate for B than for all other parameters.
 
     Args:
         model: a model with a LoRA adapter.
-        learning_rate: of A.
+        learning_rate: learning rate of A.
         ratio: learning rate of B over that of A; the authors recommend 2 to 32 and take 16.
-        weight_decay: of all matrices.
+        weight_decay: weight decay of all matrices.
 
     Raises:
         EvaError: `ratio` is below 1.

@@ -1,4 +1,4 @@
-"""`Preparation`: what a method's start has to work with."""
+"""`Preparation`: everything that the start of a method gets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Finish = Callable[[PeftModel], None]
 
 @contextlib.contextmanager
 def preprocessing() -> Iterator[None]:
-    """Say of what fails inside PEFT where it failed."""
+    """Raise an `EvaError` that names PEFT's preprocessing for any error inside of it."""
     try:
         yield
     except EvaError:
@@ -37,7 +37,7 @@ def preprocessing() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What a start has to work with."""
+    """Everything that the start of a method gets."""
 
     model: nn.Module
     """The base model."""
@@ -50,11 +50,11 @@ class Preparation:
     batches: Iterable[Any] | None = None
     """Batches as the model takes them."""
     spectra: Spectra | None = None
-    """What was measured before."""
+    """Spectra that were measured before."""
     loss: Loss | None = None
-    """Computes the loss of a batch, where the model itself does not."""
+    """Computes the loss of a batch, if the model itself does not."""
     forward: Forward | None = None
-    """Calls the model with a batch, where the default does not fit."""
+    """Calls the model with a batch, if the default does not fit."""
     row_mask: RowMask | None = None
     """Says which rows count."""
     progress: bool = True
@@ -71,7 +71,7 @@ class Preparation:
         return "|".join(re.escape(target.name) for target in self.targets)
 
     def given_batches(self) -> Iterable[Any]:
-        """Return the batches; that they are there has been checked."""
+        """Return the batches; an earlier check has made sure that there are some."""
         assert self.batches is not None
         return self.batches
 
@@ -79,7 +79,7 @@ class Preparation:
         """Return the spectra that were given, or measure the targets.
 
         Args:
-            options: of `evatune.measure`, in the place of those in the settings.
+            options: options of `evatune.measure` that replace those in the settings.
         """
         spectra = self.spectra
         if spectra is None:

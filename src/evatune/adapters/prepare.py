@@ -1,4 +1,4 @@
-"""`evatune.prepare`: every method behind one door."""
+"""`evatune.prepare`: one function for all methods."""
 
 from __future__ import annotations
 
@@ -52,20 +52,21 @@ def prepare(
     """Make a model ready for fine-tuning by any method.
 
     The heads of classifiers are new and are trained whole, whatever the task type says (docs/measuring.md). Methods
-    that start from A and B with B A ≠ 0 take that product out of the base weights, so that the outputs stay the base
-    model's (LoRA-One alone does not: its start is a step). Save such models with `evatune.adapters.save_adapter`, which
-    writes an adapter for the untouched base model, and take the adapter off with `evatune.adapters.unload`.
+    that start from A and B with B A ≠ 0 subtract that product from the base weights, so that the first outputs are the
+    base model's. LoRA-One is the exception: its start is meant as a gradient step. Save such models with
+    `evatune.adapters.save_adapter`, which writes an adapter for the untouched base model, and take the adapter off with
+    `evatune.adapters.unload`.
 
     Args:
         model: a torch model without adapter; it is changed in place, as PEFT does.
         method: a name from `evatune.methods.METHODS`, with options behind a plus: `eva+dora`, `pissa+rslora`.
         rank: rank of every target before redistribution; AdaLoRA's final average.
-        batches: what the data-driven methods look at, as the model takes it (with labels for lora-ga, lora-one and
-            eva-grad); gone through once. Spectra may stand here too.
+        batches: data for the data-driven methods, as the model takes it (with labels for lora-ga, lora-one and
+            eva-grad); iterated once. Spectra may be given here too.
         spectra: measured before, of these targets or of more; then nothing is measured.
-        total_steps: optimizer steps of the training to come; AdaLoRA's schedule needs it.
-        loss: computes the loss of a batch from model and batch, where the model's own does not do.
-        forward: calls the model with a batch while measuring, where the default does not fit.
+        total_steps: how many optimizer steps the training will take; AdaLoRA's schedule needs it.
+        loss: computes the loss from model and batch; needed if the loss of the model itself does not fit.
+        forward: calls the model with a batch while measuring; needed if the default does not fit.
         row_mask: says which rows count while measuring, see `evatune.measure`.
         modules_to_save: names of further modules that are trained and saved whole, and get no adapter.
         task_type: PEFT's task type.
@@ -77,8 +78,8 @@ def prepare(
         The PEFT model; for `full` the model itself, all parameters trainable.
 
     Raises:
-        EvaError: an unknown or senseless method, missing batches or steps, no matching target, or a value out of range.
-            Whatever is raised, the model is as it was then.
+        EvaError: an unknown method or a combination without meaning, missing batches or steps, no matching target, or a
+            value out of range. After any error the model is as it was before.
 
     Cost: see the page of each method in `docs/methods`.
 
@@ -148,14 +149,14 @@ def prepare(
 
 
 def freeze_a(peft_model: Any, adapter_name: str = "default") -> None:
-    """Train `B` only, beside an `A` that stays as it started. Saved adapters do not remember it: freeze after loading.
+    """Train `B` only; `A` stays as it started. A saved adapter does not record this: freeze again after loading.
 
     Args:
         peft_model: the model that carries the adapter.
         adapter_name: the adapter.
 
     Raises:
-        EvaError: no LoRA adapter of that name, or an `A` that is zero, beside which `B` would never learn.
+        EvaError: no LoRA adapter of that name, or an `A` that is zero, so that `B` would never learn.
     """
     _, _, layers = find_adapter(peft_model, adapter_name)
     frozen = []
@@ -200,7 +201,7 @@ def _check_data(choice: Choice, batches: Any, spectra: Spectra | None) -> None:
 
 
 def _check_targets(choice: Choice, targets: Sequence[TargetModule], settings: Preparing) -> None:
-    """Check what can be known of the targets before anything is changed."""
+    """Check everything about the targets that can be checked before the model is changed."""
     method, needed = choice.method, choice.method.vectors * settings.rank
     for target in targets:
         kind = type(target.module)
@@ -220,7 +221,7 @@ def _check_targets(choice: Choice, targets: Sequence[TargetModule], settings: Pr
             )
         if target.parameter and settings.lora_dropout:
             raise EvaError(
-                f"lora_dropout={settings.lora_dropout:g} cannot be had on {target.name!r}, where PEFT adds the adapter "
+                f"lora_dropout={settings.lora_dropout:g} is impossible on {target.name!r}, where PEFT adds the adapter "
                 "to the weights; take lora_dropout=0, or leave it out with exclude_modules."
             )
 
@@ -236,7 +237,7 @@ def _new_heads(model: nn.Module, rules: TargetRules, targets: Sequence[TargetMod
 
 
 def _without(targets: Sequence[TargetModule], whole: Sequence[str]) -> list[TargetModule]:
-    """Return the targets that are no part of what is trained whole, by PEFT's rule for these names."""
+    """Return the targets outside of the modules that are trained whole, by PEFT's rule for these names."""
     trained = re.compile("|".join(rf"(.*\.)?{re.escape(name)}(\..*)?" for name in whole) or "(?!)")
     left = [target for target in targets if not trained.fullmatch(target.name)]
     if not left:
@@ -245,9 +246,9 @@ def _without(targets: Sequence[TargetModule], whole: Sequence[str]) -> list[Targ
 
 
 def _changing(choice: Choice, targets: Sequence[TargetModule]) -> list[str]:
-    """Return the weights whose numbers change beside the adapter, by the method or, in attention modules, by PEFT.
+    """Return the base weights whose numbers change: the method changes them, or PEFT does so in attention modules.
 
-    PEFT adds the adapter of an attention module to its weights in every pass and takes it off again, with rounding.
+    In every pass PEFT adds the adapter of an attention module to its weights and subtracts it again, with rounding.
     """
     names = [f"{target.name}.weight" for target in targets if choice.method.changes_base]
     for target in targets:
@@ -268,7 +269,7 @@ def _peft_errors(choice: Choice) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_corrections() -> Iterator[None]:
-    """Silence what PEFT says of what it corrects by itself, such as the layout of GPT-2's Conv1D."""
+    """Silence PEFT's warnings of settings that it corrects itself, such as the layout of GPT-2's Conv1D."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="Failed to load the CUDA extension")  # BOFT's, in each layer

@@ -1,7 +1,8 @@
-"""What each method does around `get_peft_model`, where its PEFT configuration alone does not do it.
+"""What each method does before and after `get_peft_model`, if its PEFT configuration alone is not enough.
 
-Every start is a function of a `Preparation`. It looks at the bare model and the batches, raises what there is to raise,
-and returns what remains to do on the PEFT model, or None. The rows of `evatune.methods.METHODS` point to them.
+Every start is a function of a `Preparation`. It uses the model without adapter and the batches, raises all its errors,
+and returns a function for what remains to do on the PEFT model, or None. The rows of `evatune.methods.METHODS` point to
+them.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def eva(p: Preparation, *, metric: str | None = None, rows: str = "components") 
 def eva_grad(p: Preparation) -> Finish:
     """Gradient-aware EVA: components compete by their variance times the energy of the gradient at the output.
 
-    Where input x and output gradient g of a target are uncorrelated, E‖∂L/∂B‖² of the component v is E‖g‖² E(v·x)², so
-    that these ranks have the largest expected gradient of B at the first step that the budget allows.
+    If ‖g‖² and (v·x)² are uncorrelated, for the input x and output gradient g of a target, E‖∂L/∂B‖² of the
+    component v is E‖g‖² E(v·x)². So, among all ranks that the budget allows, these have the largest expected gradient
+    of B at the first step.
     """
     if p.settings.metric != "ratio":
         raise EvaError(
@@ -68,7 +70,7 @@ def eva_grad(p: Preparation) -> Finish:
 
 
 def eva_minor(p: Preparation) -> Finish:
-    """EVA-minor: uniform ranks, `A` from the last of all components."""
+    """EVA-minor: uniform ranks, `A` from the components of least variance."""
     widest = max(target.in_features for target in p.targets)
     fit = p.measured(n_components=widest, rank=None)
     return _redistribute(p, fit, rows="minor", metric=p.settings.metric, rho=1.0)
@@ -85,7 +87,7 @@ _ROWS: dict[str, Callable[[Spectrum, int, int], Tensor]] = {
     "random": lambda spectrum, rank, seed: random_rows(rank, spectrum.components.shape[1], seed=seed),
     "minor": lambda spectrum, rank, seed: eva_minor_rows(spectrum.components, rank),
 }
-"""How the rows of `A` come from a spectrum, a rank and a seed."""
+"""A function that makes the rows of `A` from a spectrum, a rank and a seed."""
 
 
 def _redistribute(
@@ -106,7 +108,7 @@ def _redistribute(
         weights=weights,
     )
     down = {
-        # One seed a target: targets with a shared input are to differ.
+        # Each target has its own seed, so that targets with a shared input differ.
         name: _ROWS[rows](spectra[name], rank, zlib.crc32(f"{seed} {name}".encode()))
         for name, rank in plan.ranks.items()
     }
@@ -142,7 +144,7 @@ def lora_ga(p: Preparation) -> None:
             (p.loss or batch_loss)(p.model, batch).backward()
 
     with preprocessing(), preserved_random_state(), measuring_state(p.model), warnings.catch_warnings():
-        # PEFT counts by hooks on modules whose input needs no gradient; torch warns of these.
+        # PEFT counts with hooks on modules whose input needs no gradient; torch warns of such hooks.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(p.model, replace(p.config, target_modules=p.pattern()), train_step=run)
 

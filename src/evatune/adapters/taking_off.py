@@ -1,7 +1,7 @@
-"""Taking an adapter off, so that the base model is what it was before: weights, heads, biases, what is trained.
+"""Removes an adapter and restores the base model: weights, heads, biases, and which parameters require a gradient.
 
-PEFT's own `unload` leaves the trained copy of a head, biases as they were trained, weights that a method has changed,
-and everything frozen.
+PEFT's own `unload` leaves the trained copy of a head, trained biases, weights that a method has changed, and all
+parameters frozen.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from evatune.errors import EvaError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """What a base model had before it got its adapter, and has no more."""
+    """State of the base model before it got its adapter."""
 
     weights: dict[str, Tensor] | None
-    """Base weights that change beside the adapter, by name, in main memory; None if they were not to be kept."""
+    """Copies in main memory of the base weights that change, by name; None if they should not be kept."""
     trainable: tuple[str, ...] | None
     """Names of the parameters that required a gradient; None if unknown."""
 
@@ -32,7 +32,7 @@ def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return copies in main memory of these parameters.
 
     Raises:
-        EvaError: one of them is shared with another module, which must not change along.
+        EvaError: one of them is shared with another module, which would change too.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -67,11 +67,11 @@ def trained_names(model: nn.Module) -> tuple[str, ...]:
 def remember(
     peft_model: Any, *, originals: Mapping[str, Tensor] | None, trainable: Iterable[str] | None = None
 ) -> None:
-    """Note on a PEFT model what `unload` is to put back; what was noted before counts.
+    """Note on a PEFT model what `unload` will restore; an earlier note is not replaced.
 
     Args:
         peft_model: the model with its adapter.
-        originals: base weights that change beside the adapter, as they were; None if they are not kept.
+        originals: copies of the base weights that change; None if they are not kept.
         trainable: names of the parameters of the base model that required a gradient.
     """
     before = kept(peft_model) or Kept(weights={}, trainable=None)
@@ -88,14 +88,14 @@ def kept(peft_model: Any) -> Kept | None:
 
 
 def unload(peft_model: PeftModel) -> Any:
-    """Take the adapter off and return the base model, bit for bit as it was before `prepare`.
+    """Remove the adapter and return the base model, bit for bit as it was before `prepare`.
 
-    Heads that were trained whole come back untrained. Of an adapter that `get_peft_model` made and `initialize`
-    started, biases that were trained in place (`bias="all"` or `"lora_only"`) come back as they were then.
+    Heads that were trained whole come back untrained. If `get_peft_model` made the adapter and `initialize` started it,
+    biases that were trained in place (`bias="all"` or `"lora_only"`) come back as they were at `initialize`.
 
     Raises:
-        EvaError: base weights have changed and no copy was kept, by `keep_base=False` or because evatune did not start
-            this adapter.
+        EvaError: base weights have changed and no copy was kept: `keep_base` was false, or evatune did not start this
+            adapter.
     """
     noted = kept(peft_model)
     if noted is None and any(getattr(c, "bias", "none") != "none" for c in peft_model.peft_config.values()):
@@ -117,6 +117,6 @@ def unload(peft_model: PeftModel) -> Any:
             parameter.data = weight.to(parameter.device)
         if noted.trainable is not None:
             for name, parameter in base.named_parameters():
-                if parameter.is_floating_point():  # what is held in 4 bits is not
+                if parameter.is_floating_point():  # weights in 4 bits are not
                     parameter.requires_grad_(name in noted.trainable)
     return base

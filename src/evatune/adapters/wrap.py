@@ -1,8 +1,8 @@
-"""Putting a PEFT adapter on exactly the targets that were found, and nowhere else.
+"""Puts a PEFT adapter on exactly the targets that were found, and nowhere else.
 
-PEFT resolves names once more by rules of its own: a name in a list also means every module whose name ends with it,
-lists are condensed, and for mixtures of experts some names are taken for those of an earlier release of transformers.
-So PEFT gets names, never a pattern of the user, and what it wrapped is compared with what was found.
+PEFT resolves names a second time by rules of its own: a name in a list also matches every module whose name ends with
+it, lists are shortened, and for mixtures of experts some names are read as those of an earlier release of transformers.
+So PEFT gets names, never a pattern of the user, and the modules that it wrapped are compared with the targets.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _endings(name: str) -> Iterable[str]:
 
 
 def _misread(config: PeftConfig, model: nn.Module, leaves: Iterable[str]) -> set[str]:
-    """Return the last parts of names that PEFT would take for those of experts or routers of this model."""
+    """Return the last parts of names that PEFT would read as names of experts or routers of this model."""
     found = set()
     for leaf in leaves:
         one: Any = copy.copy(config)

@@ -137,7 +137,7 @@ class State(ABC):
     def cost(cls, n_components: int, n_features: int) -> Cost:
         """Return the memory that a state for rows of `n_features` features takes."""
 
-    # -- what follows -------------------------------------------------------------------------------------------------
+    # -- derived -----------------------------------------------------------------------------------------------------
 
     @property
     def n_features(self) -> int:

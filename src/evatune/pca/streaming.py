@@ -363,7 +363,7 @@ class StreamingPCA(AnyPCA):
         return cls(int(state["n_components"]), center=bool(state["center"])).load_state_dict(state)
 
     def cost(self, *, n_features: int) -> Cost:
-        """Return what it takes to follow rows of so many features."""
+        """Return the memory that measuring rows of `n_features` features takes."""
         n_components = min(self.n_components, n_features)
         return choose_backend(self.backend, n_components, n_features).cost(n_components, n_features)
 

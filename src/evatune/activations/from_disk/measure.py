@@ -57,8 +57,8 @@ def measure_from_disk(
     """Measure a stored model without ever holding more than one of its blocks in memory.
 
     The result is that of `measure` on the loaded model with the same batches and no stopping rule. Rules cannot end
-    this measurement: when the first block is measured, all batches have to wait for the last one anyway. So
-    `max_batches` (or the end of the data) decides, and `stopped` says so.
+    this measurement, since the first block is measured on all batches before the second block runs. So `max_batches`
+    or the end of the data ends it, and `stopped` says which.
 
     It works for models of transformers that keep their blocks in one `ModuleList` and pass one hidden state from block
     to block: the decoders and encoders of text and vision. Targets before and after the blocks are measured as well.

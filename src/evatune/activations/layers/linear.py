@@ -22,7 +22,7 @@ class LinearType(LayerType):
         if kind == "Conv1D" and hasattr(module, "nf"):
             return whole_shape(module.weight)  # type: ignore[return-value]
         widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT goes by their names too.
+        # Quantized layers (GPTQ, AWQ, HQQ, EETQ) are no subclasses of nn.Linear; PEFT too recognizes them by name.
         if "Linear" in kind and all(isinstance(width, int) for width in widths):
             return widths  # type: ignore[return-value]
         return None
