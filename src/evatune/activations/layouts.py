@@ -209,7 +209,7 @@ def agreeing(seen: Seen, positions: BatchPositions, more: Sequence[int] | None) 
     by_growth = []
     for layout in found:
         expected = layout.n_more(positions, seen.leading, more[layout.sequence] if more else 0)
-        # The other rows may be those of another sequence, which has grown too.
+        # The other rows may belong to another sequence, which has grown too.
         others = sum(grown_by) - grown_by[layout.sequence] if layout.has_others and grown_by else 0
         if expected is not None and grown in (expected, expected + others):
             by_growth.append(layout)

@@ -241,7 +241,7 @@ class CountedRows:
         return [None if mask is None or bool(mask.all()) else mask for mask in found]
 
     def split(self, key: str, new: str) -> None:
-        """Begin an input with what is known of another one."""
+        """Begin a new input with all that is known about the input it was split from."""
         self.counts[new] = replace(self.counts.get(key, RowCounts()))
         self._learned |= {(new, *place[1:]): learned for place, learned in self._learned.items() if place[0] == key}
         if key in self._irregular:

@@ -85,7 +85,7 @@ class Passes:
         return self._capture.broken
 
     def load(self) -> bool:
-        """Take the next batch; returns False where there is none."""
+        """Take the next batch; return False if there is none."""
         if self._iterator is None:
             self._iterator = iter(self._batches)
         try:
@@ -115,7 +115,7 @@ class Passes:
         return True
 
     def idle(self) -> None:
-        """Repeat the last batch without measuring anything, because other processes need this one in their pass."""
+        """Repeat the last batch without measuring, because the pass of the other processes needs this process."""
         assert self._forward is not None
         self._capture.watch(self._forward, lambda name, number, entering: None)
 
@@ -149,7 +149,7 @@ class Passes:
                 rows.take_all(set(rows.open))
 
     def _measured(self, forward: Forward) -> Iterator[Pass]:
-        """Make passes until one is whole."""
+        """Make passes until one is complete."""
         whole = False
 
         def once() -> None:

@@ -136,7 +136,7 @@ class Run:
         self.rows.look_at(key, number, target.layer.activations(target.module, entering))
 
     def split(self, key: str, new: str) -> None:
-        """Begin an input with all that is known of another one."""
+        """Begin a new input with all that is known about the input it was split from."""
         self.rows.split(key, new)
         if key in self.inputs:
             self.inputs[new] = copy.deepcopy(self.inputs[key])

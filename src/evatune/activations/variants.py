@@ -35,7 +35,7 @@ def perturbed(batch: Any, positions: BatchPositions, *, reserved: frozenset[int]
 
     Args:
         batch: the batch.
-        positions: what `read_positions` said of it.
+        positions: what `read_positions` returned for it.
         reserved: token numbers with a special meaning for the model, such as those of pictures.
         seed: seed of the values.
     """
@@ -70,7 +70,7 @@ def ragged(batch: Any, positions: BatchPositions, *, takes: Callable[[str], bool
 
     Args:
         batch: the batch.
-        positions: what `read_positions` said of it.
+        positions: what `read_positions` returned for it.
         takes: returns whether the model takes an entry of this name. A mask that it takes and the batch lacks is added.
     """
     entries: dict[str, Tensor] = {}

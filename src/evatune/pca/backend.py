@@ -113,7 +113,7 @@ class State(ABC):
 
     @abstractmethod
     def exactly(self) -> State | None:
-        """Return what is known as an exact second moment; None if too little is known for that."""
+        """Return a state with an exact second moment made from this one; None if this one has lost too much."""
 
     @abstractmethod
     def condensed(self) -> State:

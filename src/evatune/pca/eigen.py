@@ -29,7 +29,7 @@ ANGLE = 16
 
 OVERSAMPLING = 16
 """How many columns are iterated beside one for each wanted pair. With more of them the pairs converge faster: in each
-round the error of a pair shrinks by the first eigenvalue left out, divided by its own."""
+round the error of a pair shrinks by the ratio of the first eigenvalue left out to its own."""
 
 DEGREE = 3
 """Degree of the Chebyshev filter. With a higher degree, float32 rounding errors of large eigenvectors would hide the

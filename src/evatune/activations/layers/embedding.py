@@ -1,4 +1,4 @@
-"""Embeddings: rows are one-hot and are never written out; token numbers (n,) stand for them."""
+"""Embeddings: rows are one-hot and are never formed; token numbers (n,) represent them."""
 
 from __future__ import annotations
 

@@ -29,4 +29,4 @@ class LinearType(LayerType):
 
 
 LINEAR = LinearType()
-"""The one that all share; it has no state."""
+"""The one instance, which all linear targets share; it has no state."""

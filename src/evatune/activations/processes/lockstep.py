@@ -205,7 +205,8 @@ def _together(told: Sequence[list[Any]]) -> Finding:
 def _exchange(own: Learned, processes: Processes) -> Learned:
     """Return what all processes have learned together, the same in each."""
     input_of = agreed_inputs(processes.gather_json(own.input_of))
-    # What this process calls each of these inputs; targets that part elsewhere have the same rows here.
+    # The key that this process has for each of these inputs. Targets that share an input here may be split elsewhere;
+    # then both of their inputs have the same key here.
     names = {key: own.input_of[key] for key in dict.fromkeys(input_of.values()) if key in own.input_of}
     own = replace(
         own,
@@ -258,7 +259,7 @@ def _merged(states: Sequence[dict[str, Tensor]]) -> AnyPCA:
 
 
 def agreed_inputs(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return which target has which input, over all processes: targets share one that share it in every process.
+    """Return which target has which input, over all processes: targets must share an input in every process.
 
     Args:
         tables: for each process, the key of the input of every target that it has reached.
