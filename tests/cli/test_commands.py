@@ -68,12 +68,17 @@ def test_what_was_meant_is_named(capsys, words, meant):
     assert f"(did you mean {meant}" in capsys.readouterr().err
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])  # the latter in the background
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys, ctrl_c):
     from evatune.cli import plan
 
+    present = signal.signal(signal.SIGINT, ctrl_c)
     monkeypatch.setattr(plan, "run", lambda args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["plan", str(tmp_path), "--json"]) == 130
+    try:
+        assert main(["plan", str(tmp_path), "--json"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, present)
     assert json.loads(capsys.readouterr().out) == {"error": "interrupted"}
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(recipe, monkeypatch):
 
 def _interrupt_at_step_3(self, args, state, control, **kwargs):
     if state.global_step == 3:
-        self.interrupted = True
+        self._was_pressed = lambda: True
         control.should_save = control.should_training_stop = True
 
 
