@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 SKIPS      ?= $(if $(EVATUNE_DATA),0,7)
 SLOW_SKIPS ?= 0
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow mutants lint format clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ test: $(VENV)/.model
 
 test-slow: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -m slow --skips $(SLOW_SKIPS)
+
+mutants: $(VENV)/.model
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,414 @@
+"""The faults that `run.py` puts in: for each file below src/evatune, the tests that should notice, and the changes.
+
+A change is (text, what replaces it), or (text, what replaces it, why no test can notice it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MERGES = ("tests/pca/test_merge_and_state.py", "tests/pca/test_properties.py")
+
+FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
+    "pca/moments.py": (
+        (
+            "tests/pca/test_moments.py",
+            "tests/pca/test_oracle.py",
+            *MERGES,
+        ),
+        [
+            ("self.squares_d += shifted_nd.square()", "self.squares_d += shifted_nd.abs()"),
+            ("self.sum_d / max(self.n_rows, 1)", "self.sum_d / max(self.n_rows - 1, 1)"),
+            ("return self.shift_d + self.offset_d", "return self.shift_d - self.offset_d"),
+            ("self.squares_d - self.n_rows * self.offset_d.square() if center", "self.squares_d if center"),
+            ("clamp_min(0.0) / max(self.n_rows - 1, 1)", "clamp_min(0.0) / max(self.n_rows, 1)"),
+            ("+ 2 * move_d * self.sum_d", "+ move_d * self.sum_d"),
+            ("sum_d=self.sum_d + self.n_rows * move_d", "sum_d=self.sum_d + move_d"),
+            ("n_rows=self.n_rows + other.n_rows", "n_rows=self.n_rows"),
+        ],
+    ),
+    "pca/streaming.py": (
+        (
+            *MERGES,
+            "tests/pca/test_oracle.py",
+            "tests/pca/test_leading.py",
+            "tests/pca/test_awkward_rows.py",
+        ),
+        [
+            ("shifted_nd = rows_nd - shift_d\n", "shifted_nd = rows_nd\n"),
+            ('missing.") from None\n        self._forget()', 'missing.") from None'),
+            ("tensor.detach().clone().contiguous() for", "tensor.detach().contiguous() for"),
+            ("name: tensor.clone() if device is None", "name: tensor if device is None"),
+            ("product_dtype=product_dtype)\n        self._forget()", "product_dtype=product_dtype)"),
+            ("return self.partial_fit(rows)\n", "return self\n"),
+            ("return centred_nd @ components_kd", "return rows @ components_kd"),
+            ("if center != self.center:", "if False:"),
+            ("if not state.keeps_all and state.n_components > n_kept:", "if False:"),
+        ],
+    ),
+    "pca/exact.py": (
+        (
+            "tests/pca/test_exact.py",
+            "tests/pca/test_oracle.py",
+            *MERGES,
+            "tests/pca/test_sketch.py",
+        ),
+        [
+            ("alpha=-self.moments.n_rows)", "alpha=1.0)"),
+            (
+                "needs_full_precision=self.needs_full_precision or other.needs_full_precision",
+                "needs_full_precision=self.needs_full_precision",
+            ),
+            ("missed=self._missed + other._missed", "missed=self._missed"),
+            ("cross_dd + cross_dd.T + theirs.n_rows", "cross_dd + theirs.n_rows"),
+            ("theirs.n_rows * torch.outer(move_d, move_d)", "torch.outer(move_d, move_d)"),
+            ("            self.second_moment_dd.zero_()\n", ""),
+            ("return self.moments.n_rows >= 2 * self.n_rows_reviewed", "return False"),
+            ('missed=float(tensors["missed"])', "missed=0.0"),
+            ("energies_k -= self.moments.n_rows *", "energies_k -="),
+        ],
+    ),
+    "pca/sketch.py": (
+        (
+            "tests/pca/test_sketch.py",
+            *MERGES,
+            "tests/pca/test_oracle.py",
+        ),
+        [
+            ("            images_ds += moments.n_rows * torch.outer(offset_d, offset_d @ probes_ds)\n", ""),
+            ("            images_ds += weight * torch.outer(difference_d, difference_d @ probes_ds)\n", ""),
+            ("images_ds += solver_copy(other._scatter_of(slice(other.width, None)))", "images_ds += 0"),
+            ("wider = self if self.width >= other.width else other", "wider = self"),
+            ("offset_d @ test_dl, alpha=moments.n_rows)", "offset_d @ test_dl)"),
+            ("return self.moments.n_rows >= 2 * self.n_rows_refreshed", "return False"),
+            ("pairs, missed=self.missed())", "pairs, missed=0.0)"),
+            ("n_half = (len(missed_k) + 1) // 2", "n_half = len(missed_k)"),
+        ],
+    ),
+    "pca/eigen.py": (
+        (
+            "tests/pca/test_eigen.py",
+            "tests/pca/test_exact.py",
+        ),
+        [
+            ("<= tolerance) & ~turned_k.any()", "<= tolerance)"),
+            ("residual_k.square() / torch.maximum", "residual_k / torch.maximum"),
+            ("(core_ll + core_ll.T) / 2", "core_ll * 2"),
+        ],
+    ),
+    "pca/subspace.py": (
+        (
+            "tests/pca/test_subspace.py",
+            "tests/pca/test_oracle.py",
+        ),
+        [
+            ("argmax(dim=1, keepdim=True)", "argmin(dim=1, keepdim=True)"),
+            ("random = random - basis_dl @ (basis_dl.T @ random)", "random = random * 1.0"),
+            ("(new_kd * old_kd).sum(dim=1).abs()", "(new_kd * old_kd).sum(dim=1)"),
+        ],
+    ),
+    "pca/nystrom.py": (
+        (
+            "tests/pca/test_nystrom.py",
+            "tests/pca/test_sketch.py",
+        ),
+        [
+            ("/ 2 * scale_m * scale_m[:, None]", "/ 2"),
+            ("    if is_spread:\n", "    if False:\n"),
+        ],
+    ),
+    "pca/one_hot.py": (
+        (
+            "tests/pca/test_one_hot.py",
+            "tests/pca/test_leading.py",
+        ),
+        [
+            ("d_u * size_double_u.sqrt()", "d_u * size_double_u"),
+            ("energies_k - sums_k.square() / self._n_rows if self.center", "energies_k if self.center"),
+            ("row_v /= (j * (j + 1)) ** 0.5", "row_v /= (j * (j + 1))"),
+            ("scatter = n - counts_v.square().sum() / n if self.center else n", "scatter = n"),
+            ("result._n_rows = self._n_rows + other._n_rows", "result._n_rows = self._n_rows"),
+        ],
+    ),
+    "pca/stacked.py": (
+        (
+            "tests/activations/layers/test_experts.py",
+            "tests/activations/layers/test_layer_types.py",
+            "tests/pca/test_leading.py",
+        ),
+        [
+            ("torch.cat(pieces, dim=1) / len(self.parts) ** 0.5", "torch.cat(pieces, dim=1)"),
+            ("squares_k[: len(values)] += values.square()", "squares_k[: len(values)] += values"),
+            ("if self.alike and not is_fed:", "if self.alike:"),
+        ],
+    ),
+    "pca/products.py": (
+        (
+            "tests/pca/test_products.py",
+            "tests/pca/test_exact.py",
+        ),
+        [
+            ("weighted_ks[:, :start] *= 2", "weighted_ks[:, :start] *= 1"),
+            ("2 * total_dd[start:stop, :start].square().sum()", "total_dd[start:stop, :start].square().sum()"),
+        ],
+    ),
+    "pca/incremental.py": (
+        (
+            "tests/pca/test_incremental.py",
+            "tests/pca/test_oracle.py",
+        ),
+        [
+            ("weight = (n_before * n_batch / n_rows) ** 0.5", "weight = n_before * n_batch / n_rows"),
+            ("torch.cat([shifted_nd - batch_mean_d, correction_1d])", "shifted_nd - batch_mean_d"),
+        ],
+    ),
+    "pca/backend.py": (
+        (
+            *MERGES,
+            "tests/pca/test_sketch.py",
+        ),
+        [
+            ("mine.n_rows * theirs.n_rows / max", "(mine.n_rows + theirs.n_rows) / max"),
+            ("if first.center and first.moments.n_rows", "if first.moments.n_rows"),
+        ],
+    ),
+    "allocation.py": (
+        (
+            "tests/test_allocation.py",
+            "tests/test_budget.py",
+        ),
+        [
+            ("return target.explained_variance / target.total_variance", "return target.explained_variance"),
+            ("* (target.n_rows - 1))", "* target.n_rows)"),
+            ("target.explained_variance / target.explained_variance.max()", "target.explained_variance"),
+            ("target.explained_variance / target.explained_variance.sum()", "target.explained_variance"),
+            ("min(max_components(base_ranks[name], rho), target.in_features)", "max_components(base_ranks[name], rho)"),
+            ("np.lexsort((owner, component, -scores))", "np.lexsort((component, owner, -scores))"),
+            ("* factors[name] / costs[name]", "* factors[name]"),
+            ("float(min(share, 1.0))", "float(share)"),
+            ("power = 0.5 if settings.use_rslora else 1.0", "power = 1.0"),
+            ("if costs[name] <= available:", "if costs[name] < available:"),
+            ("            available -= costs[name]\n", ""),
+            ("np.minimum.accumulate(np.maximum(scores, 0.0))", "np.maximum(scores, 0.0)"),
+            ("(in_features if train_a else 0) + out_features", "in_features + out_features"),
+        ],
+    ),
+    "spectra.py": (
+        (
+            "tests/test_spectra.py",
+            "tests/test_budget.py",
+        ),
+        [
+            (
+                "self.singular_values.square() / max(self.n_rows - 1, 1)",
+                "self.singular_values.square() / max(self.n_rows, 1)",
+            ),
+            (
+                "            return torch.zeros_like(self.singular_values)\n",
+                "            return torch.ones_like(self.singular_values)\n",
+            ),
+        ],
+    ),
+    "files.py": (
+        ("tests/test_files.py",),
+        [
+            ("if path.exists() and not overwrite:", "if False:"),
+            ("not (path / holds).is_file():", "False:"),
+            ("        shutil.rmtree(temporary, ignore_errors=True)", "        pass"),
+        ],
+    ),
+    "tables.py": (
+        ("tests/test_tables.py",),
+        [
+            ('return f"{value:,}"', 'return f"{value}"'),
+            ('return cell.rjust(width) if how == "r"', 'return cell.ljust(width) if how == "r"'),
+            ("    if value is None:\n        return _MISSING", '    if value is None:\n        return ""'),
+        ],
+    ),
+    "initialization/eva.py": (
+        ("tests/initialization/test_eva.py",),
+        [
+            (
+                "components_kd[:rank].detach().clone(memory_format=torch.contiguous_format)",
+                "components_kd[:rank].detach()",
+            ),
+            ("[:rank].sqrt().unsqueeze(1)", "[:rank].unsqueeze(1)"),
+            ("if not 0 <= rank <= k:", "if not 0 <= rank:"),
+        ],
+    ),
+    "initialization/eva_minor.py": (
+        ("tests/initialization/test_ablations.py",),
+        [
+            ("components_kd[d - rank :].flip(0)", "components_kd[:rank].flip(0)"),
+        ],
+    ),
+    "initialization/lora_one.py": (
+        ("tests/initialization/test_lora_one.py",),
+        [
+            ("(-U[:, :rank] * root_r)", "(U[:, :rank] * root_r)"),
+            ("step / scaling * S[:rank] / S[0]", "step * S[:rank] / S[0]"),
+        ],
+    ),
+    "initialization/milora.py": (
+        ("tests/initialization/test_milora.py",),
+        [
+            ("(S[-rank:] / scaling).sqrt()", "S[-rank:].sqrt()"),
+            ("root_r.unsqueeze(1) * Vh[-rank:]", "root_r.unsqueeze(1) * Vh[:rank]"),
+        ],
+    ),
+    "initialization/scramble.py": (
+        ("tests/initialization/test_ablations.py",),
+        [
+            ("Q_rr = Q_rr * R_rr.diagonal().sign()", "Q_rr = Q_rr * 1.0"),
+            ("dtype=torch.float64).argsort(dim=0)", "dtype=torch.float64).argsort(dim=1) % len(A_rd)"),
+            ("- 1) / in_features**0.5", "- 1)"),
+        ],
+    ),
+    "activations/stopping.py": (
+        ("tests/activations/test_stopping.py",),
+        [
+            ("if share >= rule.delta:", "if share > 0:"),
+            ("found.n_rows >= ENOUGH_ROWS", "found.n_rows >= 0"),
+            ("(now - then) / now if now > 0 else 0.0", "(now - then) if now > 0 else 0.0"),
+            ("state.gain < rule.min_gain:", "state.gain > rule.min_gain:"),
+            (
+                "/ found.n_processes",
+                "",
+                "Of one process it is a division by one; several are tested in processes of their own.",
+            ),
+        ],
+    ),
+    "activations/layers/convolution.py": (
+        ("tests/activations/layers/test_layer_types.py",),
+        [
+            (
+                "module.in_channels // module.groups * prod(module.kernel_size), module.out_channels",
+                "module.in_channels * prod(module.kernel_size), module.out_channels",
+            ),
+            (
+                "for total in reversed(totals) for n in (total // 2, total - total // 2)",
+                "for total in totals for n in (total // 2, total - total // 2)",
+            ),
+            ("stride)[..., ::dilation]", "stride)"),
+        ],
+    ),
+    "adapters/factors.py": (
+        (
+            "tests/adapters/test_factors.py",
+            "tests/adapters/test_layer_types.py",
+            "tests/adapters/test_export.py",
+        ),
+        [
+            (".transpose(0, 1) * n_experts**0.5", ".transpose(0, 1)"),
+            ("self.down.out_channels = self.up.in_channels = rank", "pass"),
+            ("self.down.out_features = self.up.in_features = rank", "pass"),
+            (
+                "return _grown(down_erd, 1, rank).flatten(0, 1), _grown(up * scale",
+                "return _grown(down_erd, 1, rank).flatten(0, 1), _grown(up",
+            ),
+        ],
+    ),
+    "adapters/lora.py": (
+        (
+            "tests/adapters/test_initialize.py",
+            "tests/adapters/test_layer_types.py",
+            "tests/adapters/test_all_or_nothing.py",
+            "tests/adapters/test_taking_off.py",
+        ),
+        [
+            ("piece_rd * len(pairs) ** 0.5", "piece_rd"),
+            ("alpha / math.sqrt(rank) if use_rslora else alpha / rank", "alpha / rank"),
+            ("part.lora_alpha[adapter_name] = alpha", "pass"),
+            ("                targeted.remove(name)", "                pass"),
+            ("                bias.requires_grad_(False)", "                pass"),
+        ],
+    ),
+    "adapters/config.py": (
+        ("tests/adapters/test_config.py",),
+        [
+            ('f"^{re.escape(name)}": value', 'f"{re.escape(name)}": value'),
+            ("if value != default}", "}"),
+            ("planned.init_lora_weights = True", "pass"),
+            ("planned = copy.copy(config)", "planned = config"),
+            ('regexes = [rf"(.*\\.)?{re.escape(ending)}"', "regexes = [re.escape(ending)"),
+        ],
+    ),
+    "adapters/export.py": (
+        ("tests/adapters/test_export.py",),
+        [
+            ("portable.use_rslora = False", "pass"),
+            ("tensors[bias] = tensors[bias] * scale", "pass"),
+            ("if config.init_lora_weights not in _BASE_UNTOUCHED:", "if False:"),
+        ],
+    ),
+    "adapters/base_change.py": (
+        ("tests/adapters/test_prepare.py",),
+        [
+            ("-B0.to(tensors[up])", "B0.to(tensors[up])"),
+            ("(2**0.5 if config.use_rslora else 2)", "2"),
+            ("(original.to(product) - product)", "original.to(product)"),
+        ],
+    ),
+    "training/arguments.py": (
+        ("tests/training/test_arguments.py",),
+        [
+            ('"weight_decay": settings.weight_decay', '"weight_decay": 0.0'),
+            ('"max_grad_norm": settings.max_grad_norm', '"max_grad_norm": 1.0'),
+            ('"data_seed": settings.seed', '"data_seed": 0'),
+            ("math.ceil(settings.warmup_ratio * n_steps)", "math.floor(settings.warmup_ratio * n_steps)"),
+        ],
+    ),
+    "training/folder.py": (
+        ("tests/training/test_folder.py",),
+        [
+            ("key=checkpoint_step, reverse=True)", "reverse=True)"),
+            ("if key not in FREE and", "if 'data.eval' not in key and key not in FREE and"),
+        ],
+    ),
+    "training/schedule.py": (
+        ("tests/training/test_schedule.py",),
+        [
+            ("return step / n_warmup", "return (step - 1) / n_warmup"),
+            ("0.5 * (1.0 + math.cos(math.pi * done))", "(1.0 + math.cos(math.pi * done))"),
+        ],
+    ),
+    "training/layerwise.py": (
+        ("tests/training/test_layerwise.py",),
+        [
+            ("decay ** (top - depth)", "decay ** depth"),
+            ("weight_decay if is_matrix else 0.0", "weight_decay"),
+        ],
+    ),
+    "tasks/generation/encoding.py": (
+        ("tests/tasks/generation/test_encoding.py",),
+        [
+            ("(values[:1] + values[1 + cut :])[:max_length]", "values[:max_length]"),
+            (
+                'padded([[1] * len(row["input_ids"]) for row in rows], 0)',
+                'padded([[1] * len(row["input_ids"]) for row in rows], 1)',
+            ),
+            ("learned[end - 1]) else IGNORED", "learned[start]) else IGNORED"),
+        ],
+    ),
+    "tasks/scores.py": (
+        ("tests/tasks/test_scores.py",),
+        [
+            (
+                "np.sum(above, axis=axis) / np.maximum(np.sum(below, axis=axis), 1e-300)",
+                "np.mean(above / below, axis=axis)",
+            ),
+        ],
+    ),
+    "settings/section.py": (
+        (
+            "tests/settings/test_section.py",
+            "tests/settings/test_measuring.py",
+            "tests/test_recipe.py",
+        ),
+        [
+            ('"below": (operator.lt, "less than")', '"below": (operator.le, "less than")'),
+            ('return value.lower() in ("true", "yes")', 'return value.lower() == "true"'),
+            ("if not math.isfinite(read) or", "if"),
+        ],
+    ),
+}
