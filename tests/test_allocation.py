@@ -293,3 +293,8 @@ def test_planning_thousands_of_targets_takes_milliseconds():
         allocate(targets, rank=16, rho=2.0)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.25
+
+
+def test_the_explained_share_is_at_most_one_whatever_rounding_did():
+    plan = allocate({"a": target([0.7, 0.3], total=1.0 - 1e-7)}, rank=2, rho=1.0)
+    assert plan.explained["a"] == 1.0

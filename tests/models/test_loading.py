@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import evatune
 from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer, save_model
 
@@ -144,10 +145,9 @@ def test_saved_weights_have_a_checksum_that_is_checked(damage, tiny_model, tmp_p
 
 
 def test_a_model_with_an_adapter_is_not_saved(tiny_model, tmp_path):
-    from evatune.adapters.attach import attach_adapter
-
+    adapted = evatune.prepare(load_model(tiny_model), method="lora", rank=2)
     with pytest.raises(EvaError, match="carries an adapter"):
-        save_model(attach_adapter(load_model(tiny_model), rank=2), tmp_path / "model")
+        save_model(adapted, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

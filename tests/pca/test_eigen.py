@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from evatune.pca import eigen
-from evatune.pca.eigen import leading_eigenpairs
+from evatune.pca.eigen import leading_eigenpairs, missed_variance
 from evatune.pca.together import alone
 
 D, K = 400, 12
@@ -114,3 +116,14 @@ def test_an_eigenvector_that_stands_apart_is_met_to_an_angle():
     vectors, _ = leading(matrix, K, tolerance=tolerance, near_dl=near)
     cosine = float((vectors[:, 0] @ axes[:, 0]).abs())
     assert cosine > 1 - (eigen.ANGLE**2 * tolerance * 0.05**2) > 1 - angle**2 / 2
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.1, 0.5])
+def test_what_a_turned_eigenvector_misses_is_known_in_the_plane(angle):
+    largest, other = 3.0, 1.0
+    vector = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    image = vector * torch.tensor([largest, other], dtype=torch.float64)
+    value = vector @ image
+    residual = torch.linalg.vector_norm(image - value * vector)
+    missed = missed_variance(residual[None], value[None], torch.tensor(other, dtype=torch.float64))
+    assert float(missed) == pytest.approx(float(largest - value), rel=1e-9)

@@ -73,6 +73,15 @@ def test_one_word_changes_the_method_and_what_is_saved_loads_on_the_base(recipe,
     assert task.evaluate(adapted)["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["eva", "lora"])
+def test_every_setting_of_targets_reaches_the_adapter(recipe, method):
+    wanted = recipe(method, adapter={"layers_to_transform": (1,)})
+    finetune(wanted, progress=False)
+    saved = load_file(Path(wanted.output) / "adapter" / "adapter_model.safetensors")
+    layers = {name.split(".layers.")[1].split(".")[0] for name in saved}
+    assert layers == {"1"}
+
+
 def test_full_fine_tuning_saves_a_model(recipe):
     wanted = recipe("full", train={"learning_rate": 1e-3})
     record = finetune(wanted, progress=False)

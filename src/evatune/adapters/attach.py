@@ -1,63 +1,18 @@
-"""Putting a LoRA adapter on a model: a new one, or one from disk."""
+"""Adapters on disk: saving one, and putting a saved one on a model."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from evatune.adapters.base_change import base_change, convert_saved, load_start
 from evatune.errors import EvaError
 from evatune.files import check_tensors, replace_folder
-
-
-def attach_adapter(
-    model: Any,
-    *,
-    rank: int = 16,
-    lora_alpha: float = 1.0,
-    lora_dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    exclude_modules: str | Sequence[str] | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    task_type: str | None = "CAUSAL_LM",
-) -> PeftModel:
-    """Put a new LoRA adapter on a model, with a random `A` and `B` = 0.
-
-    Args:
-        model: a transformers model without adapter; it is changed in place, as PEFT does.
-        rank: rank of every target.
-        lora_alpha: scale of the adapter.
-        lora_dropout: dropout before `A`.
-        target_modules: names, a regular expression, or `all-linear`.
-        exclude_modules: names or a regular expression of what is left out.
-        use_rslora: scale by alpha / √rank.
-        use_dora: DoRA.
-        task_type: PEFT's task type.
-
-    Raises:
-        EvaError: no module matches, or a module cannot carry LoRA.
-    """
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions
-        lora_dropout=lora_dropout,
-        target_modules=_names_or_regex(target_modules),
-        exclude_modules=_names_or_regex(exclude_modules),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        task_type=task_type,
-    )
-    try:
-        with quiet_peft():
-            return get_peft_model(model, config)  # type: ignore[return-value]
-    except ValueError as error:
-        raise EvaError(f"cannot put an adapter on this model: {str(error).splitlines()[0]}") from error
 
 
 def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -115,7 +70,3 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in package:")
         yield
-
-
-def _names_or_regex(value: str | Sequence[str] | None) -> str | list[str] | None:
-    return value if value is None or isinstance(value, str) else list(value)

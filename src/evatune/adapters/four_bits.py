@@ -12,23 +12,21 @@ from torch import nn
 
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.errors import EvaError
+from evatune.settings import Targets, takes
 
 
-def quantize_targets(
-    model: nn.Module, *, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None
-) -> None:
+@takes(Targets)
+def quantize_targets(model: nn.Module, **options: Any) -> None:
     """Hold the weights of the targets in 4 bits (NF4), as QLoRA does.
 
     Args:
         model: changed in place; targets in 4 bits already are left alone.
-        target_modules: as in `prepare`.
-        exclude_modules: as in `prepare`.
+        options: which modules are targets, as in `prepare`; see the list below.
 
     Raises:
         EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
     """
-    rules = TargetRules(target_modules=target_modules, exclude_modules=exclude_modules)
-    quantize(model, find_targets(model, rules))
+    quantize(model, find_targets(model, TargetRules.of(options, call="quantize_targets")))
 
 
 def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:

@@ -23,6 +23,7 @@ from evatune.fingerprint import is_other_model
 from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
+from evatune.settings import Adapter, Targets
 from evatune.spectra import Spectra
 from evatune.tasks import open_task
 from evatune.tasks.task import Needs, Task, batches
@@ -92,9 +93,8 @@ def without_adapter(recipe: Recipe, needs: Needs) -> str | Sequence[str] | None:
 def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> None:
     """Quantize the targets to 4 bits if the method has `qlora`, so that the measured model is the trained one."""
     if recipe.adapter.choice.in_four_bits:
-        quantize_targets(
-            model, target_modules=recipe.adapter.target_modules, exclude_modules=without_adapter(recipe, needs)
-        )
+        targets = recipe.adapter.shared(Targets) | {"exclude_modules": without_adapter(recipe, needs)}
+        quantize_targets(model, **targets)
 
 
 def check_spectra(recipe: Recipe, spectra: Spectra, model: torch.nn.Module) -> None:
@@ -144,9 +144,8 @@ def new_adapter(
     Returns:
         The PEFT model, or the model itself for full fine-tuning, and the plan, which is None for uniform ranks.
     """
-    settings, method = recipe.adapter, recipe.adapter.choice.method
-    options: dict[str, Any] = {}
-    needs = task.needs(model)
+    method, needs = recipe.adapter.choice.method, task.needs(model)
+    options = recipe.adapter.shared(Adapter) | {"exclude_modules": without_adapter(recipe, needs)}
     if method.needs_batches and (spectra is None or method.needs_gradients):
         options["batches"] = batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed)
         if not method.needs_spectra:
@@ -157,19 +156,7 @@ def new_adapter(
     set_seed(recipe.train.seed)
     adapted = prepare(
         model,
-        method=settings.method,
-        rank=settings.rank,
         spectra=spectra,
-        target_modules=settings.target_modules,
-        exclude_modules=without_adapter(recipe, needs),
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        rho=settings.rho,
-        metric=settings.metric,
-        budget=settings.budget,
-        train_a=settings.train_a,
-        bias=settings.bias,
-        block_size=settings.block_size,
         total_steps=total_steps,
         gradient_batches=recipe.measure.gradient_batches,
         loss=_autocast_loss if uses_bf16(recipe.train) else None,

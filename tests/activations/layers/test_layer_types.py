@@ -20,6 +20,7 @@ CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=(1, 2), groups=2, padding_mode="reflect"),
     nn.Conv2d(4, 4, 3, groups=4, padding="valid"),
     nn.Conv3d(4, 6, (2, 3, 1), padding=(1, 0, 1), stride=(1, 2, 1), padding_mode="replicate"),
+    nn.Conv2d(4, 6, (5, 3), padding="same"),
 ]
 QUIET = {"progress": False, "tau": None, "min_gain": None, "n_components": 6}
 
