@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,9 +51,24 @@ def new_model() -> Callable[..., DecisionTransformer]:
 def reach_episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three episodes of `reach-v3`."""
     if importlib.util.find_spec("metaworld") is None:
-        pytest.skip("Meta-World is missing")
+        pytest.skip("needs evatune[control]")
     from evatune.tasks.control.collecting import collect_episodes
 
     folder = tmp_path_factory.mktemp("episodes")
     collect_episodes(["reach"], folder, episodes=3, noise=0.1, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def needs_pictures() -> None:
+    """Skip where MuJoCo can draw nothing: no OpenGL library, or `MUJOCO_GL=disable`."""
+    environment = {"MUJOCO_GL": "egl", **os.environ} if sys.platform == "linux" else None  # as evatune chooses
+    tried = subprocess.run([sys.executable, "-c", _DRAW], capture_output=True, text=True, env=environment)
+    if tried.returncode:
+        pytest.skip(f"MuJoCo cannot draw here: {tried.stderr.strip().splitlines()[-1]}")
+
+
+_DRAW = """
+import mujoco
+mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco><worldbody/></mujoco>"), 8, 8).render()
+"""

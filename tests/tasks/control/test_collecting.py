@@ -16,7 +16,7 @@ from evatune.tasks.control.collecting import collect_episodes
 from evatune.tasks.control.environments import make_environment
 from evatune.tasks.control.episodes import Episode, load_episodes
 
-pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
+pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 def same(ours: list[Episode], theirs: list[Episode]) -> bool:

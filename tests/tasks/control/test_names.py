@@ -9,7 +9,7 @@ import pytest
 from evatune.errors import EvaError
 from evatune.tasks.control.names import CW10, MT40, environment_names
 
-needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
+needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 def test_groups_split_fifty_environments() -> None:

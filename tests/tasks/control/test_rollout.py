@@ -18,7 +18,7 @@ from evatune.tasks.control.model import DecisionTransformer
 from evatune.tasks.control.rollout import roll_out
 
 gymnasium = pytest.importorskip("gymnasium")
-pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is missing")
+pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 class Scripted(torch.nn.Module):

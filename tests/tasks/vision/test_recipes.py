@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from evatune.training.setup import open_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 PAPER, SMALL = ROOT / "recipes" / "paper", ROOT / "recipes" / "small"
-SHARED = Path(os.environ.get("EVATUNE_DATA") or ROOT.parent / "shared" / "data")
-VIT = SHARED.parent / "models" / "vit-s14-saliency"
 
 
 @pytest.mark.parametrize("name", ["dinov2-g14-vtab1k", "dinov2-g14-vtab1k-full"])
@@ -42,10 +39,8 @@ def test_every_run_of_the_plan_fits_the_recipe():
         assert recipe.adapter.rank == run["adapter.rank"]
 
 
-def test_the_real_pictures_of_cifar10(monkeypatch):
-    if not (SHARED / "cifar10").is_dir():
-        pytest.skip("no cifar10: set EVATUNE_DATA to a folder that has it")
-    monkeypatch.setenv("EVATUNE_DATA", str(SHARED))
+def test_the_real_pictures_of_cifar10(real_data):
+    real_data("cifar10")
     task = open_recipe(load_recipe(SMALL / "vit-cifar10.yaml", {"image_size": 32}))
     facts = task.facts()
     assert (facts["train"], facts["held_out"]) == (1000, 2000)
@@ -54,10 +49,13 @@ def test_the_real_pictures_of_cifar10(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_model_learns_digits(tmp_path):
-    if not VIT.is_dir():
-        pytest.skip(f"no model {VIT}")
-    short = {"model": str(VIT), "steps": 40, "max_batches": 4, "output": str(tmp_path / "run")}
+def test_a_real_model_learns_digits(real_data, tmp_path):
+    short = {
+        "model": str(real_data("../models/vit-s14-saliency")),
+        "steps": 40,
+        "max_batches": 4,
+        "output": str(tmp_path / "run"),
+    }
     record = finetune(load_recipe(SMALL / "vit-digits.yaml", short), progress=False)
     assert record.before["metrics"]["accuracy"] < 0.3
     assert record.after["metrics"]["accuracy"] > 0.8
