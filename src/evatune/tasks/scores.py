@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from evatune.errors import EvaError, near_misses
+from evatune.tasks.statistics import STATISTICS
 
 N_RESAMPLES = 2000
 """Resamples of a bootstrap; another seed then moves the ends of a 95% interval by about 3% of its width."""
-
-
-def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean(values, axis=axis)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.sum(above, axis=axis) / np.maximum(np.sum(below, axis=axis), 1e-300)
-
-
-STATISTICS: dict[str, Callable[..., np.ndarray]] = {"mean": _mean, "ratio": _ratio}
-"""Functions of columns of outcomes, along their last axis: the mean of one, the ratio of the sums of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
