@@ -67,6 +67,8 @@ class MeasureSettings(Gradients, Rows, Decomposition, Stopping):
     """Folder of spectra measured before; then nothing is measured."""
     batch_size: int = number(4, low=1)
     """Examples in one measured batch."""
+    sampling: Literal["random", "stratified"] = "random"
+    """How these examples are drawn: at random, or in equal shares of each kind (task, class, environment)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def test_empty_data(tell, run, tmp_path):
     assert "holds no usable example" in tell("finetune", *run, "--data", tmp_path / "empty.jsonl")
     row = {"instruction": "Is it?", "input": "", "output": "", "answer": ""}
     (tmp_path / "mute.jsonl").write_text(json.dumps(row) + "\n")
-    assert "1 row without an answer" in tell("finetune", *run, "--data", tmp_path / "mute.jsonl")
+    assert "1 row without a question or an answer" in tell("finetune", *run, "--data", tmp_path / "mute.jsonl")
 
 
 def test_fewer_rows_than_components(tell, run, tiny_model, tmp_path):

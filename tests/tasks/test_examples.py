@@ -28,7 +28,7 @@ def test_rows_without_an_answer_are_dropped_with_a_count(tmp_path):
     found = gather(tmp_path / "a.jsonl", converter)
     assert (sorted(found), found.dropped) == ([1, 2], 1)
     (tmp_path / "a.jsonl").write_text('{"n": null}\n')
-    with pytest.raises(EvaError, match=r"holds no usable example \(1 row without an answer\)"):
+    with pytest.raises(EvaError, match=r"holds no usable example \(1 row without a question or an answer\)"):
         gather(tmp_path / "a.jsonl", converter)
 
 

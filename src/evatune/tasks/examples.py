@@ -40,8 +40,8 @@ class Examples(Sequence[Item], Generic[Item]):
 
     def summary(self) -> str:
         """Return one line: how many examples, from where, how many rows were dropped."""
-        dropped = f" ({self.dropped:,} without an answer dropped)" if self.dropped else ""
-        return f"{len(self):,} examples from {_short_names(self.sources)}{dropped}"
+        dropped = f" ({self.dropped:,} without a question or an answer dropped)" if self.dropped else ""
+        return f"{len(self):,} examples from {', '.join(short_names(self.sources))}{dropped}"
 
 
 def gather(
@@ -53,6 +53,7 @@ def gather(
     split: str = "train",
     hub_config: str | None = None,
     columns: Mapping[str, str] | None = None,
+    places: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Examples[Item]:
     """Read examples and shuffle them in an order that depends only on the seed.
 
@@ -64,9 +65,11 @@ def gather(
         split: split of a hub data set.
         hub_config: configuration of a hub data set.
         columns: see `read_rows`.
+        places: for sources that are no files or hub ids themselves: the arguments of `read_rows` for each of their
+            files.
 
     Returns:
-        The examples; rows without an answer are dropped and counted.
+        The examples; rows without a question or an answer are dropped and counted.
 
     Raises:
         EvaError: a source is missing or unreadable, a row does not fit, or no example is left.
@@ -76,27 +79,30 @@ def gather(
     dropped = 0
     for name in names:
         convert: Convert[Item] | None = None
-        for where, row in read_rows(name, split=split, hub_config=hub_config, columns=columns):
-            convert = convert or converter(row, name)
-            try:
-                example = convert(row)
-            except EvaError as error:
-                raise EvaError(f"{where}: {error}") from None
-            if example is None:
-                dropped += 1
-            else:
-                items.append(example)
+        for place in (places or {}).get(name, [{"name": name, "split": split, "hub_config": hub_config}]):
+            for where, row in read_rows(**place, columns=columns):
+                convert = convert or converter(row, name)
+                try:
+                    example = convert(row)
+                except EvaError as error:
+                    raise EvaError(f"{where}: {error}") from None
+                if example is None:
+                    dropped += 1
+                else:
+                    items.append(example)
     if not items:
         rows = "1 row" if dropped == 1 else f"{dropped} rows"
-        raise EvaError(f"{', '.join(names) or 'the data'} holds no usable example ({rows} without an answer).")
+        raise EvaError(
+            f"{', '.join(names) or 'the data'} holds no usable example ({rows} without a question or an answer)."
+        )
     random.Random(seed).shuffle(items)
     return Examples(items=tuple(items[:limit]), sources=tuple(names), dropped=dropped)
 
 
-def _short_names(sources: Sequence[str]) -> str:
-    """Return the names of files for one line: without folders, unless two files share a name."""
-    names: list[Any] = [Path(source).name for source in sources]
-    return ", ".join(
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Return the names of files and tasks without folders, unless two share a name."""
+    names = [Path(source).name for source in sources]
+    return [
         name if names.count(name) == 1 else str(Path(Path(source).parent.name) / name)
         for source, name in zip(sources, names, strict=True)
-    )
+    ]

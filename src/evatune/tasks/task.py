@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Task(Protocol):
     def held_out(self) -> Sized:
         """What `evaluate` scores the model on: examples, episodes, ...; empty if the recipe names none."""
 
+    def kinds(self) -> Sequence[str]:
+        """Return the kind of each training example (its task, its class, its environment), for stratified batches."""
+
     def load_model(self) -> Any:
         """Return the base model: a `torch.nn.Module` whose `forward(**batch)` returns an output with `.loss`."""
 
@@ -84,15 +88,30 @@ class Task(Protocol):
         """Save the preprocessor (tokenizer, image processor, ...) beside a saved model."""
 
 
-def batches(task: Task, *, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+def batches(
+    task: Task, *, batch_size: int, seed: int | None = None, sampling: Literal["random", "stratified"] = "random"
+) -> DataLoader[Any]:
     """Return a loader of batches of the training examples.
 
     Args:
         task: the task.
         batch_size: examples in a batch; the last may be smaller.
         seed: shuffles the examples, the same way in every pass; None keeps their order.
+        sampling: `stratified` takes one example of each kind in turn, until a kind has no more.
     """
     order = list(range(len(task.train)))
     if seed is not None:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
+    if sampling == "stratified":
+        order = _in_turn(order, task.kinds())
     return DataLoader(task.train, batch_size=batch_size, sampler=order, collate_fn=task.collate)
+
+
+def _in_turn(order: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """Return an order in which the kinds take turns; each keeps the given order among its own."""
+    turns: Counter[str] = Counter()
+    keys = []
+    for place, index in enumerate(order):
+        keys.append((turns[kinds[index]], place, index))
+        turns[kinds[index]] += 1
+    return [index for _, _, index in sorted(keys)]

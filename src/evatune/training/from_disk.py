@@ -13,7 +13,8 @@ from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks import find_domain
-from evatune.tasks.task import Task, batches
+from evatune.tasks.task import Task
+from evatune.training.setup import measured_batches
 
 
 def estimate_recipe(recipe: Recipe) -> Estimate:
@@ -39,7 +40,7 @@ def measure_recipe_from_disk(recipe: Recipe, task: Task) -> Spectra:
     """
     return measure_from_disk(
         _source(recipe),
-        batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        measured_batches(recipe, task),
         progress=sys.stderr.isatty(),
         **_stored(recipe),
     )

@@ -51,6 +51,12 @@ def load_base(recipe: Recipe, task: Task) -> Any:
     return task.load_model().to(best_device())
 
 
+def measured_batches(recipe: Recipe, task: Task) -> Any:
+    """Return a loader of the batches that are measured, drawn as the recipe says."""
+    measure = recipe.measure
+    return batches(task, batch_size=measure.batch_size, seed=recipe.train.seed, sampling=measure.sampling)
+
+
 def measure_recipe(
     recipe: Recipe,
     model: torch.nn.Module,
@@ -69,7 +75,7 @@ def measure_recipe(
     needs = task.needs(model)
     return measure(
         model,
-        batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed),
+        measured_batches(recipe, task),
         row_mask=needs.row_mask,
         settings=recipe.measuring,
         exclude_modules=without_adapter(recipe, needs),
@@ -147,7 +153,7 @@ def new_adapter(
     method, needs = recipe.adapter.choice.method, task.needs(model)
     options = recipe.adapter.shared(Adapter) | {"exclude_modules": without_adapter(recipe, needs)}
     if method.needs_batches and (spectra is None or method.needs_gradients):
-        options["batches"] = batches(task, batch_size=recipe.measure.batch_size, seed=recipe.train.seed)
+        options["batches"] = measured_batches(recipe, task)
         if not method.needs_spectra:
             options["max_batches"] = recipe.measure.max_batches
         elif spectra is None:

@@ -9,7 +9,7 @@ import pytest
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
 from evatune.tasks.generation.encoding import Collator, encode_examples
-from evatune.tasks.generation.formats import Example
+from evatune.tasks.generation.example import Example
 from evatune.tasks.task import batches
 
 

@@ -11,8 +11,8 @@ from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation import evaluation as evaluation_module
 from evatune.tasks.generation.encoding import encode_examples
 from evatune.tasks.generation.evaluation import evaluate
+from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
-from evatune.tasks.generation.formats import Example
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
+from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
-from evatune.tasks.generation.formats import Example
 
 QUESTION = {
     "instruction": "Which one is a colour?\n\nAnswer1: red Answer2: two\n\nAnswer format: answer1/answer2",
@@ -75,7 +75,7 @@ def test_messages_learn_every_turn_of_the_assistant(tmp_path, tiny_model):
 def test_messages_need_a_chat_template(tmp_path, tiny_model):
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
     tokenizer = load_tokenizer(tiny_model)
-    with pytest.raises(EvaError, match="1 row without an answer"):
+    with pytest.raises(EvaError, match="1 row without a question or an answer"):
         load_examples(path, tokenizer=tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(EvaError, match="need a tokenizer with a chat template"):
@@ -92,7 +92,7 @@ def test_template_that_rewrites_the_past_is_refused(tmp_path, tiny_model):
 
 def test_every_file_type_gives_the_same(tmp_path):
     rows = [{"prompt": f"say {n}, please: ", "completion": f"{n}"} for n in range(5)]
-    expected = load_examples(write_jsonl(tmp_path / "a.jsonl", *rows)).items
+    expected = [example.text for example in load_examples(write_jsonl(tmp_path / "a.jsonl", *rows))]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
@@ -104,7 +104,7 @@ def test_every_file_type_gives_the_same(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.json", "b.json", "a.csv", "a.tsv", "a.parquet"):
-        assert load_examples(tmp_path / name).items == expected, name
+        assert [example.text for example in load_examples(tmp_path / name)] == expected, name
 
 
 def test_order_depends_on_the_seed_alone(tmp_path):
@@ -123,7 +123,7 @@ def test_dropped_rows_are_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", QUESTION, QUESTION | {"output": ""}, QUESTION | {"answer": None})
     examples = load_examples(path)
     assert (len(examples), examples.dropped) == (1, 2)
-    assert examples.summary() == "1 examples from a.jsonl (2 without an answer dropped)"
+    assert examples.summary() == "1 examples from a.jsonl (2 without a question or an answer dropped)"
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,10 @@ class Control:
             attn_pdrop=data.dropout,
         )
 
+    def kinds(self) -> list[str]:
+        """Return the environment of each training window."""
+        return [self.train.episode(index).environment for index in range(len(self.train))]
+
     def load_model(self) -> DecisionTransformer:
         """Return the pretrained model, or a new one, which standardizes states as the training episodes need it."""
         source, config = self.source, self.config

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from evatune.errors import EvaError
 from evatune.settings import IGNORED_LABEL
-from evatune.tasks.generation.formats import Example
+from evatune.tasks.generation.example import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evatune.hardware import autocast
 from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
-from evatune.tasks.generation.formats import Example
+from evatune.tasks.generation.example import Example
 from evatune.tasks.scores import Metric, Scores
 
 if TYPE_CHECKING:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evatune.tasks.examples import Examples, gather
-from evatune.tasks.generation.formats import Example, find_format
+from evatune.tasks.examples import Examples, gather, short_names
+from evatune.tasks.generation.example import Example
+from evatune.tasks.generation.formats import find_format
+from evatune.tasks.generation.named import expanded, places
+from evatune.tasks.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,24 +22,38 @@ def load_examples(
     *,
     format: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    folder: str | None = None,
+    held_out: bool = False,
     **options: Any,
 ) -> Examples[Example]:
     """Read prompts and completions.
 
     Args:
-        sources: files (.jsonl, .json, .csv, .tsv, .parquet), which are mixed, or a hub data set id.
+        sources: files (.jsonl, .json, .csv, .tsv, .parquet), tasks (`commonsense/boolq`) and groups of them, which are
+            mixed, or a hub data set id.
         format: a key of `FORMATS`, or `auto`: what the fields of each source's first row fit.
         tokenizer: writes conversations (`messages`) with its chat template.
+        folder: holds copies of the named tasks; None takes them from the hub.
+        held_out: of named tasks take the rows to score on, not those to learn from.
         options: `limit`, `seed`, `split`, `hub_config` and `columns` of `evatune.tasks.examples.gather`.
 
     Returns:
-        The examples; rows without an answer are dropped and counted.
+        The examples; rows without a question or an answer are dropped and counted.
 
     Raises:
         EvaError: a source is missing or unreadable, its fields do not fit, or no example is left.
     """
-    return gather(
-        sources,
-        lambda row, name: find_format(format, row, source=name, tokenizer=tokenizer),
-        **options,
-    )
+    given = [sources] if isinstance(sources, str | os.PathLike) else sources
+    names = expanded([os.fspath(source) for source in given])
+    titles = dict(zip(names, short_names(names), strict=True))
+
+    def converter(row: Row, name: str) -> Callable[[Row], Example | None]:
+        convert = find_format(format, row, source=name, tokenizer=tokenizer)
+
+        def converted(row: Row) -> Example | None:
+            example = convert(row)
+            return example and replace(example, task=titles[name])
+
+        return converted
+
+    return gather(names, converter, places=places(names, folder=folder, held_out=held_out), **options)

@@ -2,18 +2,19 @@
 
 Each format names the fields that it reads and turns one row into one `Example`, or into None where the row has no
 answer. Only the format's template stands between prompt and completion.
-The templates of `commonsense` and `metamath` are those of Table 5 in the paper (arXiv:2410.07170, Appendix B).
+The template of `gsm8k` and `metamath` is that of Table 5 in the paper (arXiv:2410.07170, Appendix B).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evatune.errors import EvaError, near_misses
+from evatune.tasks.generation import commonsense
 from evatune.tasks.generation.conversations import is_conversation, read_messages, written
+from evatune.tasks.generation.example import PLAIN, Example, prompted, text_of
 from evatune.tasks.rows import Row
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 CHAT = None
 """Template of formats that the tokenizer's chat template writes."""
-PLAIN = "{prompt}"
-_LINE = "{prompt}\n"
 _STEPS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response: Let's think step by step.\n"
@@ -39,40 +38,6 @@ _ALPACA_INPUT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """One training string, in pieces that are learned and pieces that are only read."""
-
-    pieces: tuple[tuple[str, bool], ...]
-    """(string, learned) in order; the concatenation of the strings is what the model reads."""
-    choices: tuple[str, ...] = ()
-    """For a multiple-choice question, every possible completion."""
-    answer: int | None = None
-    """Index of the right choice."""
-    special_tokens: bool = True
-    """Whether the tokenizer adds its begin and end tokens; false if a chat template has written them already."""
-    template: str | None = PLAIN
-    """The template around such a prompt, see `evatune.models.prompts.PromptTemplate`."""
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return "".join(text for text, _ in self.pieces)
-
-    @property
-    def prompt(self) -> str:
-        """What stands before the last learned piece."""
-        return "".join(text for text, _ in self.pieces[: self._last_learned()])
-
-    @property
-    def completion(self) -> str:
-        """The last learned piece."""
-        return self.pieces[self._last_learned()][0]
-
-    def _last_learned(self) -> int:
-        return max(index for index, (_, learned) in enumerate(self.pieces) if learned)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Format:
     """The fields that a format reads, and how."""
 
@@ -80,73 +45,43 @@ class Format:
     """Fields that every row must have."""
     convert: Callable[..., Example | None]
     """One row to one example, or None if its answer is missing; with `is_chat` also takes the tokenizer."""
+    question: str = ""
+    """The field without which there is nothing to answer; rows where it is empty are left out."""
     is_chat: bool = False
     """Whether the tokenizer's chat template writes it."""
 
 
-def _text(row: Row, field: str) -> str:
-    value = row.get(field)
-    if isinstance(value, Mapping | list | tuple | bytes):
-        raise EvaError(f"field {field!r} holds a {type(value).__name__}, which is not a string.")
-    return "" if value is None else str(value)
-
-
-def _of(template: str, prompt: str, completion: str) -> Example | None:
-    if not completion.strip():
-        return None
-    pieces = ((template.replace("{prompt}", prompt), False), (completion, True))
-    return Example(pieces=pieces, template=template)
-
-
-def _commonsense(row: Row) -> Example | None:
-    """Read an instruction that ends in `Answer format: a/b/c`, and an output that ends in the answer."""
-    instruction, output, answer = _text(row, "instruction"), _text(row, "output"), _text(row, "answer")
-    if row.get("input"):
-        instruction = f"{instruction}\n{_text(row, 'input')}"
-    example = _of(_LINE, instruction, output)
-    listed = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
-    if example is None or not answer:
-        return None
-    choices = tuple(listed[1].split("/")) if listed else ()
-    if answer not in choices or not output.endswith(answer):
-        return example
-    stem = output.removesuffix(answer)
-    return Example(
-        pieces=example.pieces,
-        choices=tuple(stem + choice for choice in choices),
-        answer=choices.index(answer),
-        template=_LINE,
-    )
-
-
 def _gsm8k(row: Row) -> Example | None:
-    return _of(_STEPS, _text(row, "question"), _text(row, "answer"))
+    return prompted(_STEPS, text_of(row, "question"), text_of(row, "answer"))
 
 
 def _metamath(row: Row) -> Example | None:
-    return _of(_STEPS, _text(row, "query"), _text(row, "response"))
+    return prompted(_STEPS, text_of(row, "query"), text_of(row, "response"))
 
 
 def _alpaca(row: Row) -> Example | None:
     """Read an instruction, perhaps an input, and an output."""
-    extra = _text(row, "input")
-    prompt, output = _text(row, "instruction"), _text(row, "output")
+    extra = text_of(row, "input")
+    prompt, output = text_of(row, "instruction"), text_of(row, "output")
     if not extra.strip() or not output.strip():
-        return _of(_ALPACA, prompt, output)
+        return prompted(_ALPACA, prompt, output)
     text = _ALPACA_INPUT.replace("{prompt}", prompt).replace("{input}", extra)
     return Example(pieces=((text, False), (output, True)), template=_ALPACA)
 
 
 def _completion(row: Row) -> Example | None:
     """Read a prompt and a completion; with a list of `choices` that holds the completion, it is a question."""
-    example, choices = _of(PLAIN, _text(row, "prompt"), _text(row, "completion")), tuple(row.get("choices") or ())
+    example, choices = (
+        prompted(PLAIN, text_of(row, "prompt"), text_of(row, "completion")),
+        tuple(row.get("choices") or ()),
+    )
     if example is None or example.completion not in choices:
         return example
     return Example(pieces=example.pieces, choices=choices, answer=choices.index(example.completion))
 
 
 def _plain_text(row: Row) -> Example | None:
-    return Example(pieces=((_text(row, "text"), True),)) if _text(row, "text").strip() else None
+    return Example(pieces=((text_of(row, "text"), True),)) if text_of(row, "text").strip() else None
 
 
 def _messages(row: Row, tokenizer: PreTrainedTokenizerBase, *, field: str = "messages") -> Example | None:
@@ -178,15 +113,37 @@ def _conversation(pieces: list[tuple[str, bool]]) -> Example | None:
 
 
 FORMATS: dict[str, Format] = {
-    "commonsense": Format(fields=("instruction", "output", "answer"), convert=_commonsense),
-    "alpaca": Format(fields=("instruction", "output"), convert=_alpaca),
-    "gsm8k": Format(fields=("question", "answer"), convert=_gsm8k),
-    "metamath": Format(fields=("query", "response"), convert=_metamath),
+    "commonsense": Format(
+        fields=("instruction", "output", "answer"), convert=commonsense.templated, question="instruction"
+    ),
+    "boolq": Format(fields=("passage", "question", "answer"), convert=commonsense.boolq, question="question"),
+    "piqa": Format(fields=("goal", "sol1", "sol2", "label"), convert=commonsense.piqa, question="goal"),
+    "siqa": Format(
+        fields=("context", "question", "answerA", "answerB", "answerC", "label"),
+        convert=commonsense.siqa,
+        question="question",
+    ),
+    "hellaswag": Format(
+        fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        convert=commonsense.hellaswag,
+        question="ctx_a",
+    ),
+    "winogrande": Format(
+        fields=("sentence", "option1", "option2", "answer"), convert=commonsense.winogrande, question="sentence"
+    ),
+    "arc": Format(fields=("question", "choices", "answerKey"), convert=commonsense.arc, question="question"),
+    "openbookqa": Format(
+        fields=("question_stem", "choices", "answerKey"), convert=commonsense.openbookqa, question="question_stem"
+    ),
+    "alpaca": Format(fields=("instruction", "output"), convert=_alpaca, question="instruction"),
+    "gsm8k": Format(fields=("question", "answer"), convert=_gsm8k, question="question"),
+    "metamath": Format(fields=("query", "response"), convert=_metamath, question="query"),
     "completion": Format(fields=("prompt", "completion"), convert=_completion),
     "messages": Format(fields=("messages",), convert=_messages, is_chat=True),
     "sharegpt": Format(fields=("conversations",), convert=_conversations, is_chat=True),
     "text": Format(fields=("text",), convert=_plain_text),
 }
+"""All formats; `auto` takes the first whose fields are there."""
 _COMPLETION_OF_TURNS = Format(fields=("prompt", "completion"), convert=_completion_of_turns, is_chat=True)
 
 
@@ -224,7 +181,7 @@ def find_format(
     if name == "completion" and (is_conversation(row["prompt"]) or is_conversation(row["completion"])):
         form = _COMPLETION_OF_TURNS
     if not form.is_chat:
-        return form.convert
+        return lambda row: None if form.question and not text_of(row, form.question).strip() else form.convert(row)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise EvaError(
             f"{source} holds conversations, which need a tokenizer with a chat template, and this one has none."

@@ -15,8 +15,8 @@ from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
+from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
-from evatune.tasks.generation.formats import Example
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.scores import Scores
@@ -54,7 +54,8 @@ class Generation:
     @cached_property
     def examples(self) -> Examples[Example]:
         """The training examples as text."""
-        return self._load(self.data.train, limit=self.data.max_train_examples, split=self.data.train_split)
+        data = self.data
+        return self._load(data.train, limit=data.max_train_examples, split=data.train_split, held_out=False)
 
     @cached_property
     def train(self) -> EncodedExamples:
@@ -64,9 +65,14 @@ class Generation:
     @cached_property
     def held_out(self) -> Examples[Example]:
         """The held-out examples as text."""
-        if not self.data.eval:
+        data = self.data
+        if not data.eval:
             return Examples()
-        return self._load(self.data.eval, limit=self.data.max_eval_examples, split=self.data.eval_split)
+        return self._load(data.eval, limit=data.max_eval_examples, split=data.eval_split, held_out=True)
+
+    def kinds(self) -> list[str]:
+        """Return the task or the file that each training example comes from."""
+        return [example.task for example in self.examples]
 
     def load_model(self) -> Any:
         """Return the causal language model."""
@@ -135,11 +141,13 @@ class Generation:
             examples, self.tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt
         )
 
-    def _load(self, sources: Sequence[str], *, limit: int | None, split: str) -> Examples[Example]:
+    def _load(self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool) -> Examples[Example]:
         return load_examples(
             sources,
             limit=limit,
             split=split,
+            held_out=held_out,
+            folder=self.data.folder,
             format=self.data.format,
             seed=self.seed,
             tokenizer=self.tokenizer,

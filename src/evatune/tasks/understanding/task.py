@@ -70,6 +70,10 @@ class Understanding:
         """The held-out texts as tokens."""
         return self._encoded(self._held_out_texts)
 
+    def kinds(self) -> list[str]:
+        """Return the class of each training text."""
+        return [example.label for example in self.examples]
+
     def load_model(self) -> Any:
         """Return the language model with a head for the classes of the training texts."""
         model = load_model(

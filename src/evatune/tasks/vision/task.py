@@ -63,6 +63,10 @@ class Vision:
         """The held-out pictures."""
         return self._checked(self.found.held_out)
 
+    def kinds(self) -> list[str]:
+        """Return the class of each training picture."""
+        return [self.train.classes[label] for label in self.train.labels]
+
     def load_model(self) -> ImageClassifier:
         """Return the pretrained model with a head for the classes of the training pictures."""
         return load_classifier(self.source, n_classes=len(self.found.classes), size=self.data.image_size)

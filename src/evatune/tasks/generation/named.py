@@ -1,0 +1,135 @@
+"""Tasks that have a name: which data sets they are, on the hub or in a folder.
+
+A name with a slash belongs to a group, and the group's name means all of its tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import EvaError, near_misses
+from evatune.tasks.rows import SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTask:
+    """Where the rows of a task are."""
+
+    hub: str
+    """Hub id."""
+    config: str | None = None
+    """Configuration on the hub."""
+    train: str | None = "train"
+    """Split to learn from; None for a task that is for scoring only."""
+    held_out: str | None = "test"
+    """Split to score on; None for a task that is for training only."""
+    folder: str = ""
+    """Its folder on disk, where that is not its name."""
+
+
+_MATH = "EleutherAI/hendrycks_math"
+
+NAMED: dict[str, NamedTask] = {
+    "commonsense/boolq": NamedTask(hub="google/boolq", held_out="validation"),
+    "commonsense/piqa": NamedTask(hub="baber/piqa", held_out="validation"),
+    "commonsense/siqa": NamedTask(hub="lighteval/siqa", held_out="validation", folder="commonsense/social_i_qa"),
+    "commonsense/hellaswag": NamedTask(hub="Rowan/hellaswag", held_out="validation"),
+    "commonsense/winogrande": NamedTask(hub="allenai/winogrande", config="winogrande_xl", held_out="validation"),
+    "commonsense/arc-e": NamedTask(hub="allenai/ai2_arc", config="ARC-Easy", folder="commonsense/ARC-Easy"),
+    "commonsense/arc-c": NamedTask(hub="allenai/ai2_arc", config="ARC-Challenge", folder="commonsense/ARC-Challenge"),
+    "commonsense/obqa": NamedTask(hub="allenai/openbookqa", config="main", folder="commonsense/openbookqa"),
+    "metamath": NamedTask(hub="meta-math/MetaMathQA", held_out=None),
+    "gsm8k": NamedTask(hub="openai/gsm8k", config="main"),
+    "math/algebra": NamedTask(hub=_MATH, config="algebra"),
+    "math/counting": NamedTask(hub=_MATH, config="counting_and_probability"),
+    "math/geometry": NamedTask(hub=_MATH, config="geometry"),
+    "math/intermediate-algebra": NamedTask(hub=_MATH, config="intermediate_algebra"),
+    "math/number-theory": NamedTask(hub=_MATH, config="number_theory"),
+    "math/prealgebra": NamedTask(hub=_MATH, config="prealgebra"),
+    "math/precalculus": NamedTask(hub=_MATH, config="precalculus"),
+    "math-500": NamedTask(hub="HuggingFaceH4/MATH-500", train=None),
+    "code-feedback": NamedTask(hub="m-a-p/Code-Feedback", held_out=None),
+    "humaneval": NamedTask(hub="openai/openai_humaneval", train=None),
+    "mbpp": NamedTask(hub="google-research-datasets/mbpp", config="full"),
+    "humaneval+": NamedTask(hub="evalplus/humanevalplus", train=None),
+    "mbpp+": NamedTask(hub="evalplus/mbppplus", train=None),
+}
+"""All tasks by name."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(name for name in NAMED if name.startswith(f"{group}/"))
+    for group in dict.fromkeys(name.partition("/")[0] for name in NAMED if "/" in name)
+}
+"""The tasks of each group by its name."""
+
+
+def expanded(sources: Sequence[str]) -> list[str]:
+    """Return sources with the tasks of a group in place of its name; files and hub ids stay.
+
+    Raises:
+        EvaError: a name begins as those of a group do, and there is no such task.
+    """
+    names: list[str] = []
+    for source in sources:
+        group = source.partition("/")[0]
+        if Path(source).expanduser().exists() or group not in GROUPS or source in NAMED:
+            names.append(source)
+        elif source == group:
+            names += [name for name in GROUPS[group] if name not in names]
+        else:
+            raise EvaError(
+                f"there is no task {source!r}{near_misses(source, NAMED)}; {group} has {', '.join(GROUPS[group])}."
+            )
+    return names
+
+
+def places(names: Sequence[str], *, folder: str | None, held_out: bool) -> dict[str, list[Mapping[str, Any]]]:
+    """Return where the rows of the named tasks among some sources are.
+
+    Args:
+        names: sources; only those that are a key of `NAMED` and no file are looked at.
+        folder: holds copies on disk: `FOLDER/commonsense/boolq/train.json`, ...; None takes the hub.
+        held_out: the rows to score on, not those to learn from.
+
+    Returns:
+        For each task the arguments of `read_rows`, one mapping a file.
+
+    Raises:
+        EvaError: a task has no such rows.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name in names:
+        if name not in NAMED or Path(name).expanduser().exists():
+            continue
+        task = NAMED[name]
+        split = task.held_out if held_out else task.train
+        if split is None:
+            use = "training" if held_out else "scoring"
+            raise EvaError(f"task {name!r} is for {use} only; name another one in data.{_setting(held_out)}.")
+        if folder is None:
+            found[name] = [{"name": task.hub, "split": split, "hub_config": task.config}]
+        else:
+            files = _files(Path(folder).expanduser() / (task.folder or name), split=split, held_out=held_out)
+            if not files:
+                raise EvaError(
+                    f"{folder} has no copy of task {name!r}: {task.folder or name}/{split}{{{','.join(SUFFIXES)}}} is "
+                    f"missing; name only the tasks that are there, or leave out data.folder for the hub."
+                )
+            found[name] = [{"name": str(file)} for file in files]
+    return found
+
+
+def _files(home: Path, *, split: str, held_out: bool) -> list[Path]:
+    """Return the files of a split; copies call the rows to score on `test` or `validation`."""
+    splits = (split, "test", "validation") if held_out else (split,)
+    for name in splits:
+        if files := sorted(path for path in home.glob(f"{name}*") if path.suffix in SUFFIXES):
+            return files
+    return []
+
+
+def _setting(held_out: bool) -> str:
+    return "eval" if held_out else "train"
