@@ -6,13 +6,13 @@ On an accelerator, factorizing a small matrix takes as long as thousands of prod
 device. So an algorithm that does either is written as a generator: it reads as if it were alone, and where it needs a
 matrix factorized or a number on the host, it yields a request and continues with the answer. `together` runs many
 of them and answers the requests of one kind and shape at once, in one stack. On the CPU it is the same code: there the
-matrices of a stack are spread over the threads, each on one of them.
+algorithms are spread over the threads, and each thread runs a few of them side by side.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Iterable, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Self, TypeVar
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from evatune.pca.products import unrounded
-from evatune.pca.threads import on_one_thread_each
+from evatune.pca.threads import on_one_thread_each, one_thread
 
 T = TypeVar("T")
 
 Steps = Generator["Request", Any, T]
 """An algorithm that yields requests and returns a T."""
 
-PROCESSOR_BYTES = 32 * 1024**2
-"""Upper bound of the working memory of all algorithms that run side by side on the CPU. More would not fit in its
-caches and would cost more than it gains. All the same, at least as many run as there are threads."""
+PROCESSOR_BYTES = 16 * 1024**2
+"""Upper bound of the working memory of all algorithms that run side by side on one thread of the CPU. More would not
+fit in its caches and would cost more than it gains. At least one runs."""
 
 ACCELERATOR_BYTES = 512 * 1024**2
 """The same bound on an accelerator: enough for 28 sketches of 4,096 features and 32 components."""
@@ -81,14 +81,14 @@ class _Factorization(Request):
 
     @classmethod
     def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
-        """Factorize all matrices in one stack, or in one stack for each thread of the CPU."""
+        """Factorize all matrices in one stack."""
         device = requests[0].tensor.device
         stack = torch.stack([request.tensor for request in requests])
         if device.type == "mps":  # MPS has no factorizations
             stack = stack.cpu()
-        stacks = stack.tensor_split(min(torch.get_num_threads(), len(stack))) if stack.device.type == "cpu" else [stack]
-        for factors in on_one_thread_each(cls.factorized, stacks):
-            yield from zip(*(factor.to(device) for factor in factors), strict=True)
+        with one_thread():
+            factors = cls.factorized(stack)
+        return zip(*(factor.to(device) for factor in factors), strict=True)
 
     @staticmethod
     @abstractmethod
@@ -160,45 +160,49 @@ def together(works: Iterable[Work]) -> list[Any]:
     """Run algorithms side by side, as many at a time as their memory bound allows, and return their results.
 
     Raises:
-        Exception: the exception of the first that fails; the others are closed then.
+        Exception: the exception of the first that fails; those that run beside it are closed then.
     """
     works = list(works)
-    results: list[Any] = [None] * len(works)
-    with torch.no_grad(), unrounded(*(work.device for work in works)):
-        for numbers in _portions(works):
-            _run({number: works[number].steps for number in numbers}, results)
-    return results
+    portions = list(_portions(works))
+    on_processor = all(work.device.type == "cpu" for work in works)
+    with unrounded(*(work.device for work in works)):
+        if on_processor and len(portions) > 1:
+            results = on_one_thread_each(_run, portions)
+        else:
+            results = [_run(portion) for portion in portions]
+    return [result for portion in results for result in portion]
 
 
-def _portions(works: Sequence[Work]) -> Iterable[list[int]]:
-    """Yield the numbers of works that run at the same time."""
-    portion: list[int] = []
+def _portions(works: Iterable[Work]) -> Iterator[list[Work]]:
+    """Yield the works that run side by side."""
+    portion: list[Work] = []
     n_bytes = 0
-    for number, work in enumerate(works):
-        on_processor = work.device.type == "cpu"
-        limit = PROCESSOR_BYTES if on_processor else ACCELERATOR_BYTES
-        least = torch.get_num_threads() if on_processor else 1
-        if len(portion) >= least and n_bytes + work.n_bytes > limit:
+    for work in works:
+        limit = PROCESSOR_BYTES if work.device.type == "cpu" else ACCELERATOR_BYTES
+        if portion and n_bytes + work.n_bytes > limit:
             yield portion
             portion, n_bytes = [], 0
-        portion.append(number)
+        portion.append(work)
         n_bytes += work.n_bytes
     if portion:
         yield portion
 
 
-def _run(steps: dict[int, Steps[Any]], results: list[Any]) -> None:
+@torch.no_grad()
+def _run(works: Sequence[Work]) -> list[Any]:
+    """Run algorithms side by side and return their results."""
+    results: list[Any] = [None] * len(works)
     waiting: dict[int, Request] = {}
 
     def advance(number: int, answer: Any) -> None:
         try:
-            waiting[number] = steps[number].send(answer)
+            waiting[number] = works[number].steps.send(answer)
         except StopIteration as end:
             results[number] = end.value
             waiting.pop(number, None)
 
     try:
-        for number in steps:
+        for number in range(len(works)):
             advance(number, None)
         while waiting:
             groups: dict[Hashable, list[int]] = {}
@@ -209,5 +213,6 @@ def _run(steps: dict[int, Steps[Any]], results: list[Any]) -> None:
                 for number, answer in zip(numbers, list(type(requests[0]).answers(requests)), strict=True):
                     advance(number, answer)
     finally:
-        for algorithm in steps.values():
-            algorithm.close()
+        for work in works:
+            work.steps.close()
+    return results
