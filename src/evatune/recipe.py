@@ -113,9 +113,9 @@ class TrainSettings(Section):
     eval_steps: int | None = number(None, low=1)
     """Also evaluate the held-out data every so many steps."""
     save_steps: int | None = number(None, low=1)
-    """Write a checkpoint every so many steps; by default only an interruption writes one."""
-    keep_checkpoints: int = number(1, low=1)
-    """Newest checkpoints that stay on disk."""
+    """Write a checkpoint every so many steps; by default only the last step and an interruption write one."""
+    keep_checkpoints: int = number(1, low=0)
+    """Newest checkpoints that stay on disk; 0 leaves none of a finished run, which then cannot be extended."""
     seed: int = number(0, low=0)
     """Seed of data order, sampling, dropout and random initialization."""
     threads: int | None = number(None, low=1)

@@ -41,7 +41,7 @@ def test_checkpoints_that_are_not_complete_or_not_whole_are_passed_and_named(tmp
 
 
 FREE = {"output", "measure.spectra", "train.threads", "train.logging_steps", "train.eval_steps", "train.save_steps"}
-FREE |= {"train.keep_checkpoints"}
+FREE |= {"train.keep_checkpoints", "train.steps", "train.epochs"}
 VALUES = {"train.final_learning_rate": 1e-5, "adapter.method": "pissa", "data.columns": {"prompt": "question"}}
 
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from evatune.hardware import best_device
 from evatune.recipe import TrainSettings
+from evatune.training.schedule import rate_factor
 from evatune.training.setup import uses_bf16
 
 
@@ -25,6 +26,18 @@ def total_steps(settings: TrainSettings, *, n_examples: int) -> int:
 def warmup_steps(settings: TrainSettings, *, n_steps: int) -> int:
     """Return the number of steps in which the learning rate rises."""
     return math.ceil(settings.warmup_ratio * n_steps)
+
+
+def learning_rate(settings: TrainSettings, *, step: int, n_steps: int) -> float:
+    """Return the learning rate of a step, from 1 on."""
+    factor = rate_factor(
+        step,
+        n_steps=n_steps,
+        n_warmup=warmup_steps(settings, n_steps=n_steps),
+        schedule=settings.schedule,
+        end=settings.final_learning_rate / settings.learning_rate,
+    )
+    return settings.learning_rate * factor
 
 
 def training_arguments(
@@ -62,7 +75,7 @@ def training_arguments(
         "logging_nan_inf_filter": settings.allow_nonfinite,  # without those of skipped steps
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
-        "save_total_limit": settings.keep_checkpoints,
+        "save_total_limit": max(1, settings.keep_checkpoints),
         "eval_strategy": "steps" if settings.eval_steps and evaluates else "no",
         "eval_steps": settings.eval_steps,
         "report_to": "none",  # the callbacks are added one by one, see evatune.training.run

@@ -129,12 +129,20 @@ class ChecksumCallback(TrainerCallback):
 
 
 class LastStepCallback(TrainerCallback):
-    """Log the last step, also if it is not a multiple of the logging steps."""
+    """Log the last step, also if it is not a multiple of the logging steps, and write its checkpoint.
+
+    Args:
+        saves: whether the checkpoint is wanted, from which the run can be extended.
+    """
+
+    def __init__(self, *, saves: bool) -> None:
+        self.saves = saves
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a log entry at the end."""
+        """Ask for both at the end."""
         if state.global_step >= state.max_steps:
             control.should_log = True
+            control.should_save = control.should_save or self.saves
 
 
 class InterruptCallback(TrainerCallback):

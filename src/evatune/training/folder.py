@@ -9,7 +9,7 @@ from typing import Any
 
 from evatune.errors import EvaError
 from evatune.files import check_writable, damaged_files, write_text
-from evatune.recipe import Recipe, load_recipe
+from evatune.recipe import Recipe, TrainSettings, load_recipe
 
 RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
 INITIAL, CHECKPOINTS, ADAPTER, MODEL = "initial_adapter", "checkpoints", "adapter", "model"
@@ -17,6 +17,8 @@ INITIAL, CHECKPOINTS, ADAPTER, MODEL = "initial_adapter", "checkpoints", "adapte
 FREE = {"output", "measure.spectra", "train.threads"}
 FREE |= {f"train.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "keep_checkpoints")}
 """Settings that may change when a run is resumed: they change neither weights nor scores."""
+LENGTH = {"train.steps", "train.epochs"}
+"""Settings that may change too, since a run can be extended: what is left follows the schedule of the new length."""
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -46,10 +48,38 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     changed = [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in old | new
-        if key not in FREE and old.get(key) != new.get(key)
+        if key not in FREE | LENGTH and old.get(key) != new.get(key)
     ]
     if changed:
         raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
+
+
+def kept_training(folder: Path) -> TrainSettings:
+    """Return the training settings that a run was started or last extended with."""
+    return load_recipe(folder / RECIPE).train
+
+
+def check_length(folder: Path, *, n_steps: int) -> None:
+    """Check that a run which goes on can end after so many steps.
+
+    Raises:
+        EvaError: it has done as many already, or it is finished and kept no state to go on from.
+    """
+    steps = [checkpoint_step(path) for path in (folder / CHECKPOINTS).glob("checkpoint-*")]
+    if (folder / RECORD).is_file():
+        if not steps:
+            raise EvaError(
+                f"{folder} is finished and kept no checkpoint, so it cannot be extended; start again with more steps."
+            )
+        n_steps -= 1
+    if max(steps, default=0) > n_steps:
+        raise EvaError(f"{folder} has done {max(steps)} steps already; give more --steps than these, or start again.")
+
+
+def go_on(folder: Path, recipe: Recipe) -> None:
+    """Note that a run goes on with this recipe: it is not finished any more."""
+    write_text(folder / RECIPE, recipe.to_yaml())
+    (folder / RECORD).unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path, *, say: Callable[[str], None]) -> Path | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks.scores import Scores, score_line
 from evatune.tasks.task import Task
-from evatune.training.arguments import total_steps, training_arguments
+from evatune.training.arguments import learning_rate, total_steps, training_arguments
 from evatune.training.callbacks import (
     ChecksumCallback,
     ConsoleCallback,
@@ -63,9 +64,12 @@ from evatune.training.folder import (
     PLAN,
     RECORD,
     SPECTRA,
+    check_length,
     check_output,
     check_same_recipe,
     checkpoint_step,
+    go_on,
+    kept_training,
     last_checkpoint,
     start_folder,
 )
@@ -85,7 +89,7 @@ from evatune.training.setup import (
     use_threads,
     uses_bf16,
 )
-from evatune.training.trainer import FiniteGradientCallback, TaskTrainer
+from evatune.training.trainer import FiniteGradientCallback, RateCallback, TaskTrainer
 
 
 def finetune(
@@ -100,7 +104,9 @@ def finetune(
     Args:
         recipe: what to do; model, data and output must be given.
         overwrite: replace an output folder that holds a run.
-        resume: go on from the last checkpoint in the output folder; a finished run is returned as it is.
+        resume: go on from the last checkpoint in the output folder. A finished run is returned as it is, unless the
+            recipe gives it more steps: then it is extended, and the learning rate of its new steps is that of a run of
+            the new length.
         force: take spectra of another model, and resume with another model or changed data, without an error.
         progress: report on standard error.
 
@@ -123,13 +129,13 @@ def finetune(
         seconds={},
         weights={},
     )
-    if resume and (run.folder / RECORD).is_file():
-        check_same_recipe(run.folder, recipe)
-        run.say(f"done      {run.folder} is finished; nothing to resume")
-        return RunRecord.load(run.folder)
     resume = resume and run.folder.exists()
     if resume:
         check_same_recipe(run.folder, recipe)
+        if (run.folder / RECORD).is_file() and run.n_steps == run.n_steps_before():
+            run.say(f"done      {run.folder} is finished; nothing to resume (--steps N extends it)")
+            return RunRecord.load(run.folder)
+        check_length(run.folder, n_steps=run.n_steps)
         if not force:
             check_data(run.folder, recipe)
     else:
@@ -151,6 +157,15 @@ class _Run:
     seconds: dict[str, float]
     weights: dict[str, list[float]]
 
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.recipe.train, n_examples=len(self.task.train))
+
+    def n_steps_before(self) -> int:
+        """Return the steps of the whole run as it was started or last extended."""
+        return total_steps(kept_training(self.folder), n_examples=len(self.task.train))
+
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
         with self._timed("load"):
@@ -167,6 +182,7 @@ class _Run:
             # The adapter's shape differs from layer to layer: build it before its weights are loaded from a checkpoint.
             adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
             checkpoint = last_checkpoint(self.folder, say=self.say)
+            self._go_on(checkpoint)
         else:
             adapted, checkpoint = self._new_adapter(model), None
         before = self._before(adapted)
@@ -196,8 +212,21 @@ class _Run:
         if not self._is_full():
             write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
         record.save(self.folder)
+        if not recipe.train.keep_checkpoints:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         self.say(f"saved     {self.folder}")
         return record
+
+    def _go_on(self, checkpoint: Path | None) -> None:
+        """Tell of a run that is made longer or shorter, and note its recipe."""
+        step, before = checkpoint_step(checkpoint) if checkpoint else 0, self.n_steps_before()
+        if before != self.n_steps:
+            rate = learning_rate(self.recipe.train, step=step + 1, n_steps=self.n_steps)
+            self.say(
+                f"length    {self.n_steps} steps instead of {before}; the learning rate is that of a run of "
+                f"{self.n_steps} steps, {rate:.1e} at step {step + 1}"
+            )
+        go_on(self.folder, self.recipe)
 
     def _new_adapter(self, model: Any) -> Any:
         """Return the adapter, ready for training, and create the folder only now, after all checks."""
@@ -209,7 +238,7 @@ class _Run:
                 model,
                 spectra,
                 task=self.task,
-                total_steps=total_steps(self.recipe.train, n_examples=len(self.task.train)),
+                total_steps=self.n_steps,
             )
         self._start_folder(spectra)
         if plan is not None:
@@ -264,7 +293,8 @@ class _Run:
         callbacks: list[TrainerCallback] = [
             FiniteGradientCallback(skip=settings.allow_nonfinite),
             JsonLinesCallback(self.folder / LOG),
-            LastStepCallback(),
+            RateCallback(),
+            LastStepCallback(saves=settings.keep_checkpoints > 0),
             interrupt,
         ]
         callbacks += [at_home(home)(resume_from=checkpoint) for home in self.recipe.adapter.choice.method.callbacks]
@@ -294,15 +324,14 @@ class _Run:
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         step = checkpoint_step(checkpoint) if checkpoint else None
-        steps = total_steps(settings, n_examples=n_examples)
         self.say(
-            f"train     {steps} steps of {settings.batch_size * settings.gradient_accumulation} examples"
+            f"train     {self.n_steps} steps of {settings.batch_size * settings.gradient_accumulation} examples"
             + (f", from step {step}" if step else "")
         )
         set_seed(settings.seed)
         with self._timed("train"), interrupt.listening(), quiet_peft():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if interrupt.interrupted and trainer.state.global_step < steps:
+        if interrupt.interrupted and trainer.state.global_step < self.n_steps:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
             raise KeyboardInterrupt
         return trainer, step

@@ -70,6 +70,25 @@ class TaskTrainer(Trainer):
             raise EvaError(_not_finite("loss", float(loss), step=self.state.global_step + 1))
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless all steps are done: transformers would take one more from such a checkpoint."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+
+class RateCallback(TrainerCallback):
+    """Give the first step after a checkpoint its rate: the checkpoint may be of a run of another length."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute the rate of this step anew."""
+        if state.global_step:
+            schedule = kwargs["lr_scheduler"]
+            schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper steps only after a gradient
+            schedule.last_epoch -= 1
+            schedule.step()
+
 
 class FiniteGradientCallback(TrainerCallback):
     """End the run, or skip the step, if the gradient is not finite, before the weights change.
