@@ -55,6 +55,13 @@ def test_overrides(name, value, path, expected):
     assert found == expected
 
 
+def test_epochs_that_are_given_win_over_steps_of_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("train:\n  steps: 100\n")
+    assert load_recipe(tmp_path / "r.yaml", {"epochs": "2"}).train.steps is None
+    assert load_recipe(tmp_path / "r.yaml", {"epochs": "2", "steps": 7}).train.steps == 7
+    assert load_recipe(tmp_path / "r.yaml", {"rank": 2}).train.steps == 100
+
+
 def test_a_section_may_be_its_first_setting(tmp_path):
     (tmp_path / "r.yaml").write_text("model: gpt2\ndata: squad\ntrain:\n  learning_rate: 1e-3\n")
     recipe = load_recipe(tmp_path / "r.yaml", {"dtype": "bfloat16", "eval": "x.json"})

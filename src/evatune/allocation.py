@@ -5,9 +5,11 @@ Shapes: k components of one target, N targets. This module works on numbers, not
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,18 +161,57 @@ class RankPlan:
             "uniform_parameters": self.uniform_parameters,
         }
 
+    def settings(self) -> dict[str, Any]:
+        """Return the options of `allocate` that made it, as far as they are the same for all targets."""
+        ranks = set(self.base_ranks.values())
+        power = 0.5 if self.use_rslora else 1.0
+        alphas = {
+            round(alpha * (self.base_ranks[name] / self.ranks[name]) ** power, 9)
+            for name, alpha in self.alphas.items()
+            if self.ranks[name]
+        }
+        same = {"rank": ranks, "lora_alpha": alphas}
+        return {name: values.pop() for name, values in same.items() if len(values) == 1} | {
+            "rho": self.rho,
+            "metric": self.metric,
+            "budget": self.budget_in,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Read the plan that `evatune plan --save` or a run wrote.
+
+        Raises:
+            EvaError: the file is missing or holds no plan.
+        """
+        if not Path(path).is_file():
+            raise EvaError(f"there is no plan {path}; `evatune plan SPECTRA --save FILE` writes one.")
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(data, dict):
+                raise EvaError(f"this is not a rank plan: it holds a {type(data).__name__}.")
+            return cls.from_json(data)
+        except (ValueError, EvaError) as error:
+            raise EvaError(f"{path}: {error}") from None
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RankPlan:
         """Return the plan that `to_json` wrote.
 
         Raises:
-            EvaError: an entry is missing.
+            EvaError: an entry is missing, or a rank is no whole number.
         """
         try:
             required = {"ranks", "alphas", "base_ranks", "explained", "in_features", "out_features", "rho", "metric"}
-            return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data or name in required})
+            plan = cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data or name in required})
         except KeyError as error:
             raise EvaError(f"this is not a rank plan: the entry {error} is missing.") from None
+        for name, rank in plan.ranks.items():
+            if type(rank) is not int or rank < 0:
+                raise EvaError(f"the plan gives {name!r} rank {rank!r}, but a rank is a whole number of at least 0.")
+            if any(name not in entries for entries in (plan.alphas, plan.base_ranks, plan.in_features)):
+                raise EvaError(f"the plan gives {name!r} a rank, but no alpha, base rank or width.")
+        return plan
 
 
 def _n_trainable(in_features: int, out_features: int, *, train_a: bool) -> int:

@@ -96,6 +96,11 @@ class Method:
         return bool(self.config)
 
     @property
+    def takes_plan(self) -> bool:
+        """Whether a plan that was made before can decide its ranks."""
+        return self.needs_spectra and not self.needs_gradients and not self.needs_all_components
+
+    @property
     def is_lora(self) -> bool:
         """Whether its adapter is LoRA: factors A and B with one scale."""
         return self.config == Method.config
@@ -299,6 +304,17 @@ def check_train_a(choice: Choice, *, train_a: bool) -> None:
             f"{choice.optimizing} sets the learning rates of A and B apart; with a frozen A (train_a=False, "
             "--no-train-a) it does nothing."
         )
+
+
+def check_takes_plan(choice: Choice) -> None:
+    """Check that a plan that was made before can decide the ranks of a method.
+
+    Raises:
+        EvaError: it redistributes no ranks, or by gradients too.
+    """
+    if not choice.method.takes_plan:
+        able = ", ".join(name for name, method in METHODS.items() if method.takes_plan)
+        raise EvaError(f"method {choice.name!r} takes no plan made before; leave it out, or take {able}.")
 
 
 def parse_method(name: str) -> Choice:

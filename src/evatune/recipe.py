@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from evatune.errors import EvaError, near_misses
 from evatune.files import user_cache
-from evatune.methods import Choice, check_train_a, parse_method
+from evatune.methods import Choice, check_takes_plan, check_train_a, parse_method
 from evatune.settings import (
     Adapter,
     Decomposition,
@@ -43,10 +43,16 @@ class AdapterSettings(Adapter):
     main: ClassVar[str] = "method"
     splits_names: ClassVar[bool] = True
 
+    plan: str | None = path_setting(None)
+    """Plan that `evatune plan --save` or a run wrote (plan.json): its ranks and alphas are taken as they are, and its
+    rank, rho, metric and budget replace those of the recipe."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            check_train_a(parse_method(self.method), train_a=self.train_a)
+            check_train_a(self.choice, train_a=self.train_a)
+            if self.plan is not None:
+                check_takes_plan(self.choice)
         except EvaError as error:
             raise EvaError(f"adapter.method: {error}") from None
 
@@ -323,6 +329,8 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             given = content.get(section)
             content[section] = {} if given is None else {_kinds(DEFAULT)[section].main: given}
         content[section][leaf] = value
+        if (section, leaf) == ("train", "epochs") and "train.steps" not in map(_resolve, overrides or {}):
+            content[section]["steps"] = None  # those of the file would win
     try:
         return Recipe.from_dict(_expand(content))
     except EvaError as error:

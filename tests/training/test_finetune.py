@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from evatune.errors import EvaError
-from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks.generation import encoding
 from evatune.training import RequireEva, RunRecord, finetune

@@ -1,4 +1,4 @@
-"""Which spectra start which layers of an adapter."""
+"""Which spectra start which layers of an adapter, and which plan fits them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
 from evatune.spectra import Spectra
 
@@ -58,3 +59,35 @@ def fit_spectra(spectra: Spectra, widths: Mapping[str, int], *, warn: bool = Tru
         )
     targets = {name: spectra.targets[name] for name in widths if name in spectra.targets}
     return Fit(spectra=replace(spectra, targets=targets), without=tuple(missing))
+
+
+def check_plan(plan: RankPlan, spectra: Spectra, *, use_rslora: bool) -> None:
+    """Check that a plan that was made before can decide the ranks of an adapter.
+
+    Args:
+        plan: the plan.
+        spectra: of the adapter's layers, and of no others.
+        use_rslora: whether the adapter is scaled by alpha / √r.
+
+    Raises:
+        EvaError: it is of other layers, of another scale, or has more components than were kept.
+    """
+    strangers = [name for name in plan.ranks if name not in spectra.targets]
+    missing = [name for name in spectra.targets if name not in plan.ranks]
+    for names, what in ((strangers, "has layers that the adapter has not"), (missing, "lacks layers of the adapter")):
+        if names:
+            raise EvaError(
+                f"the plan {what} ({len(names)}, the first {names[0]!r}); plan again with spectra of these targets."
+            )
+    if plan.use_rslora != use_rslora:
+        raise EvaError(
+            f"the plan's alphas are for use_rslora={plan.use_rslora}, the adapter has use_rslora={use_rslora}; plan "
+            "again with that setting, or take a method with or without rslora."
+        )
+    for name, rank in plan.ranks.items():
+        n_kept = len(spectra[name].components)
+        if rank > n_kept:
+            raise EvaError(
+                f"the plan gives {name!r} rank {rank}, but {n_kept} components were kept of its input; measure with "
+                f"n_components={max(plan.ranks.values())}."
+            )

@@ -16,6 +16,7 @@ from evatune.activations.gradients import Loss
 from evatune.activations.layers.targets import TargetModule
 from evatune.activations.measure import Forward, RowMask
 from evatune.adapters.fit import Fit, fit_spectra
+from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.settings import Measuring, Preparing
 from evatune.spectra import Spectra
@@ -51,6 +52,8 @@ class Preparation:
     """Batches as the model takes them."""
     spectra: Spectra | None = None
     """Spectra that were measured before."""
+    plan: RankPlan | None = None
+    """Ranks and alphas that were decided before."""
     loss: Loss | None = None
     """Computes the loss of a batch, if the model itself does not."""
     forward: Forward | None = None

@@ -25,8 +25,9 @@ from evatune.adapters.lora import find_adapter
 from evatune.adapters.preparation import Preparation
 from evatune.adapters.taking_off import copy_biases, copy_weights, remember, trained_names
 from evatune.adapters.wrap import wrap
+from evatune.allocation import RankPlan
 from evatune.errors import EvaError
-from evatune.methods import Choice, at_home, check_train_a, parse_method
+from evatune.methods import Choice, at_home, check_takes_plan, check_train_a, parse_method
 from evatune.settings import Adapter, Gradients, Measuring, Preparing, takes
 from evatune.spectra import Spectra
 
@@ -39,6 +40,7 @@ def prepare(
     rank: int = 16,
     batches: Iterable[Any] | Spectra | None = None,
     spectra: Spectra | None = None,
+    plan: RankPlan | None = None,
     total_steps: int | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
@@ -64,6 +66,8 @@ def prepare(
         batches: data for the data-driven methods, as the model takes it (with labels for lora-ga, lora-one and
             eva-grad); iterated once. Spectra may be given here too.
         spectra: measured before, of these targets or of more; then nothing is measured.
+        plan: ranks and alphas of the targets, decided before, for the methods that redistribute ranks; then rank, rho,
+            metric and budget decide nothing.
         total_steps: how many optimizer steps the training will take; AdaLoRA's schedule needs it.
         loss: computes the loss from model and batch; needed if the loss of the model itself does not fit.
         forward: calls the model with a batch while measuring; needed if the default does not fit.
@@ -94,6 +98,8 @@ def prepare(
         batches, spectra = None, batches
     _check_model(model)
     _check_data(choice, batches, spectra)
+    if plan is not None:
+        check_takes_plan(choice)
     check_train_a(choice, train_a=settings.train_a)
     if not choice.method.has_adapter:
         return model.requires_grad_(True)
@@ -130,6 +136,7 @@ def prepare(
                 settings=settings,
                 batches=batches,
                 spectra=spectra,
+                plan=plan,
                 loss=loss,
                 forward=forward,
                 row_mask=row_mask,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from evatune.activations.gradients import batch_loss, first_batches, output_gradient_energy, weight_gradients
 from evatune.activations.layers.targets import TargetModule
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.adapters.fit import Fit
+from evatune.adapters.fit import Fit, check_plan
 from evatune.adapters.initialize import apply_plan
 from evatune.adapters.lora import down_up, find_adapter
 from evatune.adapters.preparation import Finish, Preparation, preprocessing
@@ -100,13 +100,17 @@ def _redistribute(
     weights: Mapping[str, float] | None = None,
 ) -> Finish:
     spectra, seed = fit.spectra, p.settings.seed
-    plan = spectra.plan(
-        settings=p.settings.part(Planning),
-        metric=metric,
-        rho=p.settings.rho if rho is None else rho,
-        use_rslora=p.config.use_rslora,
-        weights=weights,
-    )
+    if p.plan is not None:
+        plan = p.plan
+        check_plan(plan, spectra, use_rslora=p.config.use_rslora)
+    else:
+        plan = spectra.plan(
+            settings=p.settings.part(Planning),
+            metric=metric,
+            rho=p.settings.rho if rho is None else rho,
+            use_rslora=p.config.use_rslora,
+            weights=weights,
+        )
     down = {
         # Each target has its own seed, so that targets with a shared input differ.
         name: _ROWS[rows](spectra[name], rank, zlib.crc32(f"{seed} {name}".encode()))

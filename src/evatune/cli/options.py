@@ -108,6 +108,8 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         options |= {"nargs": "+", "metavar": "FILE" if setting.is_path else named}
     elif typing.get_origin(kinds[0]) is Mapping:
         options |= {"nargs": "+", "metavar": "NAME=VALUE"}
+    elif setting.path == "adapter.plan":
+        options["metavar"] = "FILE"
     elif setting.path in ("output", "measure.spectra"):
         options["metavar"] = "FOLDER"
     elif setting.path == "task":

@@ -24,6 +24,7 @@ from evatune.training.setup import (
     measures,
     new_adapter,
     open_recipe,
+    planned,
     quantize_as_asked,
     use_threads,
 )
@@ -88,6 +89,7 @@ def write_initial_adapter(
         )
     needs_data = method.needs_batches and (method.needs_gradients or not given)
     recipe.require("model", "output", *(("data",) if needs_data else ()))
+    recipe, given_plan = planned(recipe)
     check_writable(recipe.output, overwrite=overwrite, holds="adapter_config.json")
     use_threads(recipe)
     spectra = Spectra.load(given) if given and measures(recipe) else None
@@ -99,10 +101,10 @@ def write_initial_adapter(
         check_spectra(recipe, spectra, model)
     quantize_as_asked(recipe, model, task.needs(model))
     if spectra is None and measures(recipe):
-        spectra = measure_recipe(recipe, model, task=task)
+        spectra = measure_recipe(recipe, model, task=task, plan=given_plan)
         if is_interrupted(spectra):
             raise KeyboardInterrupt
-    adapted, plan = new_adapter(recipe, model, spectra, task=task)
+    adapted, plan = new_adapter(recipe, model, spectra, task=task, plan=given_plan)
     folder = save_adapter(adapted, recipe.output, overwrite=overwrite)
     if plan is not None:
         write_json(folder / PLAN, plan.to_json(), indent=2)

@@ -4,7 +4,7 @@ A run is a folder:
 
     recipe.yaml        the complete recipe
     spectra/           what was measured (EVA)
-    plan.json          the ranks (EVA)
+    plan.json          the ranks (EVA); `adapter.plan` of another run takes it
     initial_adapter/   the adapter before training (not converted, where the method changed the base weights)
     before.json        the evaluation before training, with the outcome of every example; after.json the one after it
     checkpoints/       what resuming needs
@@ -84,6 +84,7 @@ from evatune.training.setup import (
     measures,
     new_adapter,
     open_recipe,
+    planned,
     quantize_as_asked,
     resumed_adapter,
     use_threads,
@@ -118,9 +119,10 @@ def finetune(
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved.
     """
     recipe.require("model", "data", "output")
-    recipe = recipe.with_absolute_paths()
+    recipe, plan = planned(recipe.with_absolute_paths())
     run = _Run(
         recipe=recipe,
+        plan=plan,
         task=open_recipe(recipe),
         folder=Path(recipe.output),
         say=_printer(progress),
@@ -149,6 +151,7 @@ class _Run:
     """One run on its way."""
 
     recipe: Recipe
+    plan: RankPlan | None
     task: Task
     folder: Path
     say: Callable[[str], None]
@@ -238,6 +241,7 @@ class _Run:
                 model,
                 spectra,
                 task=self.task,
+                plan=self.plan,
                 total_steps=self.n_steps,
             )
         self._start_folder(spectra)
@@ -263,7 +267,7 @@ class _Run:
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):
-            spectra = measure_recipe(self.recipe, model, task=self.task, progress=self.progress)
+            spectra = measure_recipe(self.recipe, model, task=self.task, plan=self.plan, progress=self.progress)
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import set_seed
 
 from evatune.activations import measure
 from evatune.activations.gradients import batch_loss
+from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import initialized_plan, prepare
 from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import quantize_targets
@@ -57,11 +59,28 @@ def measured_batches(recipe: Recipe, task: Task) -> Any:
     return batches(task, batch_size=measure.batch_size, seed=recipe.train.seed, sampling=measure.sampling)
 
 
+def planned(recipe: Recipe) -> tuple[Recipe, RankPlan | None]:
+    """Return the recipe with the settings of the plan that it names, and the plan; None if it names none.
+
+    Raises:
+        EvaError: the file is missing or holds no plan.
+    """
+    if recipe.adapter.plan is None:
+        return recipe, None
+    plan = RankPlan.load(recipe.adapter.plan)
+    recipe = replace(recipe, adapter=replace(recipe.adapter, **plan.settings()))
+    most = max(plan.ranks.values(), default=0)
+    if most > recipe.measuring.n_kept:
+        recipe = replace(recipe, measure=replace(recipe.measure, n_components=most))
+    return recipe, plan
+
+
 def measure_recipe(
     recipe: Recipe,
     model: torch.nn.Module,
     *,
     task: Task,
+    plan: RankPlan | None = None,
     progress: bool = True,
 ) -> Spectra:
     """Measure a model on training data as a recipe says.
@@ -70,15 +89,26 @@ def measure_recipe(
         recipe: see `Recipe.measuring`.
         model: the base model.
         task: has the training data.
+        plan: ranks that were decided before; they are looked at first, since measuring may take long.
         progress: show a bar, if standard error is a terminal.
+
+    Raises:
+        EvaError: the plan is of another model, or what `measure` raises.
     """
     needs = task.needs(model)
+    settings = replace(recipe.measuring, exclude_modules=without_adapter(recipe, needs))
+    if plan is not None:
+        targets = {target.name for target in find_targets(model, settings.part(TargetRules))}
+        if strangers := [name for name in plan.ranks if name not in targets]:
+            raise EvaError(
+                f"the plan {recipe.adapter.plan} has layers that the adapter has not ({len(strangers)}, the first "
+                f"{strangers[0]!r}); plan again with spectra of this model and these target_modules."
+            )
     return measure(
         model,
         measured_batches(recipe, task),
         row_mask=needs.row_mask,
-        settings=recipe.measuring,
-        exclude_modules=without_adapter(recipe, needs),
+        settings=settings,
         progress=progress and sys.stderr.isatty(),
     )
 
@@ -136,6 +166,7 @@ def new_adapter(
     spectra: Spectra | None,
     *,
     task: Task,
+    plan: RankPlan | None = None,
     total_steps: int | None = None,
 ) -> tuple[Any, RankPlan | None]:
     """Make a model ready for training by the recipe's method.
@@ -145,6 +176,7 @@ def new_adapter(
         model: the base model; it is changed in place, as PEFT does.
         spectra: measured on the same targets, for the methods that start from them.
         task: has the training data, for the methods that look at data otherwise, and says what needs no adapter.
+        plan: ranks that were decided before.
         total_steps: optimizer steps to come.
 
     Returns:
@@ -163,6 +195,7 @@ def new_adapter(
     adapted = prepare(
         model,
         spectra=spectra,
+        plan=plan,
         total_steps=total_steps,
         gradient_batches=recipe.measure.gradient_batches,
         loss=_autocast_loss if uses_bf16(recipe.train) else None,
