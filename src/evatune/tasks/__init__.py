@@ -57,7 +57,7 @@ DOMAINS: dict[str, Domain] = {
         head="causal-lm",
     ),
     "understanding": Domain(
-        idea="a language model learns the classes of texts",
+        idea="a language model learns classes or numbers of texts",
         settings=UnderstandingData,
         metric="accuracy",
         higher_is_better=True,

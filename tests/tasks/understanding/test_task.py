@@ -3,89 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
-from evatune.recipe import Recipe
 from evatune.spectra import Spectra
-from evatune.tasks import open_task
-from evatune.tasks.settings import ModelSettings
-from evatune.tasks.understanding.examples import Labelled, classes_of, find_columns
-from evatune.tasks.understanding.settings import UnderstandingData
 from evatune.training import finetune
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a BERT of two layers without head, and the tokenizer of the tiny model."""
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    tokenizer = load_tokenizer(tiny_model)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        initializer_range=0.2,  # large enough that classes can be told apart at once
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_texts(path: Path, *, count: int, seed: int) -> Path:
-    """Write texts whose class stands in them."""
-    chance = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        label = chance.choice(["good", "bad"])
-        words = chance.choices(["red", "green", "blue", "one", "two"], k=chance.randint(1, 6))
-        lines.append(json.dumps({"sentence": " ".join([*words, label, label, label]), "label": label}))
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder / "train.jsonl", count=96, seed=1)
-    write_texts(folder / "test.jsonl", count=40, seed=2)
-    return folder
-
-
-@pytest.fixture
-def recipe(encoder: Path, texts: Path, tmp_path: Path):
-    def build(name: str = "run", **sections) -> Recipe:
-        content = {
-            "task": "understanding",
-            "model": {"name": str(encoder)},
-            "data": {"train": [str(texts / "train.jsonl")], "eval": [str(texts / "test.jsonl")]},
-            "adapter": {"rank": 4, "lora_alpha": 16},
-            "measure": {"max_batches": 3, "batch_size": 16},
-            "train": {"steps": 24, "batch_size": 16, "precision": "fp32", "learning_rate": 1e-2},
-            "output": str(tmp_path / name),
-        }
-        for section, values in sections.items():
-            content[section] = content[section] | values
-        return Recipe.from_dict(content)
-
-    return build
-
-
-def opened(encoder: Path, **data):
-    return open_task("understanding", UnderstandingData(**data), model=ModelSettings(name=str(encoder)), seed=0)
-
-
 @pytest.mark.parametrize("method", ["eva", "lora", "pissa", "eva+dora"])
-def test_one_word_changes_the_method_and_plain_peft_loads_the_adapter_with_its_head(recipe, encoder, method):
+def test_one_word_changes_the_method_and_plain_peft_loads_the_adapter_with_its_head(recipe, encoder, opened, method):
     from peft import PeftModel
 
     wanted = recipe(adapter={"method": method})
@@ -99,7 +30,7 @@ def test_one_word_changes_the_method_and_plain_peft_loads_the_adapter_with_its_h
     torch.manual_seed(123)  # the head that PEFT's user makes is another one, and is replaced
     base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     loaded = PeftModel.from_pretrained(base, Path(wanted.output) / "adapter")
-    task = opened(encoder, train=wanted.data.train, eval=wanted.data.eval)
+    task = opened(train=wanted.data.train, eval=wanted.data.eval)
     again = task.evaluate(loaded, progress=False)
     assert again["accuracy"] == after
     assert again["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-5)
@@ -153,7 +84,7 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(recipe):
     assert all(torch.equal(final[name], again[name]) for name in final)
 
 
-def test_decoders_pad_with_what_they_have(tiny_model, texts):
+def test_decoders_pad_with_what_they_have(tiny_model, texts, opened):
     """The tiny Llama gets a `score` head, which reads the last token that is no padding."""
     task = opened(tiny_model, train=(str(texts / "train.jsonl"),), eval=(str(texts / "test.jsonl"),))
     model = task.load_model()
@@ -162,8 +93,8 @@ def test_decoders_pad_with_what_they_have(tiny_model, texts):
     assert together.outcomes["nll"][0] == pytest.approx(alone.outcomes["nll"][0], rel=1e-4)
 
 
-def test_scores_against_a_plain_computation(encoder, texts):
-    task = opened(encoder, train=(str(texts / "train.jsonl"),), eval=(str(texts / "test.jsonl"),))
+def test_scores_against_a_plain_computation(texts, opened):
+    task = opened(train=(str(texts / "train.jsonl"),), eval=(str(texts / "test.jsonl"),))
     model = task.load_model()
     scores = task.evaluate(model, progress=False)
     for row, right, nll in zip(task.held_out, scores.outcomes["right"], scores.outcomes["nll"], strict=True):
@@ -171,38 +102,45 @@ def test_scores_against_a_plain_computation(encoder, texts):
             logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
         assert nll == pytest.approx(-float(logits.log_softmax(-1)[row["labels"]]), rel=1e-4)
         assert right == float(logits.argmax() == row["labels"])
-    assert scores.counts == {"examples": 40, "dropped": 0}
+    assert scores.counts == {"examples": 40, "dropped": 0, "cut": 0}
 
 
-def test_classes_are_in_the_order_of_numbers_or_of_the_alphabet():
-    assert classes_of([Labelled(texts=("a",), label=label) for label in ("10", "2", "-3", "2")]) == ("-3", "2", "10")
-    assert classes_of([Labelled(texts=("a",), label=label) for label in ("no", "maybe")]) == ("maybe", "no")
-    with pytest.raises(EvaError, match="all training texts are of class 'x'; a classifier needs two at least"):
-        classes_of([Labelled(texts=("a",), label="x")])
-
-
-def test_columns_are_found_by_their_usual_names():
-    pair = find_columns({"sentence1": "a", "sentence2": "b", "label": 1}, "x")
-    assert pair({"sentence1": "a", "sentence2": "b", "label": 1}) == Labelled(texts=("a", "b"), label="1")
-    assert pair({"sentence1": "a", "sentence2": "b", "label": -1}) is None  # hidden
-    assert pair({"sentence1": "a", "sentence2": "b", "label": " "}) is None
-    with pytest.raises(EvaError, match="column 'sentence2' holds 3, which is not a string"):
-        pair({"sentence1": "a", "sentence2": 3, "label": 1})
-    with pytest.raises(EvaError, match=r"x has no column of labels that is known; it has text, gold: .*\(label=NAME\)"):
-        find_columns({"text": "a", "gold": 1}, "x")
-
-
-def test_a_class_that_training_never_saw_is_named(encoder, texts, tmp_path):
-    (tmp_path / "test.jsonl").write_text('{"text": "red", "label": "goood"}\n')
-    task = opened(encoder, train=(str(texts / "train.jsonl"),), eval=(str(tmp_path / "test.jsonl"),))
-    with pytest.raises(EvaError, match=r"label 'goood' is no class of the training data \(did you mean 'good'"):
-        _ = task.held_out
-
-
-def test_preview_shows_special_tokens_and_the_class(encoder, texts):
-    task = opened(encoder, train=(str(texts / "train.jsonl"),), max_length=8)
+def test_preview_shows_special_tokens_and_the_class(texts, opened):
+    task = opened(train=(str(texts / "train.jsonl"),), max_length=8)
     preview = task.preview(2)
     assert len(preview.content) == 2
     assert all(row["tokens"] <= 8 for row in preview.content)
     assert preview.text.count("→ ⟦") == 2
-    assert "longer than 8 tokens" in task.summary()
+    assert "longer than 8 tokens, cut at the right" in task.summary()
+
+
+@pytest.mark.parametrize(("cut", "kept"), [("right", "red red"), ("left", "bad bad")])
+def test_long_texts_are_cut_at_the_stated_side_and_counted(opened, write_rows, cut, kept):
+    long = {"text": "red " * 30 + "bad " * 30, "label": "bad"}
+    path = write_rows("train.jsonl", long, {"text": "blue", "label": "good"})
+    task = opened(train=(path,), eval=(path,), max_length=16, cut=cut)
+    text = max((row["text"] for row in task.preview(2).content), key=len)
+    assert kept in text
+    assert not {"red red", "bad bad"} - {kept} & {text}
+    assert task.facts()["train_shortened"] == 1
+    assert task.evaluate(task.load_model(), progress=False).counts["cut"] == 1
+
+
+def test_sequences_that_the_model_cannot_take_are_refused(opened, texts):
+    with pytest.raises(EvaError, match=r"data\.max_length is 1024, but .* takes 512 tokens at most"):
+        _ = opened(train=(str(texts / "train.jsonl"),), max_length=1024).train
+
+
+def test_a_tokenizer_without_any_padding_is_refused(opened, encoder, texts, tmp_path):
+    tokenizer = load_tokenizer(encoder)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(EvaError, match="has neither a padding token nor an end token; set pad_token in"):
+        _ = opened(tmp_path, train=(str(texts / "train.jsonl"),)).train
+
+
+def test_texts_without_words_are_dropped_and_counted(opened, write_rows):
+    rows = [{"text": "", "label": "good"}, {"text": " ", "label": "bad"}, {"text": "a", "label": "good"}]
+    path = write_rows("train.jsonl", *rows, {"text": "b", "label": "bad"})
+    facts = opened(train=(path,)).facts()
+    assert (facts["train"], facts["train_dropped"]) == (2, 2)

@@ -1,1 +1,1 @@
-"""Language understanding: an encoder or decoder with a new head tells the class of a text or of two."""
+"""Language understanding: an encoder or decoder with a new head tells what stands beside texts."""

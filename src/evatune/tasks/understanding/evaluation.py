@@ -1,51 +1,43 @@
-"""Accuracy and loss on held-out texts."""
+"""The outputs of a model for held-out texts, and their scores."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evatune.errors import EvaError, near_misses
 from evatune.hardware import autocast
-from evatune.tasks.scores import Metric, Scores
-
-METRICS = {"accuracy": Metric(columns=("right",), form=".1%"), "loss": Metric(columns=("nll",))}
-"""`accuracy`: share of the texts whose most probable class is the right one. `loss`: mean negative log-likelihood of
-the right class, in nats."""
+from evatune.tasks.scores import Scores
+from evatune.tasks.understanding.kind import Outcomes
 
 
 @torch.inference_mode()
-def evaluate(
+def predict(
     model: Any,
     rows: Sequence[dict[str, Any]],
     collate: Callable[[Any], dict[str, Tensor]],
     *,
     batch_size: int = 32,
-    dropped: int = 0,
     bf16: bool = False,
     progress: bool = True,
-) -> Scores:
-    """Classify texts.
+) -> list[Tensor]:
+    """Return the outputs of the head for each row, in float32 on the processor.
 
     Args:
-        model: a classifier, with or without adapter; its mode is restored.
+        model: a model with its head, with or without adapter; its mode is restored.
         rows: tokens and labels of the held-out texts.
         collate: makes a padded batch of rows.
-        batch_size: texts in a forward pass; texts of like length share one.
-        dropped: rows that were left out before, for the counts.
+        batch_size: rows in a forward pass; rows of like length share one.
         bf16: compute in bfloat16 autocast.
         progress: show a bar on a terminal.
-
-    Returns:
-        Outcomes of each text: `right`, `nll`, and the numbers of the classes `expected` and `predicted`.
     """
-    started = time.perf_counter()
     device = next(model.parameters()).device
-    outcomes = {name: [0.0] * len(rows) for name in ("right", "nll", "expected", "predicted")}
+    outputs: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     was_training = model.training
     model.eval()
@@ -54,25 +46,42 @@ def evaluate(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
-                labels = batch.pop("labels")
+                del batch["labels"]
                 with autocast(device, "bfloat16" if bf16 else None):
-                    logits = model(**batch).logits.float()
-                found = {
-                    "right": logits.argmax(dim=-1) == labels,
-                    "nll": torch.nn.functional.cross_entropy(logits, labels, reduction="none"),
-                    "expected": labels,
-                    "predicted": logits.argmax(dim=-1),
-                }
-                for name, values in found.items():
-                    for index, value in zip(chosen, values.tolist(), strict=True):
-                        outcomes[name][index] = float(value)
+                    logits = model(**batch).logits.float().cpu()
+                for index, output in zip(chosen, logits, strict=True):
+                    outputs[index] = output
                 bar.update(len(chosen))
     finally:
         model.train(was_training)
-    return Scores(
-        headline="accuracy",
-        metrics=METRICS,
-        outcomes=outcomes,
-        counts={"examples": len(rows), "dropped": dropped},
-        seconds=time.perf_counter() - started,
-    )
+    return outputs
+
+
+def scores_of(
+    outcomes: Outcomes, *, headline: str | None, sets: Sequence[str], counts: Mapping[str, int], seconds: float
+) -> Scores:
+    """Return the scores of all examples, and the headline of each held-out set if there are several.
+
+    Args:
+        outcomes: of all examples.
+        headline: the metric that is reported first; None takes the usual one.
+        sets: which held-out set each example is from; each of several has a metric such as `accuracy (name)`.
+        counts: see `Scores`.
+        seconds: time that it took.
+
+    Raises:
+        EvaError: there is no metric of the headline's name.
+    """
+    metrics, columns = dict(outcomes.metrics), dict(outcomes.columns)
+    headline = headline or next(iter(metrics))
+    if headline not in metrics:
+        raise EvaError(
+            f"data.headline is {headline!r}, but must be one of {', '.join(metrics)}{near_misses(headline, metrics)}."
+        )
+    names = sorted(set(sets))
+    for name in names if len(names) > 1 else ():
+        apart = {column: f"{column} ({name})" for column in metrics[headline].columns}
+        for column, own in apart.items():
+            columns[own] = [value for value, of in zip(columns[column], sets, strict=True) if of == name]
+        metrics[f"{headline} ({name})"] = replace(metrics[headline], columns=tuple(apart.values()))
+    return Scores(headline=headline, metrics=metrics, outcomes=columns, counts=counts, seconds=seconds)

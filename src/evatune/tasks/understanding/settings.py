@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from evatune.errors import EvaError
 from evatune.settings import number
 from evatune.tasks.settings import RowSettings
+from evatune.tasks.understanding.glue import HUB, TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingData(RowSettings):
-    """Texts, or pairs of texts, and their classes; the columns are `text`, `text_pair` and `label`."""
+    """Texts, or pairs of texts, and what is learned of them; the columns are `text`, `text_pair` and `label`."""
 
+    kind: Literal["auto", "classification", "regression"] = "auto"
+    """What is learned: the class of a text or pair, or a number; `auto` is what the task of GLUE says, else a class."""
+    glue: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
+    """Task of GLUE: gives columns, classes and headline, and the data on the hub if none are named."""
+    headline: str | None = None
+    """Metric that is reported first; by default accuracy, Pearson's correlation, or what the task of GLUE says."""
+    label_range: tuple[float, ...] | None = None
+    """Lowest and highest label of a regression, for example `0,5`; another label is an error."""
     max_length: int = number(128, low=8)
-    """Longest sequence in tokens; what is longer loses its end."""
+    """Longest sequence in tokens; what is longer is cut, of a pair the longer text."""
+    cut: Literal["right", "left"] = "right"
+    """Side at which a sequence is cut."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_range is not None and (len(self.label_range) != 2 or self.label_range[0] >= self.label_range[1]):
+            raise EvaError(f"data.label_range is {self.label_range}, but must be two numbers, the lower one first.")
+        if self.glue and not self.train and not self.eval:
+            on_hub = {"train": (HUB,), "eval": (HUB,), "hub_config": self.glue, "eval_split": TASKS[self.glue].held_out}
+            for name, value in on_hub.items():
+                object.__setattr__(self, name, value)

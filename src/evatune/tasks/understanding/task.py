@@ -1,8 +1,8 @@
-"""The task of understanding: a language model with a new head learns the classes of texts."""
+"""The task of understanding: a language model with a new head learns what stands beside texts."""
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,17 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
+from evatune.models.loading import load_config
 from evatune.tasks.examples import Examples, gather
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
-from evatune.tasks.understanding.evaluation import evaluate
-from evatune.tasks.understanding.examples import EncodedTexts, Labelled, classes_of, encode_texts, find_columns
+from evatune.tasks.understanding.evaluation import predict, scores_of
+from evatune.tasks.understanding.glue import TASKS
+from evatune.tasks.understanding.held_out import HeldOut, read_held_out
+from evatune.tasks.understanding.kind import Encoded, Kind
+from evatune.tasks.understanding.kinds import kind_of
 from evatune.tasks.understanding.settings import UnderstandingData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NO_LIMIT = 1_000_000
+"""Tokenizers that do not know how long the model's sequences may be say a number above this one."""
 
 
 def open_task(data: UnderstandingData, *, model: ModelSettings, seed: int) -> Understanding:
@@ -31,15 +39,24 @@ def open_task(data: UnderstandingData, *, model: ModelSettings, seed: int) -> Un
 
 @dataclass(frozen=True, kw_only=True)
 class Understanding:
-    """Texts and their classes for a language model with a new head; see `evatune.tasks.task.Task`."""
+    """Texts and what is learned of them, for a language model with a new head; see `evatune.tasks.task.Task`."""
 
     data: UnderstandingData
     source: ModelSettings
     seed: int
 
     @cached_property
+    def kind(self) -> Kind:
+        """What is learned: classes or numbers."""
+        return kind_of(self.data)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model; one without a padding token pads with its end token."""
+        """The tokenizer of the model; one without a padding token pads with its end token.
+
+        Raises:
+            EvaError: it has neither, or the model's sequences are shorter than `data.max_length`.
+        """
         tokenizer = load_tokenizer(
             self.source.name,
             gguf_file=self.source.gguf_file,
@@ -48,42 +65,65 @@ class Understanding:
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise EvaError(
+                f"the tokenizer of {self.source.name} has neither a padding token nor an end token; set pad_token in "
+                "its tokenizer_config.json."
+            )
+        longest = tokenizer.model_max_length
+        if longest > NO_LIMIT and not self.source.gguf_file:
+            longest = getattr(
+                load_config(self.source.name, revision=self.source.revision), "max_position_embeddings", 0
+            )
+        if 0 < longest < self.data.max_length:
+            raise EvaError(
+                f"data.max_length is {self.data.max_length}, but {self.source.name} takes {longest} tokens at most."
+            )
+        tokenizer.truncation_side = self.data.cut
         return tokenizer
 
     @cached_property
-    def examples(self) -> Examples[Labelled]:
-        """The training texts."""
-        return self._load(self.data.train, limit=self.data.max_train_examples, split=self.data.train_split)
+    def examples(self) -> Examples[Any]:
+        """The training examples."""
+        return gather(
+            self.data.train,
+            self.kind.converter,
+            limit=self.data.max_train_examples,
+            seed=self.seed,
+            split=self.data.train_split,
+            hub_config=self.data.hub_config,
+            columns=self.data.columns,
+        )
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their numbers."""
-        return classes_of(self.examples)
+    def labels(self) -> tuple[str, ...]:
+        """Names of the head's outputs."""
+        return self.kind.labels(self.examples)
 
     @cached_property
-    def train(self) -> EncodedTexts:
-        """The training texts as tokens."""
+    def train(self) -> Encoded:
+        """The training examples as tokens."""
         return self._encoded(self.examples)
 
     @cached_property
-    def held_out(self) -> EncodedTexts:
-        """The held-out texts as tokens."""
-        return self._encoded(self._held_out_texts)
+    def held_out(self) -> Encoded:
+        """The held-out examples as tokens."""
+        return self._encoded(self._held_out.examples)
 
     def kinds(self) -> list[str]:
         """Return the class of each training text."""
         return [example.label for example in self.examples]
 
     def load_model(self) -> Any:
-        """Return the language model with a head for the classes of the training texts."""
+        """Return the language model with a head for what is learned."""
         model = load_model(
             self.source.name,
             gguf_file=self.source.gguf_file,
             dtype=self.source.dtype,
             revision=self.source.revision,
             trust_remote_code=self.source.trust_remote_code,
-            head="sequence-classification",
-            labels=self.classes,
+            head=self.kind.head,
+            labels=self.labels,
         )
         if model.config.pad_token_id is None:  # decoders read their last token that is not padding
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -96,7 +136,7 @@ class Understanding:
             for name, module in model.named_children()
             if name != model.base_model_prefix and any(True for _ in module.parameters())
         ]
-        return Needs(task_type="SEQ_CLS", heads=tuple(heads))
+        return Needs(task_type=self.kind.task_type, heads=tuple(heads))
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return rows of tokens as a padded batch, with labels of shape (rows,)."""
@@ -104,40 +144,47 @@ class Understanding:
 
     def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
         """Score a model on held-out texts."""
-        rows, dropped = self.held_out.rows[:limit], self._held_out_texts.dropped
-        return evaluate(model, rows, self.collate, dropped=dropped, bf16=bf16, progress=progress)
+        started = time.perf_counter()
+        rows = self.held_out.rows[:limit]
+        outputs = predict(model, rows, self.collate, bf16=bf16, progress=progress)
+        return scores_of(
+            self.kind.outcomes(outputs, rows, self.labels),
+            headline=self.data.headline or (TASKS[self.data.glue].headline if self.data.glue else None),
+            sets=self._held_out.sets[:limit],
+            counts={"examples": len(rows), "dropped": self._held_out.examples.dropped, "cut": self.held_out.cut},
+            seconds=time.perf_counter() - started,
+        )
 
     def preview(self, n: int) -> Preview:
-        """Return the first texts, decoded from their tokens, and the classes, which are learned, after an arrow."""
+        """Return the first texts, decoded from their tokens, and what is learned of them, after an arrow."""
         content = [
             {
                 "text": str(self.tokenizer.decode(row["input_ids"], clean_up_tokenization_spaces=False)),
-                "label": self.classes[row["labels"]],
-                "number": row["labels"],
+                "learned": self.kind.learned(row, self.labels),
                 "tokens": len(row["input_ids"]),
             }
             for row in self.train.rows[:n]
         ]
         shown = [
-            f"── example {number}: {row['tokens']} tokens, the class is learned ⟦ ⟧\n"
-            f"{row['text']} → ⟦{row['label']}⟧ (number {row['number']})"
+            f"── example {number}: {row['tokens']} tokens, what stands in ⟦ ⟧ is learned\n"
+            f"{row['text']} → ⟦{row['learned']}⟧"
             for number, row in enumerate(content, start=1)
         ]
         return Preview(text="\n\n".join(shown), content=content)
 
     def summary(self) -> str:
         """Return how many texts, of how many classes, from where, how many rows were dropped or cut."""
-        cut = f"{self.train.truncated:,} longer than {self.data.max_length} tokens"
-        return f"{self.examples.summary()}, {len(self.classes)} classes, {cut}"
+        outputs = "1 number" if len(self.labels) == 1 else f"{len(self.labels)} classes"
+        cut = f"{self.train.cut:,} longer than {self.data.max_length} tokens, cut at the {self.data.cut}"
+        return f"{self.examples.summary()}, {outputs}, {cut}"
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for the record."""
-        sizes = Counter(example.label for example in self.examples)
         return {
             "train": len(self.train),
             "train_dropped": self.examples.dropped,
-            "train_shortened": self.train.truncated,
-            "classes": {name: sizes[name] for name in self.classes},
+            "train_shortened": self.train.cut,
+            **self.kind.facts(self.examples, self.labels),
             "held_out": len(self.held_out),
         }
 
@@ -146,21 +193,8 @@ class Understanding:
         self.tokenizer.save_pretrained(folder)
 
     @cached_property
-    def _held_out_texts(self) -> Examples[Labelled]:
-        if not self.data.eval:
-            return Examples()
-        return self._load(self.data.eval, limit=self.data.max_eval_examples, split=self.data.eval_split)
+    def _held_out(self) -> HeldOut:
+        return read_held_out(self.data, self.kind.converter, seed=self.seed)
 
-    def _encoded(self, examples: Examples[Labelled]) -> EncodedTexts:
-        return encode_texts(examples, self.tokenizer, classes=self.classes, max_length=self.data.max_length)
-
-    def _load(self, sources: Sequence[str], *, limit: int | None, split: str) -> Examples[Labelled]:
-        return gather(
-            sources,
-            find_columns,
-            limit=limit,
-            seed=self.seed,
-            split=split,
-            hub_config=self.data.hub_config,
-            columns=self.data.columns,
-        )
+    def _encoded(self, examples: Examples[Any]) -> Encoded:
+        return self.kind.encode(examples, self.tokenizer, labels=self.labels, max_length=self.data.max_length)

@@ -1,0 +1,133 @@
+"""Classification: the class of a text or of a pair."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evatune.errors import EvaError, near_misses
+from evatune.tasks.examples import Convert
+from evatune.tasks.rows import Row
+from evatune.tasks.scores import Metric
+from evatune.tasks.understanding.glue import TASKS
+from evatune.tasks.understanding.kind import Encoded, Outcomes
+from evatune.tasks.understanding.settings import UnderstandingData
+from evatune.tasks.understanding.texts import Labelled, encode_texts, find_columns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BOTH = ("expected", "predicted")
+METRICS = {
+    "accuracy": Metric(columns=("right",), form=".1%"),
+    "matthews": Metric(columns=_BOTH, statistic="matthews", form=".3f"),
+    "loss": Metric(columns=("nll",)),
+}
+"""`accuracy`: share of the texts whose most probable class is the right one. `matthews`: Matthews' correlation. `loss`:
+mean negative log-likelihood of the right class, in nats."""
+F1 = {"f1": Metric(columns=_BOTH, statistic="f1", form=".1%")}
+"""Of two classes: the F1 score of the second."""
+MACRO_F1 = {"macro_f1": Metric(columns=_BOTH, statistic="macro_f1", form=".1%")}
+"""Of more classes: the mean of their F1 scores."""
+HIDDEN = ("-1", "-")
+"""How public benchmarks write a hidden label, or one that annotators did not agree on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """See `evatune.tasks.understanding.kind.Kind`."""
+
+    data: UnderstandingData
+    head = "sequence-classification"
+    task_type = "SEQ_CLS"
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of the classes, where the task of GLUE says them."""
+        return TASKS[self.data.glue].classes if self.data.glue else ()
+
+    def converter(self, row: Row, source: str) -> Convert[Labelled]:
+        """Return what makes a labelled text of each row."""
+        return find_columns(row, source, data=self.data, read_label=self._read)
+
+    def _read(self, label: str) -> str | None:
+        if label in HIDDEN:
+            return None
+        known = self.known
+        if not known or label in known:
+            return label
+        if label.isdigit() and int(label) < len(known):
+            return known[int(label)]
+        raise EvaError(
+            f"label {label!r} is no class of {self.data.glue}{near_misses(label, known)}; the classes are "
+            f"{', '.join(known)}, by name or by number from 0 to {len(known) - 1}."
+        )
+
+    def labels(self, examples: Sequence[Labelled]) -> tuple[str, ...]:
+        """Return the names of all classes: as GLUE has them, else numbers by size and other names by the alphabet.
+
+        Raises:
+            EvaError: there is only one class.
+        """
+        names = {example.label for example in examples}
+        if len(names) < 2:
+            raise EvaError(f"all training texts are of class {next(iter(names))!r}; a classifier needs two at least.")
+        if self.known:
+            return self.known
+        if all(name.lstrip("-").isdigit() for name in names):
+            return tuple(sorted(names, key=int))
+        return tuple(sorted(names))
+
+    def encode(
+        self,
+        examples: Sequence[Labelled],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> Encoded:
+        """Return tokens and numbers of classes.
+
+        Raises:
+            EvaError: a label is none of the classes.
+        """
+        numbers = {name: number for number, name in enumerate(labels)}
+
+        def target(label: str) -> int:
+            if label not in numbers:
+                raise EvaError(
+                    f"label {label!r} is no class of the training data{near_misses(label, labels)}; they are "
+                    f"{', '.join(labels)}."
+                )
+            return numbers[label]
+
+        return encode_texts(examples, tokenizer, target=target, max_length=max_length)
+
+    def outcomes(self, outputs: Sequence[Tensor], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> Outcomes:
+        """Return `right`, `nll`, and the numbers of the classes `expected` and `predicted` of each text."""
+        logits, expected = torch.stack(list(outputs)), torch.tensor([row["labels"] for row in rows])
+        predicted = logits.argmax(dim=-1)
+        columns = {
+            "right": predicted == expected,
+            "nll": torch.nn.functional.cross_entropy(logits, expected, reduction="none"),
+            "expected": expected,
+            "predicted": predicted,
+        }
+        return Outcomes(
+            columns={name: values.double().tolist() for name, values in columns.items()},
+            metrics=METRICS | (F1 if len(labels) == 2 else MACRO_F1),
+        )
+
+    def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:
+        """Return the name of the class, and its number."""
+        return f"{labels[row['labels']]} (class {row['labels']})"
+
+    def facts(self, examples: Sequence[Labelled], labels: Sequence[str]) -> dict[str, Any]:
+        """Return how many texts each class has."""
+        sizes = Counter(example.label for example in examples)
+        return {"classes": {name: sizes[name] for name in labels}}

@@ -1,0 +1,22 @@
+"""All kinds of understanding by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evatune.tasks.understanding.classification import Classification
+from evatune.tasks.understanding.glue import TASKS
+from evatune.tasks.understanding.kind import Kind
+from evatune.tasks.understanding.regression import Regression
+from evatune.tasks.understanding.settings import UnderstandingData
+
+KINDS: dict[str, Any] = {"classification": Classification, "regression": Regression}
+"""A kind is made of the settings of the `data:` section."""
+
+
+def kind_of(data: UnderstandingData) -> Kind:
+    """Return what a recipe's data are for."""
+    name = data.kind
+    if name == "auto":
+        name = "regression" if data.glue and not TASKS[data.glue].classes else "classification"
+    return KINDS[name](data=data)
