@@ -17,6 +17,8 @@ HEADS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
     "image-classification": "AutoModelForImageClassification",
     "base": "AutoModel",
 }
@@ -45,7 +47,8 @@ def load_model(
         dtype: `float32`, `bfloat16` or `float16`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with a hub model.
-        head: `causal-lm`, `seq2seq-lm`, `sequence-classification`, `image-classification` or `base` (no head).
+        head: `causal-lm`, `seq2seq-lm`, `sequence-classification`, `token-classification`, `question-answering`,
+            `image-classification` or `base` (no head).
         labels: names of the classes, for a head that classifies; it is new, and random, where the model has none for
             as many classes.
 

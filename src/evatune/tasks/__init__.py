@@ -57,7 +57,7 @@ DOMAINS: dict[str, Domain] = {
         head="causal-lm",
     ),
     "understanding": Domain(
-        idea="a language model learns classes or numbers of texts",
+        idea="a language model learns classes, numbers, tags or answers of texts",
         settings=UnderstandingData,
         metric="accuracy",
         higher_is_better=True,

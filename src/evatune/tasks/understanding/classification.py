@@ -45,11 +45,12 @@ class Classification:
     data: UnderstandingData
     head = "sequence-classification"
     task_type = "SEQ_CLS"
+    targets = ("labels",)
 
     @property
     def known(self) -> tuple[str, ...]:
-        """Names of the classes, where the task of GLUE says them."""
-        return TASKS[self.data.glue].classes if self.data.glue else ()
+        """Names of the classes, where the recipe or the task of GLUE says them."""
+        return self.data.classes or (TASKS[self.data.glue].classes if self.data.glue else ())
 
     def converter(self, row: Row, source: str) -> Convert[Labelled]:
         """Return what makes a labelled text of each row."""
@@ -64,7 +65,7 @@ class Classification:
         if label.isdigit() and int(label) < len(known):
             return known[int(label)]
         raise EvaError(
-            f"label {label!r} is no class of {self.data.glue}{near_misses(label, known)}; the classes are "
+            f"label {label!r} is no class{near_misses(label, known)}; the classes are "
             f"{', '.join(known)}, by name or by number from 0 to {len(known) - 1}."
         )
 
@@ -108,9 +109,15 @@ class Classification:
 
         return encode_texts(examples, tokenizer, target=target, max_length=max_length)
 
-    def outcomes(self, outputs: Sequence[Tensor], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> Outcomes:
+    def outputs(self, output: Any) -> Tensor:
+        """Return the logits."""
+        return output.logits
+
+    def outcomes(
+        self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Labelled], labels: Sequence[str]
+    ) -> Outcomes:
         """Return `right`, `nll`, and the numbers of the classes `expected` and `predicted` of each text."""
-        logits, expected = torch.stack(list(outputs)), torch.tensor([row["labels"] for row in rows])
+        logits, expected = torch.stack(list(outputs)), torch.tensor([row["labels"] for row in encoded.rows])
         predicted = logits.argmax(dim=-1)
         columns = {
             "right": predicted == expected,
@@ -131,3 +138,7 @@ class Classification:
         """Return how many texts each class has."""
         sizes = Counter(example.label for example in examples)
         return {"classes": {name: sizes[name] for name in labels}}
+
+    def about(self, labels: Sequence[str]) -> str:
+        """Return how many classes there are."""
+        return f"{len(labels)} classes"

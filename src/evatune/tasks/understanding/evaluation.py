@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evatune.errors import EvaError, near_misses
 from evatune.hardware import autocast
 from evatune.tasks.scores import Scores
-from evatune.tasks.understanding.kind import Outcomes
+from evatune.tasks.understanding.kind import Kind, Outcomes
 
 
 @torch.inference_mode()
@@ -22,16 +22,18 @@ def predict(
     rows: Sequence[dict[str, Any]],
     collate: Callable[[Any], dict[str, Tensor]],
     *,
+    kind: Kind,
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool = True,
 ) -> list[Tensor]:
-    """Return the outputs of the head for each row, in float32 on the processor.
+    """Return the outputs of the head for each row, without padding, in float32 on the processor.
 
     Args:
         model: a model with its head, with or without adapter; its mode is restored.
         rows: tokens and labels of the held-out texts.
         collate: makes a padded batch of rows.
+        kind: what is learned.
         batch_size: rows in a forward pass; rows of like length share one.
         bf16: compute in bfloat16 autocast.
         progress: show a bar on a terminal.
@@ -46,11 +48,12 @@ def predict(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
-                del batch["labels"]
+                inputs = {name: tensor for name, tensor in batch.items() if name not in kind.targets}
                 with autocast(device, "bfloat16" if bf16 else None):
-                    logits = model(**batch).logits.float().cpu()
-                for index, output in zip(chosen, logits, strict=True):
-                    outputs[index] = output
+                    found = kind.outputs(model(**inputs)).float().cpu()
+                kept = batch["attention_mask"].bool().cpu()
+                for index, output, mask in zip(chosen, found, kept, strict=True):
+                    outputs[index] = output[mask] if found.ndim > 2 else output
                 bar.update(len(chosen))
     finally:
         model.train(was_training)
@@ -84,4 +87,6 @@ def scores_of(
         for column, own in apart.items():
             columns[own] = [value for value, of in zip(columns[column], sets, strict=True) if of == name]
         metrics[f"{headline} ({name})"] = replace(metrics[headline], columns=tuple(apart.values()))
-    return Scores(headline=headline, metrics=metrics, outcomes=columns, counts=counts, seconds=seconds)
+    return Scores(
+        headline=headline, metrics=metrics, outcomes=columns, counts={**counts, **outcomes.counts}, seconds=seconds
+    )

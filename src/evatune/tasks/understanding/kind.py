@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IGNORED = -100
+"""Target of a token of which nothing is learned."""
+
+
 class Encoded(Dataset[dict[str, Any]]):
     """Examples as the model takes them.
 
     Args:
-        rows: the tokenizer's outputs and the labels.
+        rows: the tokenizer's outputs, the targets, and what the outcomes need besides.
         cut: examples that were longer than the longest allowed sequence.
     """
 
@@ -43,6 +47,8 @@ class Outcomes:
     """One number an example, by name."""
     metrics: Mapping[str, Metric]
     """The metrics of these columns, the usual headline first."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What else was counted."""
 
 
 class Kind(Protocol):
@@ -52,6 +58,8 @@ class Kind(Protocol):
     """Head of the model, see `evatune.models.load_model`."""
     task_type: str
     """PEFT's task type."""
+    targets: tuple[str, ...]
+    """Names of what is learned in a row and in a batch."""
 
     def converter(self, row: Row, source: str) -> Convert[Any]:
         """Return what makes an example of each row of a source, of which the first row is given."""
@@ -62,13 +70,28 @@ class Kind(Protocol):
     def encode(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
     ) -> Encoded:
-        """Return the examples as tokens and labels."""
+        """Return the examples as tokens and targets."""
 
-    def outcomes(self, outputs: Sequence[Tensor], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> Outcomes:
-        """Return the outcomes from the outputs of the head, one tensor a row, in float32 on the processor."""
+    def outputs(self, output: Any) -> Tensor:
+        """Return the numbers of the head from a model's output: (rows, ...) or (rows, tokens, ...)."""
+
+    def outcomes(
+        self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Any], labels: Sequence[str]
+    ) -> Outcomes:
+        """Return the outcomes of all examples.
+
+        Args:
+            outputs: numbers of the head, one tensor a row, without padding, in float32 on the processor.
+            encoded: the examples as tokens.
+            examples: the same as they were read.
+            labels: names of the outputs.
+        """
 
     def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:
         """Return what is learned of a row, for people."""
 
     def facts(self, examples: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
         """Return the labels of the training data as plain values."""
+
+    def about(self, labels: Sequence[str]) -> str:
+        """Return the same in a few words."""

@@ -38,6 +38,7 @@ class Regression:
     data: UnderstandingData
     head = "sequence-classification"
     task_type = "SEQ_CLS"
+    targets = ("labels",)
 
     @property
     def label_range(self) -> tuple[float, ...] | None:
@@ -83,10 +84,16 @@ class Regression:
         """Return tokens and numbers."""
         return encode_texts(examples, tokenizer, target=float, max_length=max_length)
 
-    def outcomes(self, outputs: Sequence[Tensor], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> Outcomes:
+    def outputs(self, output: Any) -> Tensor:
+        """Return the number."""
+        return output.logits
+
+    def outcomes(
+        self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Labelled], labels: Sequence[str]
+    ) -> Outcomes:
         """Return the numbers `expected` and `predicted`, and their `squared_error`."""
         predicted = torch.stack(list(outputs)).squeeze(-1).double()
-        expected = torch.tensor([row["labels"] for row in rows], dtype=torch.float64)
+        expected = torch.tensor([row["labels"] for row in encoded.rows], dtype=torch.float64)
         columns = {"expected": expected, "predicted": predicted, "squared_error": (predicted - expected) ** 2}
         return Outcomes(columns={name: values.tolist() for name, values in columns.items()}, metrics=METRICS)
 
@@ -98,3 +105,7 @@ class Regression:
         """Return the lowest and the highest label."""
         numbers = [float(example.label) for example in examples]
         return {"lowest_label": min(numbers), "highest_label": max(numbers)}
+
+    def about(self, labels: Sequence[str]) -> str:
+        """Return what is learned."""
+        return "1 number"

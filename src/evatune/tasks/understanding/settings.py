@@ -13,12 +13,16 @@ from evatune.tasks.understanding.glue import HUB, TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingData(RowSettings):
-    """Texts, or pairs of texts, and what is learned of them; the columns are `text`, `text_pair` and `label`."""
+    """Texts and what is learned of them; the columns are `text`, `text_pair` and `label`, or those of `kind`."""
 
-    kind: Literal["auto", "classification", "regression"] = "auto"
-    """What is learned: the class of a text or pair, or a number; `auto` is what the task of GLUE says, else a class."""
+    kind: Literal["auto", "classification", "regression", "token-classification", "question-answering"] = "auto"
+    """What is learned: the class of a text or pair, a number, a tag for each word, or where in a text the answer to a
+    question stands; `auto` is what the task of GLUE says, else a class."""
     glue: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
     """Task of GLUE: gives columns, classes and headline, and the data on the hub if none are named."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes or tags in the order of their numbers; another label is then an error. By default those of
+    the training data."""
     headline: str | None = None
     """Metric that is reported first; by default accuracy, Pearson's correlation, or what the task of GLUE says."""
     label_range: tuple[float, ...] | None = None
@@ -27,6 +31,8 @@ class UnderstandingData(RowSettings):
     """Longest sequence in tokens; what is longer is cut, of a pair the longer text."""
     cut: Literal["right", "left"] = "right"
     """Side at which a sequence is cut."""
+    stride: int = number(64, low=0)
+    """Tokens that two neighbouring windows of a long context share (question-answering)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
@@ -21,7 +22,7 @@ from evatune.tasks.task import Needs, Preview
 from evatune.tasks.understanding.evaluation import predict, scores_of
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.held_out import HeldOut, read_held_out
-from evatune.tasks.understanding.kind import Encoded, Kind
+from evatune.tasks.understanding.kind import IGNORED, Encoded, Kind
 from evatune.tasks.understanding.kinds import kind_of
 from evatune.tasks.understanding.settings import UnderstandingData
 
@@ -47,7 +48,7 @@ class Understanding:
 
     @cached_property
     def kind(self) -> Kind:
-        """What is learned: classes or numbers."""
+        """What is learned."""
         return kind_of(self.data)
 
     @cached_property
@@ -139,19 +140,25 @@ class Understanding:
         return Needs(task_type=self.kind.task_type, heads=tuple(heads))
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Return rows of tokens as a padded batch, with labels of shape (rows,)."""
-        return dict(self.tokenizer.pad(list(rows), return_tensors="pt"))
+        """Return rows as a padded batch; targets are (rows,), or (rows, tokens) with -100 where none is learned."""
+        names = self.tokenizer.model_input_names
+        batch = dict(self.tokenizer.pad([{n: row[n] for n in names if n in row} for row in rows], return_tensors="pt"))
+        side, length = self.tokenizer.padding_side, batch["input_ids"].shape[1]
+        for name in self.kind.targets:
+            batch[name] = torch.tensor([_padded(row[name], length, side=side) for row in rows])
+        return batch
 
     def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
         """Score a model on held-out texts."""
         started = time.perf_counter()
-        rows = self.held_out.rows[:limit]
-        outputs = predict(model, rows, self.collate, bf16=bf16, progress=progress)
+        examples = self._held_out.examples[:limit]
+        encoded = self.held_out if limit is None else self._encoded(examples)
+        outputs = predict(model, encoded.rows, self.collate, kind=self.kind, bf16=bf16, progress=progress)
         return scores_of(
-            self.kind.outcomes(outputs, rows, self.labels),
+            self.kind.outcomes(outputs, encoded, examples, self.labels),
             headline=self.data.headline or (TASKS[self.data.glue].headline if self.data.glue else None),
             sets=self._held_out.sets[:limit],
-            counts={"examples": len(rows), "dropped": self._held_out.examples.dropped, "cut": self.held_out.cut},
+            counts={"examples": len(examples), "dropped": self._held_out.examples.dropped, "cut": encoded.cut},
             seconds=time.perf_counter() - started,
         )
 
@@ -173,19 +180,18 @@ class Understanding:
         return Preview(text="\n\n".join(shown), content=content)
 
     def summary(self) -> str:
-        """Return how many texts, of how many classes, from where, how many rows were dropped or cut."""
-        outputs = "1 number" if len(self.labels) == 1 else f"{len(self.labels)} classes"
+        """Return how many texts, from where, what is learned, how many rows were dropped or cut."""
         cut = f"{self.train.cut:,} longer than {self.data.max_length} tokens, cut at the {self.data.cut}"
-        return f"{self.examples.summary()}, {outputs}, {cut}"
+        return f"{self.examples.summary()}, {self.kind.about(self.labels)}, {cut}"
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for the record."""
         return {
-            "train": len(self.train),
+            "train": len(self.examples),
             "train_dropped": self.examples.dropped,
             "train_shortened": self.train.cut,
             **self.kind.facts(self.examples, self.labels),
-            "held_out": len(self.held_out),
+            "held_out": len(self._held_out.examples),
         }
 
     def save_processor(self, folder: Path) -> None:
@@ -196,5 +202,13 @@ class Understanding:
     def _held_out(self) -> HeldOut:
         return read_held_out(self.data, self.kind.converter, seed=self.seed)
 
-    def _encoded(self, examples: Examples[Any]) -> Encoded:
+    def _encoded(self, examples: Sequence[Any]) -> Encoded:
         return self.kind.encode(examples, self.tokenizer, labels=self.labels, max_length=self.data.max_length)
+
+
+def _padded(target: Any, length: int, *, side: str) -> Any:
+    """Return a target as long as the batch, if it is one for each token."""
+    if not isinstance(target, list):
+        return target
+    filling = [IGNORED] * (length - len(target))
+    return filling + target if side == "left" else target + filling

@@ -1,0 +1,195 @@
+"""Extractive question answering: where in a context the answer to a question stands, in SQuAD's format.
+
+Rajpurkar et al. 2016 (arXiv:1606.05250), and 2018 (arXiv:1806.03822) for questions without answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evatune.errors import EvaError
+from evatune.tasks.examples import Convert
+from evatune.tasks.rows import Row
+from evatune.tasks.scores import Metric
+from evatune.tasks.understanding.answers import agreement, best_span
+from evatune.tasks.understanding.kind import Encoded, Outcomes
+from evatune.tasks.understanding.settings import UnderstandingData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("question", "context", "answers")
+"""Names of the columns."""
+METRICS = {
+    "f1": Metric(columns=("f1",), form=".1%"),
+    "exact": Metric(columns=("exact",), form=".1%"),
+    "loss": Metric(columns=("nll",)),
+}
+"""`f1`: mean overlap of the words of the given with the expected answer. `exact`: share of the answers that equal an
+expected one, but for case, punctuation and articles. `loss`: mean negative log-likelihood of begin and end, in nats,
+over the windows of a context."""
+NOWHERE = 0
+"""Place that stands for "not in this window": the first token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One question."""
+
+    question: str
+    """The question."""
+    context: str
+    """The text that answers it."""
+    answers: tuple[str, ...]
+    """Answers that count as right; none if the context has no answer."""
+    begin: int | None
+    """Where the first of them begins in the context, in characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswering:
+    """See `evatune.tasks.understanding.kind.Kind`."""
+
+    data: UnderstandingData
+    head = "question-answering"
+    task_type = "QUESTION_ANS"
+    targets = ("start_positions", "end_positions")
+
+    def converter(self, row: Row, source: str) -> Convert[Asked]:
+        """Return what makes a question of each row.
+
+        Raises:
+            EvaError: a column is missing.
+        """
+        for name in COLUMNS:
+            if name not in row:
+                raise EvaError(
+                    f"{source} has no column {name!r}; it has {', '.join(map(str, row))}: say which it is with columns "
+                    f"({name}=NAME)."
+                )
+        return _asked
+
+    def labels(self, examples: Sequence[Asked]) -> tuple[str, ...]:
+        """Return the names of the two outputs of each token."""
+        return ("begin", "end")
+
+    def encode(
+        self, examples: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
+    ) -> Encoded:
+        """Return windows of question and context, with the places of the answer's first and last token.
+
+        Raises:
+            EvaError: the tokenizer does not say where its tokens stand, or a question leaves no room for its context.
+        """
+        if not tokenizer.is_fast:
+            raise EvaError("question-answering needs a fast tokenizer, which says where its tokens stand.")
+        rows: list[dict[str, Any]] = []
+        cut = 0
+        for number, example in enumerate(examples):
+            room = max_length - len(tokenizer(example.question, "", verbose=False)["input_ids"])
+            if room <= self.data.stride:
+                raise EvaError(
+                    f"question {example.question!r} leaves {max(room, 0)} of {max_length} tokens for its context, but "
+                    f"windows share {self.data.stride}: set a larger data.max_length or a smaller data.stride."
+                )
+            windows: Any = tokenizer(
+                example.question,
+                example.context,
+                truncation="only_second",
+                max_length=max_length,
+                stride=self.data.stride,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            count = len(windows["input_ids"])
+            cut += count > 1
+            for window in range(count):
+                inside = [of == 1 for of in windows.sequence_ids(window)]
+                offsets = [
+                    place if own else None for place, own in zip(windows["offset_mapping"][window], inside, strict=True)
+                ]
+                begin, end = _answer_places(example, offsets)
+                row = {name: windows[name][window] for name in tokenizer.model_input_names if name in windows}
+                targets = {"start_positions": begin, "end_positions": end}
+                rows.append(row | targets | {"example": number, "offsets": offsets, "asked": example})
+        return Encoded(rows, cut=cut)
+
+    def outputs(self, output: Any) -> Tensor:
+        """Return the scores of each token as begin and as end of the answer: (rows, tokens, 2)."""
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+
+    def outcomes(
+        self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Asked], labels: Sequence[str]
+    ) -> Outcomes:
+        """Return `exact`, `f1` and `nll` of each question."""
+        best: list[tuple[float, str]] = [(float("-inf"), "")] * len(examples)
+        nowhere = [float("inf")] * len(examples)
+        losses: list[list[float]] = [[] for _ in examples]
+        for scores, row in zip(outputs, encoded.rows, strict=True):
+            number, example = row["example"], row["asked"]
+            log_probs = scores.log_softmax(dim=0)
+            told = log_probs[row["start_positions"], 0] + log_probs[row["end_positions"], 1]
+            losses[number].append(-float(told) / 2)
+            nowhere[number] = min(nowhere[number], float(scores[NOWHERE].sum()))
+            best[number] = max(best[number], best_span(scores, row["offsets"], example.context))
+        may_be_none = any(not example.answers for example in examples)
+        columns: dict[str, list[float]] = {"exact": [], "f1": [], "nll": [sum(one) / len(one) for one in losses]}
+        for example, (score, text), none in zip(examples, best, nowhere, strict=True):
+            exact, f1 = agreement("" if may_be_none and none > score else text, example.answers)
+            columns["exact"].append(exact)
+            columns["f1"].append(f1)
+        return Outcomes(
+            columns=columns,
+            metrics=METRICS,
+            counts={"windows": len(encoded), "without_answer": sum(not example.answers for example in examples)},
+        )
+
+    def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:
+        """Return the answer as its tokens give it, or that it is not in this window."""
+        if row["end_positions"] == NOWHERE:
+            return "not in this window" if row["asked"].answers else "no answer"
+        return (
+            row["asked"]
+            .context[row["offsets"][row["start_positions"]][0] : row["offsets"][row["end_positions"]][1]]
+            .strip()
+        )
+
+    def facts(self, examples: Sequence[Asked], labels: Sequence[str]) -> dict[str, Any]:
+        """Return how many questions have no answer."""
+        return {"train_without_answer": sum(not example.answers for example in examples)}
+
+    def about(self, labels: Sequence[str]) -> str:
+        """Return what is learned."""
+        return "places of answers"
+
+
+def _asked(row: Row) -> Asked | None:
+    question, context, answers = (row[name] for name in COLUMNS)
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise EvaError("question and context must be strings.")
+    if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+        raise EvaError(f"answers is {answers!r}, but must have the lists 'text' and 'answer_start'.")
+    if not question.strip() or not context.strip():
+        return None
+    texts, begins = list(answers["text"]), list(answers["answer_start"])
+    if len(texts) != len(begins):
+        raise EvaError(f"answers has {len(texts)} texts, but {len(begins)} places (answer_start).")
+    if texts and context[begins[0] : begins[0] + len(texts[0])] != texts[0]:
+        raise EvaError(f"the answer {texts[0]!r} does not stand at character {begins[0]} of its context.")
+    return Asked(question=question, context=context, answers=tuple(texts), begin=begins[0] if texts else None)
+
+
+def _answer_places(example: Asked, offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+    """Return the places of the first and the last token of the answer, if all of it stands in this window."""
+    if example.begin is None:
+        return NOWHERE, NOWHERE
+    begin, end = example.begin, example.begin + len(example.answers[0])
+    inside = [place for place, span in enumerate(offsets) if span and span[0] < end and span[1] > begin]
+    whole = inside and offsets[inside[0]][0] <= begin and offsets[inside[-1]][1] >= end  # type: ignore[index]
+    return (inside[0], inside[-1]) if whole else (NOWHERE, NOWHERE)
