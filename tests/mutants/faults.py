@@ -81,7 +81,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             ("wider = self if self.width >= other.width else other", "wider = self"),
             ("offset_d @ test_dl, alpha=moments.n_rows)", "offset_d @ test_dl)"),
             ("return self.moments.n_rows >= 2 * self.n_rows_refreshed", "return False"),
-            ("pairs, missed=self.missed())", "pairs, missed=0.0)"),
+            ("pairs, missed=missed)", "pairs, missed=0.0)"),
             ("n_half = (len(missed_k) + 1) // 2", "n_half = len(missed_k)"),
         ],
     ),

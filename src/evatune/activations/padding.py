@@ -293,7 +293,7 @@ class CountedRows:
         perturbed, leading = self._perturbed.of.get(place), self._plain.leading[place]
         if perturbed is None or self._perturbed.leading[place] != leading:
             return ()
-        changed = changed_rows(plain, perturbed).reshape(leading)
+        changed = changed_rows(plain, perturbed).reshape(leading).cpu()
         longer = self._longer.leading.get(place)
         seen = Seen(leading, changed, None if longer is None else longer.numel())
         found = agreeing(seen, self._shown, self._more)

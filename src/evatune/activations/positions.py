@@ -112,7 +112,7 @@ def read_positions(
     Raises:
         EvaError: `use_label_mask` is set, but the batch has no labels.
     """
-    entries = entries_of(batch)
+    entries = _marks_on_host(entries_of(batch))
     given = entries.get(LABELS)
     if use_label_mask and not isinstance(given, Tensor):
         raise EvaError("use_label_mask=True needs batches with 'labels', and this batch has none.")
@@ -150,6 +150,15 @@ def read_positions(
                 )
             )
     return BatchPositions(sequences=tuple(sequences), unread=tuple(_unread(entries)))
+
+
+def _marks_on_host(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the entries; masks, labels and token numbers are on the CPU, so that reading them stalls no device."""
+    endings = (MASK, TORCH_MASK, LABELS, *UNREAD, INPUTS[0])
+    return {
+        name: value.cpu() if isinstance(value, Tensor) and name.endswith(endings) else value
+        for name, value in entries.items()
+    }
 
 
 def _masks(entries: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Tensor, tuple[str, ...]]]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from evatune.activations.layer_type import TargetModule
 from evatune.activations.padding import RowCounts
 from evatune.activations.run import Learned
 from evatune.activations.starved import stand_ins
 from evatune.errors import EvaError, EvaWarning
-from evatune.pca import AnyPCA, learn_all
+from evatune.pca import AnyPCA, learn_all, on_host
 from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
@@ -70,14 +73,18 @@ def spectra_of(
         if key not in fitted and key not in standing_in:
             raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
     learn_all(fitted.values())
+    tensors = on_host(
+        [tensor for pca in fitted.values() for tensor in (pca.components_, pca.singular_values_, pca.mean_)]
+    )
     inputs = standing_in | {
         key: _spectrum(
             pca,
+            tensors[3 * number : 3 * number + 3],
             n_batches=n_batches,
             stopped=learned.reasons.get(key, stopped),
             counts=RowCounts(*learned.row_counts.get(key, ())),
         )
-        for key, pca in fitted.items()
+        for number, (key, pca) in enumerate(fitted.items())
     }
     reached = {
         name: Target(name=name, input=input_of[name], in_features=target.in_features, out_features=target.out_features)
@@ -116,12 +123,16 @@ def _check_rows(n_rows: int, n_components: int, n_batches: int) -> None:
         )
 
 
-def _spectrum(pca: AnyPCA, *, n_batches: int, stopped: Reason, counts: RowCounts) -> Spectrum:
+def _spectrum(
+    pca: AnyPCA, tensors: Sequence[Tensor], *, n_batches: int, stopped: Reason, counts: RowCounts
+) -> Spectrum:
+    """Return the spectrum of an input, with its components, singular values and mean on the CPU."""
     error = pca.captured_error_
+    components_kd, singular_values_k, mean_d = tensors
     return Spectrum(
-        components=pca.components_.float().cpu(),
-        singular_values=pca.singular_values_.float().cpu(),
-        mean=pca.mean_.float().cpu(),
+        components=components_kd,
+        singular_values=singular_values_k,
+        mean=mean_d,
         total_variance=pca.total_variance_,
         n_rows=pca.n_samples_seen_,
         n_batches=n_batches,

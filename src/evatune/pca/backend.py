@@ -104,7 +104,7 @@ class State(ABC):
         """
 
     @abstractmethod
-    def missed(self) -> float:
+    def missed(self) -> Steps[float]:
         """Return the variance that the first k pairs miss, not divided by the number of rows; NaN if unknown."""
 
     @abstractmethod

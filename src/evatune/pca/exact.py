@@ -81,7 +81,7 @@ class ExactState(State):
         return cls(wanted, moments, moments.shift_d.new_zeros(n_features, n_features))
 
     @classmethod
-    def of_eigenpairs(cls, wanted: Wanted, moments: Moments, pairs: Pairs, *, missed: float) -> Self:
+    def of_eigenpairs(cls, wanted: Wanted, moments: Moments, pairs: Pairs, *, missed: float) -> Steps[Self]:
         """Return the state of rows whose scatter matrix has these eigenpairs."""
         vectors_dp, values_p = (tensor.to(moments.shift_d) for tensor in pairs)
         second_moment_dd = (vectors_dp * values_p) @ vectors_dp.T
@@ -89,7 +89,7 @@ class ExactState(State):
             offset_d = moments.offset_d.to(second_moment_dd)
             second_moment_dd += moments.n_rows * torch.outer(offset_d, offset_d)
         state = cls(wanted, moments, second_moment_dd, missed=missed)
-        alone(state._review())
+        yield from state._review()
         return state
 
     def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
@@ -157,8 +157,9 @@ class ExactState(State):
             self._near_dl = pairs[0].to(self.second_moment_dd)
         return pairs
 
-    def missed(self) -> float:
+    def missed(self) -> Steps[float]:
         """Return zero, or what the sketch had missed if the state began as one."""
+        yield from ()
         return self._missed
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:

@@ -87,8 +87,9 @@ class IncrementalState(State):
         yield from ()
         return solver_copy(self.components_pd.T), solver_copy(self.singular_values_p).square()
 
-    def missed(self) -> float:
+    def missed(self) -> Steps[float]:
         """Return NaN: what was truncated is not known."""
+        yield from ()
         return math.nan
 
     def merged(self, other: Self) -> Self:

@@ -44,8 +44,9 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor
     # A column that sees no variance holds rounding errors; the formula would divide rounding errors by rounding errors.
     noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=0)) * (COLUMN_NOISE / n_features**0.5)
     alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
-    order_l = torch.where(alive_l, energy_l, -torch.inf).argsort(descending=True, stable=True)
-    largest, least = energy_l[order_l[0]], torch.where(alive_l, energy_l, torch.inf).min()
+    alive_energy_l = torch.where(alive_l, energy_l, -torch.inf)
+    order_l = alive_energy_l.argsort(descending=True, stable=True)
+    largest, least = alive_energy_l.max(), torch.where(alive_l, energy_l, torch.inf).min()
     n_alive, is_spread = yield Host(torch.stack([alive_l.sum().to(least), (largest > SPREAD * least).to(least)]))
     if not n_alive:
         return test_dl[:, :0], sketch_dl[0, :0]

@@ -159,7 +159,7 @@ class SketchState(State):
                 width = wider_sketch(width, excess=excess, n_components=self.n_components, n_features=self.n_features)
             elif self._may_turn_exact:
                 if first is None:
-                    return self.exactly()
+                    return (yield from self._exactly())
                 state = ExactState.start(self.wanted, self.moments)  # nothing is lost: all rows are in memory
                 state.update(first[0], product_dtype=first[1])
                 return (yield from state.settle()) if state.is_due else state
@@ -179,12 +179,18 @@ class SketchState(State):
 
     def exactly(self) -> State:
         """Return what the sketch knows as an exact state, which remembers what the sketch misses."""
-        pairs = alone(self._eigenpairs())
-        return ExactState.of_eigenpairs(self.wanted, self.moments, pairs, missed=self.missed())
+        return alone(self._exactly())
 
-    def missed(self) -> float:
+    def _exactly(self) -> Steps[State]:
+        pairs = yield from self._eigenpairs()
+        missed = yield from self.missed()
+        return (yield from ExactState.of_eigenpairs(self.wanted, self.moments, pairs, missed=missed))
+
+    def missed(self) -> Steps[float]:
         """Estimate from the probes how much variance the components miss, not divided by the number of rows."""
-        return float(self._missed(*alone(self._eigenpairs())).sum())
+        pairs = yield from self._eigenpairs()
+        (missed,) = yield Host(self._missed(*pairs).sum())
+        return missed
 
     def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
         """Return the estimate of what the sketch misses, divided by what it may miss, a scalar tensor."""

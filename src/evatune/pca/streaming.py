@@ -5,10 +5,9 @@ Shapes: n rows, d features, k components.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +22,15 @@ from evatune.pca.moments import Moments
 from evatune.pca.products import choose_product_dtype, unrounded
 from evatune.pca.subspace import complete_basis, fix_signs
 from evatune.pca.together import Host, Steps, Task, Work, alone, together
+
+
+class _Found(NamedTuple):
+    """What was found of the rows so far; see the attributes of `StreamingPCA`."""
+
+    components: Tensor
+    singular_values: Tensor
+    total_variance: float
+    captured_error: float
 
 
 class StreamingPCA(AnyPCA):
@@ -104,7 +112,7 @@ class StreamingPCA(AnyPCA):
         self.tolerance = tolerance
         self._state: State | None = None
         # Results for the rows so far:
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._found: _Found | None = None
         self._looked: Look | None = None
 
     # -- learning -----------------------------------------------------------------------------------------------------
@@ -257,12 +265,12 @@ class StreamingPCA(AnyPCA):
     @property
     def components_(self) -> Tensor:
         """Orthonormal rows by descending variance, (k, d)."""
-        return self._learned()[0]
+        return self._learned().components
 
     @property
     def singular_values_(self) -> Tensor:
         """Singular values of the centred rows, (k,)."""
-        return self._learned()[1]
+        return self._learned().singular_values
 
     @property
     def captured_error_(self) -> float:
@@ -271,18 +279,13 @@ class StreamingPCA(AnyPCA):
         Zero for the backend "exact", unless it began as a sketch. For "sketch" see
         `evatune.pca.sketch.SketchState.missed`; for "incremental" nothing is known.
         """
-        state = self._fitted()
-        with torch.no_grad(), unrounded(state.moments.shift_d.device):
-            missed = state.missed()
-        if missed == 0 or math.isnan(missed):
-            return missed
-        captured = float(self.singular_values_.square().sum())
-        return min(missed / captured, 1.0) if captured > 0 else 0.0
+        return self._learned().captured_error
 
     @property
     def total_variance_(self) -> float:
         """Sum of the variances of all features."""
-        return float(self._fitted().moments.variance_d(center=self.center).sum())
+        total = self._fitted().moments.variance_d(center=self.center).sum()
+        return float(total) if self._found is None else self._found.total_variance
 
     @property
     def mean_(self) -> Tensor:
@@ -428,7 +431,7 @@ class StreamingPCA(AnyPCA):
             raise NotFittedError("this StreamingPCA has seen no rows yet; call partial_fit first.")
         return self._state
 
-    def _learned(self) -> tuple[Tensor, Tensor]:
+    def _learned(self) -> _Found:
         self._fitted()
         together(self.works(Task.LEARN))
         assert self._found is not None
@@ -454,7 +457,15 @@ class StreamingPCA(AnyPCA):
         )
 
     def _learn(self) -> Steps[None]:
-        self._found = yield from self._factorized(rough=False)
+        state = self._fitted()
+        components_kd, singular_values_k = yield from self._factorized(rough=False)
+        missed = yield from state.missed()
+        total = state.moments.variance_d(center=self.center).sum()
+        total_variance, captured = yield Host(torch.stack([total, singular_values_k.square().sum().to(total)]))
+        error = missed
+        if missed > 0:  # not NaN
+            error = min(missed / captured, 1.0) if captured > 0 else 0.0
+        self._found = _Found(components_kd, singular_values_k, total_variance, error)
 
     def _factorized(self, *, rough: bool) -> Steps[tuple[Tensor, Tensor]]:
         """Return the components (k, d) and singular values (k,)."""

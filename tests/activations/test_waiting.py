@@ -1,0 +1,95 @@
+"""On an accelerator, the host waits for the device once a check, not once a batch or an input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import fake_device
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import evatune
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with fake_device.fake_device() as found:
+        yield found
+
+
+def model_on(device, *, n_layers=1):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=320,
+        intermediate_size=640,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval().to(device)
+
+
+def batches(n, *, padded=True, device="cpu"):
+    generator = torch.Generator("cpu").manual_seed(0)
+    mask = torch.ones(4, 64, dtype=torch.long)
+    if padded:
+        mask[1, 40:] = 0
+    for _ in range(n):
+        tokens = torch.randint(0, 64, (4, 64), generator=generator)
+        yield {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def n_waits(model, n_batches, **options):
+    fake_device.waits.clear()
+    given = {name: options.pop(name) for name in ("padded", "device") if name in options}
+    spectra = evatune.measure(model, batches(n_batches, **given), rank=8, progress=False, **options)
+    counted = fake_device.waits.copy()
+    fake_device.waits.clear()
+    assert next(iter(spectra.inputs.values())).components.device.type == "cpu"
+    return counted
+
+
+RULES = {"none": {"tau": None, "min_gain": None}, "both": {"tau": 0.99, "min_gain": 1e-9}}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("backend", ["exact", "sketch"])
+def test_the_host_waits_once_a_doubling_and_not_once_a_batch_or_an_input(device, backend, rules):
+    small, large = model_on(device), model_on(device, n_layers=2)
+    few = sum(n_waits(small, 5, backend=backend, padded=False, **rules).values())
+    many = sum(n_waits(small, 7, backend=backend, padded=False, **rules).values())
+    a_check_more = 16 if rules["tau"] else 0  # after the 6th batch
+    assert many <= few + a_check_more
+    wide = sum(n_waits(large, 5, backend=backend, padded=False, **rules).values())
+    assert wide <= few + 4, "four inputs more; their sketches may get wider at other times"
+
+
+def test_padding_is_learned_once_for_each_input(device):
+    model = model_on(device)
+    of_padding = [sum(count for place, count in n_waits(model, n).items() if "padding" in place) for n in (2, 5)]
+    assert of_padding == [4, 4]
+
+
+def test_masks_on_the_device_are_read_once_a_batch(device):
+    model = model_on(device)
+    counts = [
+        sum(count for place, count in n_waits(model, n, device=device).items() if "positions" in place) for n in (2, 5)
+    ]
+    assert counts == [4, 10], "mask and token numbers of each batch"
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+def test_what_is_measured_there_is_what_is_measured_on_the_cpu(device, backend):
+    options = {"rank": 8, "progress": False, "max_batches": 4, "backend": backend, "state_device": None}
+    there = evatune.measure(model_on(device), batches(4), **options)
+    with torch.utils._python_dispatch._disable_current_modes():
+        here = evatune.measure(model_on("cpu"), list(batches(4)), **options)
+    assert list(there.inputs) == list(here.inputs)
+    for key, spectrum in there.inputs.items():
+        torch.testing.assert_close(spectrum.singular_values, here.inputs[key].singular_values, rtol=1e-3, atol=1e-4)
+        assert spectrum.n_rows == here.inputs[key].n_rows
+
+
+def test_states_can_be_kept_on_the_cpu(device):
+    spectra = evatune.measure(model_on(device), batches(3), rank=8, progress=False, state_device="cpu")
+    assert {spectrum.n_rows for spectrum in spectra.inputs.values()} == {3 * (4 * 64 - 24)}

@@ -1,0 +1,146 @@
+"""A device that computes on the CPU and counts how often the host waits for it: `torch.device("fake")`.
+
+Its tensors are a subclass with a tensor of the CPU inside, so code sees a device that is not the CPU: moving, mixing of
+devices and reading values work, or fail, as on an accelerator.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "fake"
+READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2")
+"""Operations that give the host a value, or a shape that depends on values."""
+
+waits: Counter[str] = Counter()
+"""How often the host has waited, by the place in this package that made it wait."""
+
+
+class _Backend:
+    """What torch asks of a kind of device."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    is_available = is_initialized
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+
+
+class FakeTensor(torch.Tensor):
+    """A tensor on the device."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> FakeTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=f"{NAME}:0",
+        )
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> Any:
+        _wait()
+        return self.inner.tolist()
+
+    def numpy(self, **kwargs: Any) -> Any:
+        raise TypeError("this tensor is not on the CPU")
+
+    def __repr__(self) -> str:
+        return f"FakeTensor({self.inner})"
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    leaves = pytree.tree_leaves((args, kwargs))
+    is_here = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+    others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)]
+    name, device = func.overloadpacket.__name__, kwargs.get("device")
+    if is_here and name not in ("copy_", "index", "index_put_") and any(tensor.ndim for tensor in others):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got tensors of two.")
+    if is_here and name in READS:
+        _wait()
+    inner_args, inner_kwargs = pytree.tree_map(_unwrapped, (args, kwargs))
+    if device is not None:
+        inner_kwargs["device"] = "cpu"
+    out = func(*inner_args, **inner_kwargs)
+    goes_there = torch.device(device).type == NAME if device is not None else is_here
+    if not goes_there:
+        if is_here:
+            _wait()
+        return out
+    return return_and_correct_aliasing(func, args, kwargs, pytree.tree_map(_wrapped, out))
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.inner if isinstance(value, FakeTensor) else value
+
+
+def _wrapped(value: Any) -> Any:
+    return FakeTensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+
+
+def _wait() -> None:
+    """Count a wait, unless the model itself asked for it."""
+    frame = sys._getframe(1)
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    if "/transformers/" not in frame.f_code.co_filename:
+        waits[f"{frame.f_code.co_filename.rpartition('/evatune/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"] += 1
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def fake_device() -> Iterator[torch.device]:
+    """Make the device usable in the `with` block; modules can be moved to it."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with _Mode():
+            yield torch.device(NAME)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+        waits.clear()
