@@ -10,6 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evatune
 
 
+# Of random numbers, few components do not hold much.
+pytestmark = pytest.mark.filterwarnings("ignore:the components of")
+
+
 @pytest.fixture(autouse=True)
 def device():
     with fake_device.fake_device() as found:
