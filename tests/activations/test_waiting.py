@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
 
-
 # Of random numbers, few components do not hold much.
 pytestmark = pytest.mark.filterwarnings("ignore:the components of")
 
