@@ -144,3 +144,39 @@ def test_texts_without_words_are_dropped_and_counted(opened, write_rows):
     path = write_rows("train.jsonl", *rows, {"text": "b", "label": "bad"})
     facts = opened(train=(path,)).facts()
     assert (facts["train"], facts["train_dropped"]) == (2, 2)
+
+
+ENCODERS = {
+    "Roberta": ("classifier",),
+    "DebertaV2": ("pooler", "classifier"),
+    "DistilBert": ("pre_classifier", "classifier"),
+    "Electra": ("classifier",),
+    "ModernBert": ("head", "classifier"),
+}
+"""Class of the model -> its new head."""
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_encoder_trains_its_head_whole_and_measures_the_rest(recipe, opened, encoder, texts, tmp_path, name):
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    renamed = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+    shape |= {"pos_att_type": "p2c|c2p", "relative_attention": True, "position_buckets": 16} if "V2" in name else {}
+    if name == "DistilBert":
+        shape = {renamed.get(key, "hidden_dim"): value for key, value in shape.items()}
+    shape |= {"reference_compile": False} if name == "ModernBert" else {}
+    tokenizer = load_tokenizer(encoder)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 514}
+    config = getattr(transformers, f"{name}Config")(**shape, **ids)
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    task = opened(tmp_path / "model", train=(str(texts / "train.jsonl"),))
+    assert task.needs(task.load_model()).heads == ENCODERS[name]
+    wanted = recipe(model={"name": str(tmp_path / "model")}, train={"steps": 2})
+    record = finetune(wanted, progress=False)
+    assert record.steps == 2
+    ranks = json.loads((Path(wanted.output) / "plan.json").read_text())["ranks"]
+    assert ranks
+    assert not any(target.startswith(ENCODERS[name]) for target in ranks)
