@@ -17,7 +17,7 @@ from evatune.tasks.scores import Metric
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
-from evatune.tasks.understanding.texts import Labelled, encode_texts, find_columns
+from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,6 +127,11 @@ class Classification:
         }
         return Outcomes(
             columns={name: values.double().tolist() for name, values in columns.items()},
+            told=[
+                {"question": SEPARATOR.join(one.texts), "expected": one.label, "given": labels[given]}
+                | {"right": labels[given] == one.label}
+                for one, given in zip(examples, predicted.tolist(), strict=True)
+            ],
             metrics=METRICS | (F1 if len(labels) == 2 else MACRO_F1),
         )
 

@@ -47,6 +47,8 @@ class Outcomes:
     """One number an example, by name."""
     metrics: Mapping[str, Metric]
     """The metrics of these columns, the usual headline first."""
+    told: Sequence[Mapping[str, Any]]
+    """Of each example its `question`, what was `expected`, what was `given`, and `right` where one can tell."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else was counted."""
 

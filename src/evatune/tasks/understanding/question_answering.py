@@ -134,18 +134,23 @@ class QuestionAnswering:
         for scores, row in zip(outputs, encoded.rows, strict=True):
             number, example = row["example"], row["asked"]
             log_probs = scores.log_softmax(dim=0)
-            told = log_probs[row["start_positions"], 0] + log_probs[row["end_positions"], 1]
-            losses[number].append(-float(told) / 2)
+            log_prob = log_probs[row["start_positions"], 0] + log_probs[row["end_positions"], 1]
+            losses[number].append(-float(log_prob) / 2)
             nowhere[number] = min(nowhere[number], float(scores[NOWHERE].sum()))
             best[number] = max(best[number], best_span(scores, row["offsets"], example.context))
         may_be_none = any(not example.answers for example in examples)
+        told: list[dict[str, Any]] = []
         columns: dict[str, list[float]] = {"exact": [], "f1": [], "nll": [sum(one) / len(one) for one in losses]}
         for example, (score, text), none in zip(examples, best, nowhere, strict=True):
-            exact, f1 = agreement("" if may_be_none and none > score else text, example.answers)
+            given = "" if may_be_none and none > score else text
+            exact, f1 = agreement(given, example.answers)
             columns["exact"].append(exact)
             columns["f1"].append(f1)
+            asked = f"{example.context}\n{example.question}"
+            told.append({"question": asked, "expected": list(example.answers), "given": given, "right": exact == 1})
         return Outcomes(
             columns=columns,
+            told=told,
             metrics=METRICS,
             counts={"windows": len(encoded), "without_answer": sum(not example.answers for example in examples)},
         )

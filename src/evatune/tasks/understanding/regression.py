@@ -17,7 +17,7 @@ from evatune.tasks.scores import Metric
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
-from evatune.tasks.understanding.texts import Labelled, encode_texts, find_columns
+from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,14 @@ class Regression:
         predicted = torch.stack(list(outputs)).squeeze(-1).double()
         expected = torch.tensor([row["labels"] for row in encoded.rows], dtype=torch.float64)
         columns = {"expected": expected, "predicted": predicted, "squared_error": (predicted - expected) ** 2}
-        return Outcomes(columns={name: values.tolist() for name, values in columns.items()}, metrics=METRICS)
+        return Outcomes(
+            columns={name: values.tolist() for name, values in columns.items()},
+            told=[
+                {"question": SEPARATOR.join(one.texts), "expected": float(one.label), "given": given}
+                for one, given in zip(examples, predicted.tolist(), strict=True)
+            ],
+            metrics=METRICS,
+        )
 
     def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:
         """Return the number."""

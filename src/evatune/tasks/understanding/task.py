@@ -112,8 +112,8 @@ class Understanding:
         return self._encoded(self._held_out.examples)
 
     def kinds(self) -> list[str]:
-        """Return the class of each training text."""
-        return [example.label for example in self.examples]
+        """Return what is learned of each training row."""
+        return [self.kind.learned(row, self.labels) for row in self.train.rows]
 
     def load_model(self) -> Any:
         """Return the language model with a head for what is learned."""

@@ -32,6 +32,10 @@ LABEL_COLUMNS = ("label", "labels", "class", "score")
 """Usual names of the column of labels."""
 
 
+SEPARATOR = " ⏐ "
+"""Stands between the texts of a pair for people."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
     """One text, or a pair, and its label."""

@@ -151,6 +151,7 @@ class TokenClassification:
     ) -> Outcomes:
         """Return counts of words and of entities of each sentence, and the `nll` of its words."""
         columns: dict[str, list[float]] = {}
+        told: list[dict[str, Any]] = []
         for logits, row, example in zip(outputs, encoded.rows, examples, strict=True):
             log_probs = logits.log_softmax(dim=-1)
             places = row["places"]
@@ -172,17 +173,22 @@ class TokenClassification:
             }
             for name, value in outcome.items():
                 columns.setdefault(name, []).append(float(value))
+            marked = [_marked(example.words, tags) for tags in (example.tags, given)]
+            question = " ".join(example.words)
+            told.append({"question": question, "expected": marked[0], "given": marked[1]})
+            told[-1]["right"] = outcome["right_words"] == outcome["words"]
         has_entities = all(map(is_entity_tag, labels))
         return Outcomes(
             columns=columns,
+            told=told,
             metrics=(ENTITIES if has_entities else {}) | WORD_METRICS,
             counts={name: int(sum(columns[name])) for name in ("words", "seen_words")},
         )
 
     def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:
         """Return the words with their tags, without those outside of entities."""
-        tags = ((row["words"][word], labels[row["labels"][place]]) for word, place in row["places"].items())
-        return " ".join(f"{word}/{tag}" for word, tag in tags if tag != OUTSIDE)
+        places = row["places"]
+        return _marked([row["words"][word] for word in places], [labels[row["labels"][at]] for at in places.values()])
 
     def facts(self, examples: Sequence[Tagged], labels: Sequence[str]) -> dict[str, Any]:
         """Return how many words have each tag."""
@@ -192,6 +198,11 @@ class TokenClassification:
     def about(self, labels: Sequence[str]) -> str:
         """Return how many tags there are."""
         return f"{len(labels)} tags"
+
+
+def _marked(words: Sequence[str], tags: Sequence[str]) -> str:
+    """Return the words with their tags, without those outside of entities."""
+    return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True) if tag != OUTSIDE)
 
 
 def _first_tokens(text: str, words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
