@@ -73,14 +73,13 @@ class Understanding:
             )
         longest = tokenizer.model_max_length
         if longest > NO_LIMIT and not self.source.gguf_file:
-            longest = getattr(
-                load_config(self.source.name, revision=self.source.revision), "max_position_embeddings", 0
-            )
+            config = load_config(self.source.name, revision=self.source.revision)
+            longest = getattr(config, "max_position_embeddings", 0)
         if 0 < longest < self.data.max_length:
             raise EvaError(
                 f"data.max_length is {self.data.max_length}, but {self.source.name} takes {longest} tokens at most."
             )
-        tokenizer.truncation_side = self.data.cut
+        tokenizer.truncation_side, tokenizer.padding_side = self.data.cut, "right"  # targets are places from the left
         return tokenizer
 
     @cached_property
@@ -143,9 +142,8 @@ class Understanding:
         """Return rows as a padded batch; targets are (rows,), or (rows, tokens) with -100 where none is learned."""
         names = self.tokenizer.model_input_names
         batch = dict(self.tokenizer.pad([{n: row[n] for n in names if n in row} for row in rows], return_tensors="pt"))
-        side, length = self.tokenizer.padding_side, batch["input_ids"].shape[1]
         for name in self.kind.targets:
-            batch[name] = torch.tensor([_padded(row[name], length, side=side) for row in rows])
+            batch[name] = torch.tensor([_padded(row[name], batch["input_ids"].shape[1]) for row in rows])
         return batch
 
     def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
@@ -192,6 +190,7 @@ class Understanding:
             "train_shortened": self.train.cut,
             **self.kind.facts(self.examples, self.labels),
             "held_out": len(self._held_out.examples),
+            "held_out_shortened": self.held_out.cut,
         }
 
     def save_processor(self, folder: Path) -> None:
@@ -206,9 +205,6 @@ class Understanding:
         return self.kind.encode(examples, self.tokenizer, labels=self.labels, max_length=self.data.max_length)
 
 
-def _padded(target: Any, length: int, *, side: str) -> Any:
+def _padded(target: Any, length: int) -> Any:
     """Return a target as long as the batch, if it is one for each token."""
-    if not isinstance(target, list):
-        return target
-    filling = [IGNORED] * (length - len(target))
-    return filling + target if side == "left" else target + filling
+    return target + [IGNORED] * (length - len(target)) if isinstance(target, list) else target
