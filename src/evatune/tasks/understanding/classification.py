@@ -17,7 +17,7 @@ from evatune.tasks.scores import Metric
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
-from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns
+from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns, known_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,9 +48,14 @@ class Classification:
     targets = ("labels",)
 
     @property
-    def known(self) -> tuple[str, ...]:
+    def stated(self) -> tuple[str, ...] | None:
         """Names of the classes, where the recipe or the task of GLUE says them."""
-        return self.data.classes or (TASKS[self.data.glue].classes if self.data.glue else ())
+        return self.data.classes or (TASKS[self.data.glue].classes if self.data.glue else None)
+
+    @property
+    def columns(self) -> str:
+        """The columns of texts and labels."""
+        return known_columns(self.data)
 
     def converter(self, row: Row, source: str) -> Convert[Labelled]:
         """Return what makes a labelled text of each row."""
@@ -59,7 +64,7 @@ class Classification:
     def _read(self, label: str) -> str | None:
         if label in HIDDEN:
             return None
-        known = self.known
+        known = self.stated
         if not known or label in known:
             return label
         if label.isdigit() and int(label) < len(known):
@@ -78,8 +83,8 @@ class Classification:
         names = {example.label for example in examples}
         if len(names) < 2:
             raise EvaError(f"all training texts are of class {next(iter(names))!r}; a classifier needs two at least.")
-        if self.known:
-            return self.known
+        if self.stated:
+            return self.stated
         if all(name.lstrip("-").isdigit() for name in names):
             return tuple(sorted(names, key=int))
         return tuple(sorted(names))
@@ -108,6 +113,10 @@ class Classification:
             return numbers[label]
 
         return encode_texts(examples, tokenizer, target=target, max_length=max_length)
+
+    def blank(self, size: int, length: int) -> dict[str, Tensor]:
+        """Return numbers of classes."""
+        return {"labels": torch.zeros(size, dtype=torch.long)}
 
     def outputs(self, output: Any) -> Tensor:
         """Return the logits."""

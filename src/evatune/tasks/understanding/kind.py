@@ -63,6 +63,14 @@ class Kind(Protocol):
     targets: tuple[str, ...]
     """Names of what is learned in a row and in a batch."""
 
+    @property
+    def stated(self) -> tuple[str, ...] | None:
+        """Names of the outputs of the head, where they are known without data."""
+
+    @property
+    def columns(self) -> str:
+        """The columns that a row must have, for people."""
+
     def converter(self, row: Row, source: str) -> Convert[Any]:
         """Return what makes an example of each row of a source, of which the first row is given."""
 
@@ -73,6 +81,9 @@ class Kind(Protocol):
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
     ) -> Encoded:
         """Return the examples as tokens and targets."""
+
+    def blank(self, size: int, length: int) -> dict[str, Tensor]:
+        """Return targets of a batch of so many rows and tokens; their values mean nothing."""
 
     def outputs(self, output: Any) -> Tensor:
         """Return the numbers of the head from a model's output: (rows, ...) or (rows, tokens, ...)."""

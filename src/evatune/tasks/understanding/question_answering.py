@@ -60,6 +60,9 @@ class QuestionAnswering:
     task_type = "QUESTION_ANS"
     targets = ("start_positions", "end_positions")
 
+    stated = ("begin", "end")
+    columns = ", ".join(COLUMNS)
+
     def converter(self, row: Row, source: str) -> Convert[Asked]:
         """Return what makes a question of each row.
 
@@ -76,7 +79,7 @@ class QuestionAnswering:
 
     def labels(self, examples: Sequence[Asked]) -> tuple[str, ...]:
         """Return the names of the two outputs of each token."""
-        return ("begin", "end")
+        return self.stated
 
     def encode(
         self, examples: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
@@ -119,6 +122,10 @@ class QuestionAnswering:
                 targets = {"start_positions": begin, "end_positions": end}
                 rows.append(row | targets | {"example": number, "offsets": offsets, "asked": example})
         return Encoded(rows, cut=cut)
+
+    def blank(self, size: int, length: int) -> dict[str, Tensor]:
+        """Return places."""
+        return {name: torch.zeros(size, dtype=torch.long) for name in self.targets}
 
     def outputs(self, output: Any) -> Tensor:
         """Return the scores of each token as begin and as end of the answer: (rows, tokens, 2)."""

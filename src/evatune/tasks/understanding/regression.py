@@ -17,7 +17,7 @@ from evatune.tasks.scores import Metric
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
-from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns
+from evatune.tasks.understanding.texts import SEPARATOR, Labelled, encode_texts, find_columns, known_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +39,13 @@ class Regression:
     head = "sequence-classification"
     task_type = "SEQ_CLS"
     targets = ("labels",)
+
+    stated = ("number",)
+
+    @property
+    def columns(self) -> str:
+        """The columns of texts and labels."""
+        return known_columns(self.data)
 
     @property
     def label_range(self) -> tuple[float, ...] | None:
@@ -71,7 +78,7 @@ class Regression:
         """
         if len({float(example.label) for example in examples}) < 2:
             raise EvaError(f"all training texts have the label {examples[0].label}; a regression needs two at least.")
-        return ("number",)
+        return self.stated
 
     def encode(
         self,
@@ -83,6 +90,10 @@ class Regression:
     ) -> Encoded:
         """Return tokens and numbers."""
         return encode_texts(examples, tokenizer, target=float, max_length=max_length)
+
+    def blank(self, size: int, length: int) -> dict[str, Tensor]:
+        """Return numbers."""
+        return {"labels": torch.zeros(size)}
 
     def outputs(self, output: Any) -> Tensor:
         """Return the number."""

@@ -60,18 +60,29 @@ def find_columns(
     Raises:
         EvaError: no known column of text or of labels is there.
     """
-    task = TASKS[data.glue] if data.glue else None
-    texts = (*(MAPPED if data.columns else ()), *(task.texts if task else TEXT_COLUMNS))
-    labels = (*(("label",) if data.columns else ()), *(task.labels if task else LABEL_COLUMNS))
+    texts, labels = _columns(data)
     names = next((names for names in texts if set(names) <= set(row)), None)
     label = next((name for name in labels if name in row), None)
     if names is None or label is None:
-        missing, known = ("text", [" and ".join(pair) for pair in texts]) if names is None else ("label", [*labels])
+        missing, known = ("text", [" and ".join(names) for names in texts]) if names is None else ("label", [*labels])
         raise EvaError(
-            f"{source} has no column of {missing}s that is known ({', '.join(dict.fromkeys(known))}); it has "
+            f"{source} has no column of {missing}s that is known ({', '.join(known)}); it has "
             f"{', '.join(map(str, row))}: say which it is with columns ({missing}=NAME)."
         )
     return lambda row: _labelled(row, names, label, read_label)
+
+
+def known_columns(data: UnderstandingData) -> str:
+    """Return the columns that are looked for, for people."""
+    texts, labels = _columns(data)
+    return f"{' or '.join('+'.join(names) for names in texts)}; and {' or '.join(labels)}"
+
+
+def _columns(data: UnderstandingData) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    task = TASKS[data.glue] if data.glue else None
+    texts = (*(MAPPED if data.columns else ()), *(task.texts if task else TEXT_COLUMNS))
+    labels = (*(("label",) if data.columns else ()), *(task.labels if task else LABEL_COLUMNS))
+    return tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(labels))
 
 
 def _labelled(row: Row, names: Sequence[str], label: str, read_label: Callable[[str], str | None]) -> Labelled | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from evatune.errors import EvaError, near_misses
@@ -59,6 +60,13 @@ class TokenClassification:
     head = "token-classification"
     task_type = "TOKEN_CLS"
     targets = ("labels",)
+
+    columns = f"{' or '.join(WORDS)}; and {' or '.join(TAGS)}"
+
+    @property
+    def stated(self) -> tuple[str, ...] | None:
+        """Names of the tags, where the recipe says them."""
+        return self.data.classes
 
     def converter(self, row: Row, source: str) -> Convert[Tagged]:
         """Return what makes a tagged sentence of each row.
@@ -141,6 +149,10 @@ class TokenClassification:
             cut += first > 0 or last < len(example.words) - 1
             rows.append(dict(whole) | {"labels": targets, "places": places, "words": example.words})
         return Encoded(rows, cut=cut)
+
+    def blank(self, size: int, length: int) -> dict[str, Tensor]:
+        """Return numbers of tags."""
+        return {"labels": torch.zeros(size, length, dtype=torch.long)}
 
     def outputs(self, output: Any) -> Tensor:
         """Return the logits."""
