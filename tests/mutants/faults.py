@@ -390,14 +390,39 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             ("learned[end - 1]) else IGNORED", "learned[start]) else IGNORED"),
         ],
     ),
-    "tasks/scores.py": (
-        ("tests/tasks/test_scores.py",),
+    "tasks/statistics.py": (
+        ("tests/tasks/test_statistics.py", "tests/tasks/test_scores.py"),
         [
             (
-                "np.sum(above, axis=axis) / np.maximum(np.sum(below, axis=axis), 1e-300)",
-                "np.mean(above / below, axis=axis)",
+                "np.sum(above_n, axis=axis) / np.maximum(np.sum(below_n, axis=axis), 1e-300)",
+                "np.mean(above_n / below_n, axis=axis)",
             ),
+            ("agree - chance, 0)", "agree, 0)"),
+            ("first + right**2", "first + right"),
         ],
+    ),
+    "tasks/understanding/classification.py": (
+        ("tests/tasks/understanding/test_glue.py", "tests/tasks/understanding/test_classification.py"),
+        [
+            ("if label in HIDDEN:", 'if label == "-1":'),
+            ("sorted(names, key=int)", "sorted(names)"),
+        ],
+    ),
+    "tasks/understanding/token_classification.py": (
+        ("tests/tasks/understanding/test_token_classification.py",),
+        [("bisect_right(starts, begin + blank) - 1", "bisect_right(starts, begin) - 1")],
+    ),
+    "tasks/understanding/entities.py": (
+        ("tests/tasks/understanding/test_token_classification.py",),
+        [(" and tag[0] not in _BEGINS", "")],
+    ),
+    "tasks/understanding/question_answering.py": (
+        ("tests/tasks/understanding/test_question_answering.py",),
+        [("none > score else text", "none < score else text")],
+    ),
+    "tasks/understanding/answers.py": (
+        ("tests/tasks/understanding/test_question_answering.py",),
+        [(".triu().tril", ".tril"), ("2 * shared /", "shared /")],
     ),
     "settings/section.py": (
         (
