@@ -59,3 +59,10 @@ def test_the_interval_of_a_correlation_is_that_of_fisher():
     )
     oracle = stats.pearsonr(expected, given).confidence_interval(0.95)
     assert scores.interval("pearson") == pytest.approx((oracle.low, oracle.high), abs=0.01)
+
+
+def test_the_mean_of_groups_weighs_each_group_alike():
+    values, groups = np.array([1.0, 0, 0, 0, 1]), np.array([0.0, 0, 0, 0, 1])
+    assert STATISTICS["mean_of_groups"](values, groups) == pytest.approx((0.25 + 1) / 2)
+    resamples = np.array([[1.0, 0], [0, 1]]), np.array([[0.0, 1], [1, 1]])  # the second has nothing of group 0
+    assert STATISTICS["mean_of_groups"](*resamples, axis=-1) == pytest.approx([0.5, 0.5])

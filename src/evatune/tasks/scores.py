@@ -54,6 +54,8 @@ class Scores:
     """Examples, tokens, what was dropped, what could not be parsed, ..."""
     seconds: float
     """Time that it took."""
+    examples: Sequence[Mapping[str, Any]] = ()
+    """Of each example what was asked, `question`, and where the task can tell `expected`, `given` and `right`."""
 
     def __post_init__(self) -> None:
         for name, metric in self.metrics.items():

@@ -68,6 +68,20 @@ def macro_f1(expected_n: np.ndarray, given_n: np.ndarray, axis: int = -1) -> np.
     return total / np.maximum(present, 1)
 
 
+def mean_of_groups(values_n: np.ndarray, groups_n: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return the mean over groups of the mean in each; a group that a resample has nothing of is left out there.
+
+    Args:
+        values_n: what is averaged.
+        groups_n: the number of each example's group.
+        axis: that of the examples.
+    """
+    members = [groups_n == group for group in np.unique(groups_n)]
+    sizes = np.stack([np.sum(member, axis=axis) for member in members])
+    means = np.stack([np.sum(values_n * member, axis=axis) for member in members]) / np.maximum(sizes, 1)
+    return np.sum(means, axis=0) / np.sum(sizes > 0, axis=0)
+
+
 def _classes(expected_n: np.ndarray, given_n: np.ndarray) -> np.ndarray:
     return np.union1d(expected_n, given_n)
 
@@ -86,5 +100,6 @@ STATISTICS: dict[str, Callable[..., np.ndarray]] = {
     "matthews": matthews,
     "f1": f1,
     "macro_f1": macro_f1,
+    "mean_of_groups": mean_of_groups,
 }
 """Functions of columns of outcomes, along one axis, by name."""

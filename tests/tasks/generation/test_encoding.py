@@ -112,3 +112,11 @@ def test_a_slow_tokenizer_is_refused(tokenizer):
 
     with pytest.raises(EvaError, match="use the model's fast tokenizer"):
         encode_examples([example("a", "b")], Slow())  # type: ignore[arg-type]
+
+
+def test_truncation_at_the_right_cuts_the_end(tokenizer):
+    text = example("first " + "red " * 50, "green blue")
+    (whole,) = encode_examples([text], tokenizer).rows
+    cut = encode_examples([text], tokenizer, max_length=20, truncation="right")
+    assert cut.truncated == 1
+    assert cut[0] == {name: values[:20] for name, values in whole.items()}

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation import evaluation as evaluation_module
+from evatune.tasks.generation import likelihood as likelihood_module
 from evatune.tasks.generation.encoding import encode_examples
 from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
+from evatune.tasks.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,10 @@ def plain_accuracy(model, examples, tokenizer) -> float:
     right = 0
     for example in examples:
         variants = [Example(pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
-        scores = [log_likelihood(model, row) for row in encode_examples(variants, tokenizer).rows]
+        rows = [
+            {name: values[:-1] for name, values in row.items()} for row in encode_examples(variants, tokenizer).rows
+        ]
+        scores = [log_likelihood(model, row) for row in rows]  # without the end token
         right += scores.index(max(scores)) == example.answer
     return right / len(examples)
 
@@ -91,7 +97,7 @@ def test_choices_of_several_tokens(model, tokenizer, choices):
 
 def test_models_that_always_compute_all_logits(model, tokenizer, questions, monkeypatch):
     expected = evaluate(model, questions, tokenizer, progress=False)
-    monkeypatch.setattr(evaluation_module, "takes_logits_to_keep", lambda model: False)
+    monkeypatch.setattr(likelihood_module, "takes", lambda model, argument: False)
     result = evaluate(model, questions, tokenizer, progress=False)
     assert (result["loss"], result["accuracy"]) == (pytest.approx(expected["loss"]), expected["accuracy"])
 
@@ -133,3 +139,68 @@ def test_a_completion_is_exact_if_each_of_its_tokens_is_the_most_probable(tokeni
     assert evaluate(Foresight(tokenizer.eos_token_id), examples, tokenizer, progress=False)["exact"] == 0
     prompt_token = next(token for token in rows[0]["input_ids"] if token not in rows[0]["labels"])
     assert evaluate(Foresight(prompt_token), examples[:1], tokenizer, progress=False)["exact"] == 1
+
+
+def test_each_task_and_their_mean(model, tokenizer):
+    choices = ("red", "one")
+    examples = [
+        Example(pieces=((f"{word}: ", False), (choices[answer], True)), choices=choices, answer=answer, task=task)
+        for task, words in (("a", ("green", "two", "blue")), ("b", ("true",)))
+        for word in words
+        for answer in (0, 1)
+    ]
+    result = evaluate(model, examples, tokenizer, progress=False)
+    of_a, of_b = (evaluate(model, part, tokenizer, progress=False)["accuracy"] for part in (examples[:6], examples[6:]))
+    assert (result["accuracy/a"], result["accuracy/b"]) == (of_a, of_b)
+    assert result["accuracy/mean"] == pytest.approx((of_a + of_b) / 2)
+    assert result.interval("accuracy/mean") is not None
+
+
+def test_written_answers(model, tokenizer, monkeypatch):
+    examples = [
+        Example(pieces=(("q", False), ("#### 7", True)), question="3 + 4?", expected="7", judge="number"),
+        Example(pieces=(("q", False), ("#### 8", True)), question="4 + 4?", expected="8", judge="number"),
+        Example(pieces=(("only text", True),)),
+    ]
+    texts = {0: ["#### 7", "so 6", "no"], 1: ["#### 8", "8", "8.0"]}
+    monkeypatch.setattr(
+        evaluation_module,
+        "write_answers",
+        lambda *args, skip, **options: [[(index, found)] for index, found in texts.items() if index not in skip],
+    )
+    result = evaluate(model, examples, tokenizer, scoring="both", progress=False)
+    assert result["generated"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result.counts | {"tokens": 0} == {
+        "examples": 3, "tokens": 0, "questions": 0, "answers": 6, "unparsed": 1, "dropped": 0,
+    }  # fmt: skip
+    assert set(result.metrics) == {"loss", "exact", "generated"}
+    assert result.examples[0]["given"] == "7"
+    assert (result.examples[0]["right"], result.examples[1]["right"]) == (False, True)
+    assert [answer["given"] for answer in result.examples[0]["written"]] == ["7", "6", None]
+    alone = evaluate(model, examples, tokenizer, scoring="generated", progress=False)
+    assert (alone.headline, set(alone.metrics)) == ("generated", {"generated"})
+    with pytest.raises(EvaError, match=r"no written answer can be judged; set data\.scoring to likelihood"):
+        evaluate(model, examples[2:], tokenizer, scoring="generated", progress=False)
+
+
+def test_a_stopped_evaluation_goes_on(model, tokenizer, questions, monkeypatch):
+    whole = evaluate(model, questions, tokenizer, scoring="both", batch_tokens=200, progress=False)
+    journal = Journal()
+    real = evaluation_module.score
+
+    def stopped(*args, **options):
+        for number, batch in enumerate(real(*args, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(evaluation_module, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, questions, tokenizer, scoring="both", batch_tokens=200, progress=False, journal=journal)
+    done = len(journal.known("likelihood"))
+    assert 0 < done < len(questions)
+    monkeypatch.setattr(evaluation_module, "score", real)
+    again = evaluate(model, questions, tokenizer, scoring="both", batch_tokens=200, progress=False, journal=journal)
+    for name, values in whole.outcomes.items():
+        assert again.outcomes[name] == pytest.approx(values, rel=1e-5)
+    assert [row["given"] for row in again.examples] == [row["given"] for row in whole.examples]

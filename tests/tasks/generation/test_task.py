@@ -57,3 +57,16 @@ def test_mistakes_in_the_data_are_told_before_the_model_is_loaded(tiny_model, tm
     (tmp_path / "bad.jsonl").write_text("{\n")
     with pytest.raises(EvaError, match="line 1 is not JSON"):
         opened(tiny_model, train=(str(tmp_path / "bad.jsonl"),)).summary()
+
+
+def test_how_held_out_examples_are_scored(tiny_model, tiny_data):
+    task = opened(tiny_model, eval=(str(tiny_data / "test.jsonl"),), scoring="both", max_new_tokens=4)
+    scores = task.evaluate(task.load_model(), limit=4, progress=False)
+    assert {"loss", "accuracy", "generated"} <= set(scores.metrics)
+    assert scores.counts["answers"] == 4
+    assert set(scores.examples[0]) >= {"question", "expected", "given", "right", "written"}
+
+
+def test_several_equal_answers_are_refused():
+    with pytest.raises(EvaError, match=r"data\.samples is 5, but with data\.temperature 0 all answers are equal"):
+        GenerationData(samples=5)

@@ -89,7 +89,7 @@ def templated(row: Row) -> Example | None:
     if answer not in choices or not output.endswith(answer):
         return example
     stem = output.removesuffix(answer)
-    return replace(example, choices=tuple(stem + choice for choice in choices), answer=choices.index(answer))
+    return _with_choices(example, stem, choices, choices.index(answer))
 
 
 def _keyed(row: Row, question: str) -> Example | None:
@@ -113,7 +113,12 @@ def _question(question: str, answers: Sequence[str], answer: int | None) -> Exam
     if answer is None:
         return None
     example = prompted(LINE, f"{question}\n\nAnswer format: {'/'.join(answers)}", _STEM + answers[answer])
-    return example and replace(example, choices=tuple(_STEM + choice for choice in answers), answer=answer)
+    return example and _with_choices(example, _STEM, answers, answer)
+
+
+def _with_choices(example: Example, stem: str, choices: Sequence[str], answer: int) -> Example:
+    completions = tuple(stem + choice for choice in choices)
+    return replace(example, choices=completions, answer=answer, expected=choices[answer], judge="choice")
 
 
 def _label(row: Row, field: str, labels: Sequence[str]) -> int | None:

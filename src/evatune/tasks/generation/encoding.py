@@ -43,18 +43,20 @@ def encode_examples(
     *,
     max_length: int = 512,
     train_on_prompt: bool = False,
+    truncation: str = "left",
 ) -> EncodedExamples:
     """Tokenize examples; labels are -100 wherever nothing is learned.
 
     Prompt and completion are tokenized as one string. A token belongs to the piece that contains its last character. If
-    the last piece is learned, the tokenizer's end token follows it. A sequence that is too long loses the beginning of
-    its prompt, then the end of its completion.
+    the last piece is learned, the tokenizer's end token follows it.
 
     Args:
         examples: what to tokenize.
         tokenizer: a fast tokenizer (it must know which characters a token covers).
         max_length: longest sequence in tokens.
         train_on_prompt: learn the prompts too.
+        truncation: what a sequence that is too long loses: `left` the beginning of its prompt, then the end of its
+            completion, `right` its end.
 
     Raises:
         EvaError: the tokenizer is not a fast one.
@@ -83,7 +85,7 @@ def encode_examples(
                 if ids[-2:-1] == ids[-1:] and labels[-2] == IGNORED:  # the tokenizer had added an end token itself
                     ids, labels = ids[:-1], [*labels[:-2], labels[-1]]
             truncated += len(ids) > max_length
-            rows[index] = _shorten({"input_ids": ids, "labels": labels}, max_length)
+            rows[index] = _shorten({"input_ids": ids, "labels": labels}, max_length, truncation)
     return EncodedExamples(rows=tuple(rows), truncated=truncated)
 
 
@@ -97,10 +99,12 @@ def _labels(
     ]
 
 
-def _shorten(row: dict[str, list[int]], max_length: int) -> dict[str, list[int]]:
+def _shorten(row: dict[str, list[int]], max_length: int, truncation: str) -> dict[str, list[int]]:
     excess = len(row["input_ids"]) - max_length
     if excess <= 0:
         return row
+    if truncation == "right":
+        return {key: values[:max_length] for key, values in row.items()}
     first = next((index for index, label in enumerate(row["labels"]) if label != IGNORED), 0)
     # Keep the first token (the begin token of most models), and one prompt token before the first learned one.
     cut = max(0, min(excess, first - 2))

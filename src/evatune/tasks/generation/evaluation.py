@@ -1,177 +1,230 @@
-"""Evaluation on held-out examples: loss of the completions, and accuracy of multiple-choice questions.
-
-The head of a language model costs as much as many layers, so logits are computed for the last positions of a batch
-only. Examples of similar length share a batch, so that these positions and the padding are few.
-"""
+"""Scores on held-out examples: by the likelihood of what is right, and by answers that the model writes."""
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import takewhile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from evatune.hardware import autocast
-from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
+from evatune.errors import EvaError
+from evatune.tasks.generation.answers import JUDGES, Verdict
 from evatune.tasks.generation.example import Example
+from evatune.tasks.generation.likelihood import Likelihood, score
+from evatune.tasks.generation.writing import Sampling, write_answers
+from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Metric, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-_METRICS = {
+_LOSS = {
     "loss": Metric(columns=("nll", "tokens"), statistic="ratio"),
     "exact": Metric(columns=("exact",), form=".1%"),
-    "accuracy": Metric(columns=("right",), form=".1%"),
 }
 """`loss`: mean negative log-likelihood of a completion token, in nats. `exact`: share of the completions that greedy
-decoding gives token for token, end token included. `accuracy`: share of the multiple-choice questions answered right;
-only where there are such questions."""
+decoding gives token for token, end token included."""
+SCORINGS = ("likelihood", "generated", "both")
+"""`likelihood`: loss, and `accuracy`, the share of the questions whose right choice is the most probable one.
+`generated`: the share of the written answers that are right."""
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: Any,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    scoring: str = "likelihood",
+    sampling: Sampling | None = None,
     max_length: int = 512,
     batch_tokens: int = 2048,
     bf16: bool = False,
     progress: bool = True,
     dropped: int = 0,
+    journal: Journal | None = None,
 ) -> Scores:
-    """Measure the loss of completions and the accuracy of choices.
-
-    The choices of most questions have the same beginning (`the correct answer is answer`...). If they differ in one
-    token only, one pass gives the probabilities of all choices. Otherwise each choice is scored by the log-likelihood
-    of its tokens.
+    """Score a model on held-out examples.
 
     Args:
         model: a causal language model, with or without adapter; its mode is restored.
         examples: held-out examples.
         tokenizer: the model's tokenizer.
+        scoring: one of `SCORINGS`.
+        sampling: how answers are written; by default the most probable token each time.
         max_length: longest sequence in tokens.
         batch_tokens: padded tokens in a batch.
         bf16: compute in bfloat16 autocast.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar with the time left, on a terminal.
         dropped: rows that were left out before, for the counts.
+        journal: keeps what each batch gave, and knows what was scored before.
 
     Returns:
-        `loss`, `exact`, and `accuracy` if there are multiple-choice questions.
+        By likelihood `loss`, `exact`, and `accuracy` if there are questions with choices; by written answers
+        `generated`; with several tasks these also for each of them, and the mean over them.
+
+    Raises:
+        EvaError: answers are to be written, and no example says how one is judged.
     """
     started = time.perf_counter()
-    rows = _rows(examples, tokenizer, max_length=max_length)
-    nll, tokens, exact = ([0.0] * len(examples) for _ in range(3))
-    picks: dict[int, int] = {}
-    likelihoods: dict[int, dict[int, float]] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(rows), desc="evaluate", unit="row", leave=False, disable=None if progress else True) as bar:
-            for batch in _bucketed(rows, batch_tokens):
-                for row, log_likelihood, is_exact, picked in _score(model, batch, Collator(tokenizer), bf16=bf16):
-                    index = row["example"]
-                    if row["choice"] is not None:
-                        likelihoods.setdefault(index, {})[row["choice"]] = log_likelihood
-                        continue
-                    nll[index], tokens[index], exact[index] = -log_likelihood, _learned(row["labels"]), is_exact
-                    if picked is not None:
-                        picks[index] = picked
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
-    for index, by_choice in likelihoods.items():
-        picks[index] = max(by_choice, key=lambda choice: by_choice[choice])
-    right = [float(picks[index] == examples[index].answer) for index in sorted(picks)]
-    return Scores(
-        headline="loss",
-        metrics={name: metric for name, metric in _METRICS.items() if right or name != "accuracy"},
-        outcomes={"nll": nll, "tokens": tokens, "exact": [float(is_exact) for is_exact in exact], "right": right},
-        counts={"examples": len(examples), "tokens": int(sum(tokens)), "questions": len(right), "dropped": dropped},
+    journal = journal or Journal()
+    written = [index for index, example in enumerate(examples) if example.judge]
+    if scoring != "likelihood" and not written:
+        raise EvaError(
+            "none of the held-out examples says what a right answer is, so no written answer can be judged; set "
+            "data.scoring to likelihood."
+        )
+    with _evaluating(model):
+        if scoring != "generated":
+            batches = score(
+                model,
+                examples,
+                tokenizer,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                bf16=bf16,
+                skip=journal.known("likelihood").keys(),
+            )
+            with _bar("score", len(examples), journal, part="likelihood", progress=progress) as bar:
+                for batch in batches:
+                    journal.add("likelihood", [(index, asdict(likelihood)) for index, likelihood in batch])
+                    bar.update(len(batch))
+        if scoring != "likelihood":
+            answers = write_answers(
+                model,
+                examples,
+                tokenizer,
+                sampling=sampling or Sampling(),
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                bf16=bf16,
+                skip=journal.known("written").keys() | (set(range(len(examples))) - set(written)),
+            )
+            with _bar("write", len(written), journal, part="written", progress=progress) as bar:
+                for texts in answers:
+                    journal.add("written", [(index, _judged(examples[index], found)) for index, found in texts])
+                    bar.update(len(texts))
+    return _scores(
+        examples,
+        likelihoods={index: Likelihood(**found) for index, found in journal.known("likelihood").items()},
+        answers=journal.known("written"),
+        dropped=dropped,
         seconds=time.perf_counter() - started,
     )
 
 
-def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[dict[str, Any]]:
-    """Return the rows to run: each example with its true completion, and with its other choices if they need passes."""
-    encoded = encode_examples(examples, tokenizer, max_length=max_length)
-    rows: list[dict[str, Any]] = []
-    for index, example in enumerate(examples):
-        row: dict[str, Any] = {**encoded[index], "example": index, "choice": None, "fork": None}
-        rows.append(row)
-        if example.answer is None:
-            continue
-        variants = [replace(example, pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
-        alternatives = encode_examples(variants, tokenizer, max_length=max_length).rows
-        columns = zip(*(alternative["input_ids"] for alternative in alternatives), strict=False)
-        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-        forks = [alternative["input_ids"][shared : shared + 1] for alternative in alternatives]
-        rests = {tuple(alternative["input_ids"][shared + 1 :]) for alternative in alternatives}
-        if len({tuple(fork) for fork in forks}) == len(forks) and all(forks) and len(rests) == 1:
-            row["fork"] = (shared, [fork[0] for fork in forks])
-        else:
-            rows += [
-                {**alternative, "example": index, "choice": choice, "fork": None}
-                for choice, alternative in enumerate(alternatives)
+def _judged(example: Example, texts: Sequence[str]) -> dict[str, Any]:
+    """Return written answers with what each gives and whether it is right."""
+    verdicts: list[Verdict] = [JUDGES[example.judge](text, example) for text in texts]
+    return {"texts": list(texts), "verdicts": [asdict(verdict) for verdict in verdicts]}
+
+
+def _scores(
+    examples: Sequence[Example],
+    *,
+    likelihoods: Mapping[int, Likelihood],
+    answers: Mapping[int, Mapping[str, Any]],
+    dropped: int,
+    seconds: float,
+) -> Scores:
+    outcomes: dict[str, list[float]] = {}
+    metrics: dict[str, Metric] = {}
+    counts = {"examples": len(examples)}
+    details: list[dict[str, Any]] = [_described(example) for example in examples]
+    if likelihoods:
+        ordered = [likelihoods[index] for index in range(len(examples))]
+        outcomes |= {
+            "nll": [found.nll for found in ordered],
+            "tokens": [float(found.tokens) for found in ordered],
+            "exact": [float(found.exact) for found in ordered],
+        }
+        metrics |= _LOSS
+        counts["tokens"] = sum(found.tokens for found in ordered)
+        picked = {index: _largest(found.choices) for index, found in enumerate(ordered) if found.choices}
+        for index, detail in enumerate(details):
+            detail["loss"] = ordered[index].nll / max(1, ordered[index].tokens)
+            if index in picked:
+                right = picked[index] == examples[index].answer
+                detail |= {"given": examples[index].choices[picked[index]], "right": right}
+                detail["likelihoods"] = list(ordered[index].choices)
+        right_picks = {index: float(choice == examples[index].answer) for index, choice in picked.items()}
+        _add("accuracy", "right", right_picks, examples, metrics=metrics, outcomes=outcomes)
+        counts["questions"] = len(picked)
+    if answers:
+        shares = {index: _share_right(found) for index, found in sorted(answers.items())}
+        _add("generated", "written", shares, examples, metrics=metrics, outcomes=outcomes)
+        counts |= {
+            "answers": sum(len(found["texts"]) for found in answers.values()),
+            "unparsed": sum(verdict["given"] is None for found in answers.values() for verdict in found["verdicts"]),
+        }
+        for index, found in answers.items():
+            details[index]["written"] = [
+                {"text": text} | verdict for text, verdict in zip(found["texts"], found["verdicts"], strict=True)
             ]
-    return rows
+            first = found["verdicts"][0]
+            details[index] |= {"given": first["given"], "right": shares[index] == 1.0}
+    return Scores(
+        headline="loss" if likelihoods else "generated",
+        metrics=metrics,
+        outcomes=outcomes,
+        counts=counts | {"dropped": dropped},
+        seconds=seconds,
+        examples=details,
+    )
 
 
-def _bucketed(rows: list[dict[str, Any]], batch_tokens: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of rows of similar length, the longest first, so that a lack of memory shows in the first batch."""
-    batch: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        if batch and (len(batch) + 1) * len(batch[0]["input_ids"]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _add(
+    metric: str,
+    column: str,
+    found: Mapping[int, float],
+    examples: Sequence[Example],
+    *,
+    metrics: dict[str, Metric],
+    outcomes: dict[str, list[float]],
+) -> None:
+    """Add a metric over all examples that have it, and with several tasks their mean and each of them."""
+    outcomes[column] = list(found.values())
+    if not found:
+        return
+    metrics[metric] = Metric(columns=(column,), form=".1%")
+    tasks = list(dict.fromkeys(sorted(examples[index].task for index in found)))
+    if len(tasks) < 2:
+        return
+    outcomes[f"{column}/task"] = [float(tasks.index(examples[index].task)) for index in found]
+    metrics[f"{metric}/mean"] = Metric(columns=(column, f"{column}/task"), statistic="mean_of_groups", form=".1%")
+    for task in tasks:
+        outcomes[f"{column}/{task}"] = [value for index, value in found.items() if examples[index].task == task]
+        metrics[f"{metric}/{task}"] = Metric(columns=(f"{column}/{task}",), form=".1%")
 
 
-@torch.inference_mode()
-def _score(
-    model: torch.nn.Module, batch: list[dict[str, Any]], collate: Collator, *, bf16: bool
-) -> list[tuple[dict[str, Any], float, bool, int | None]]:
-    """Return for each row its log-likelihood, whether greedy decoding gives it, and the choice picked at a fork."""
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
-    labels = inputs.pop("labels")
-    first = min(_first_learned(row) for row in batch)
-    kept = labels.shape[1] - first + 1  # logits of position p - 1 predict token p
-    if takes_logits_to_keep(model):
-        inputs["logits_to_keep"] = kept  # type: ignore[assignment]
-    with autocast(device, "bfloat16" if bf16 else None):
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    logits = logits[:, -kept:].float()  # [:, j] tells of token first + j
-    targets = labels[:, first:]
-    chosen = logits[:, :-1].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    log_probs = chosen - logits[:, :-1].logsumexp(dim=-1)
-    sums = log_probs.masked_fill(targets == IGNORED, 0).sum(dim=-1).tolist()
-    greedy = ((logits[:, :-1].argmax(dim=-1) == targets) | (targets == IGNORED)).all(dim=-1).tolist()
-    picks: list[int | None] = []
-    for index, row in enumerate(batch):
-        position, tokens = row["fork"] or (None, None)
-        picks.append(None if position is None else int(logits[index, position - first, tokens].argmax()))
-    return list(zip(batch, sums, greedy, picks, strict=True))
+def _described(example: Example) -> dict[str, Any]:
+    """Return what was asked and what would be right."""
+    detail: dict[str, Any] = {"task": example.task} if example.task else {}
+    return detail | {"question": example.question or example.prompt, "expected": example.expected or example.completion}
 
 
-def _learned(labels: Sequence[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])
+def _share_right(found: Mapping[str, Any]) -> float:
+    verdicts = found["verdicts"]
+    return sum(verdict["right"] for verdict in verdicts) / len(verdicts)
 
 
-def _first_learned(row: dict[str, Any]) -> int:
-    return next((index for index, label in enumerate(row["labels"]) if label != IGNORED and index), 1)
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
 
 
-def takes_logits_to_keep(model: Any) -> bool:
-    """Return whether the model can compute the logits of the last positions only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _bar(name: str, total: int, journal: Journal, *, part: str, progress: bool) -> Any:
+    done = len(journal.known(part))
+    return tqdm(total=total, initial=done, desc=name, unit="example", leave=False, disable=None if progress else True)

@@ -26,6 +26,14 @@ class Example:
     """Whether the tokenizer adds its begin and end tokens; false if a chat template has written them already."""
     template: str | None = PLAIN
     """The template around such a prompt, see `evatune.models.prompts.PromptTemplate`."""
+    question: str = ""
+    """What was asked, without template."""
+    expected: str = ""
+    """The right answer, in the form that a written answer is read in."""
+    judge: str = ""
+    """How a written answer is judged, see `evatune.tasks.generation.answers`; empty where none can be."""
+    stops: tuple[str, ...] = ()
+    """Strings that end a written answer."""
     task: str = ""
     """Name of the task or of the file that it comes from; scores are also given for each."""
 
@@ -65,4 +73,4 @@ def prompted(template: str, prompt: str, completion: str) -> Example | None:
     if not completion.strip():
         return None
     pieces = ((template.replace("{prompt}", prompt), False), (completion, True))
-    return Example(pieces=pieces, template=template)
+    return Example(pieces=pieces, template=template, question=prompt)

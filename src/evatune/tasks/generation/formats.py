@@ -2,17 +2,16 @@
 
 Each format names the fields that it reads and turns one row into one `Example`, or into None where the row has no
 answer. Only the format's template stands between prompt and completion.
-The template of `gsm8k` and `metamath` is that of Table 5 in the paper (arXiv:2410.07170, Appendix B).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evatune.errors import EvaError, near_misses
-from evatune.tasks.generation import commonsense
+from evatune.tasks.generation import commonsense, mathematics
 from evatune.tasks.generation.conversations import is_conversation, read_messages, written
 from evatune.tasks.generation.example import PLAIN, Example, prompted, text_of
 from evatune.tasks.rows import Row
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 CHAT = None
 """Template of formats that the tokenizer's chat template writes."""
-_STEPS = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{prompt}\n\n### Response: Let's think step by step.\n"
-)
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -51,14 +46,6 @@ class Format:
     """Whether the tokenizer's chat template writes it."""
 
 
-def _gsm8k(row: Row) -> Example | None:
-    return prompted(_STEPS, text_of(row, "question"), text_of(row, "answer"))
-
-
-def _metamath(row: Row) -> Example | None:
-    return prompted(_STEPS, text_of(row, "query"), text_of(row, "response"))
-
-
 def _alpaca(row: Row) -> Example | None:
     """Read an instruction, perhaps an input, and an output."""
     extra = text_of(row, "input")
@@ -77,7 +64,8 @@ def _completion(row: Row) -> Example | None:
     )
     if example is None or example.completion not in choices:
         return example
-    return Example(pieces=example.pieces, choices=choices, answer=choices.index(example.completion))
+    answer = choices.index(example.completion)
+    return replace(example, choices=choices, answer=answer, expected=example.completion, judge="choice")
 
 
 def _plain_text(row: Row) -> Example | None:
@@ -136,8 +124,9 @@ FORMATS: dict[str, Format] = {
         fields=("question_stem", "choices", "answerKey"), convert=commonsense.openbookqa, question="question_stem"
     ),
     "alpaca": Format(fields=("instruction", "output"), convert=_alpaca, question="instruction"),
-    "gsm8k": Format(fields=("question", "answer"), convert=_gsm8k, question="question"),
-    "metamath": Format(fields=("query", "response"), convert=_metamath, question="query"),
+    "gsm8k": Format(fields=("question", "answer"), convert=mathematics.gsm8k, question="question"),
+    "metamath": Format(fields=("query", "response"), convert=mathematics.metamath, question="query"),
+    "math": Format(fields=("problem", "solution"), convert=mathematics.math, question="problem"),
     "completion": Format(fields=("prompt", "completion"), convert=_completion),
     "messages": Format(fields=("messages",), convert=_messages, is_chat=True),
     "sharegpt": Format(fields=("conversations",), convert=_conversations, is_chat=True),

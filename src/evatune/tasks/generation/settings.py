@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from evatune.errors import EvaError
 from evatune.settings import number
 from evatune.tasks.settings import RowSettings, path_setting
 
@@ -34,6 +35,7 @@ class GenerationData(RowSettings):
         "alpaca",
         "gsm8k",
         "metamath",
+        "math",
         "completion",
         "messages",
         "sharegpt",
@@ -41,6 +43,28 @@ class GenerationData(RowSettings):
     ] = "auto"
     """How a row becomes a prompt and a completion; `auto` chooses by the names of its fields."""
     max_length: int = number(512, low=8)
-    """Longest sequence in tokens; a longer one loses the beginning of its prompt, then the end of its completion."""
+    """Longest sequence in tokens; `truncation` says what a longer one loses."""
+    truncation: Literal["left", "right"] = "left"
+    """`left`: the beginning of the prompt goes first, then the end of the completion. `right`: the end goes."""
     train_on_prompt: bool = False
     """Also learn the tokens of the prompt."""
+    scoring: Literal["likelihood", "generated", "both"] = "likelihood"
+    """How held-out examples are scored: by the likelihood of what is right, by answers that the model writes, or
+    both."""
+    max_new_tokens: int = number(256, low=1)
+    """Longest written answer in tokens."""
+    temperature: float = number(0.0, low=0)
+    """Randomness of written answers; 0 takes the most probable token each time."""
+    top_p: float = number(1.0, above=0, high=1)
+    """Written answers take the most probable tokens that have this share together."""
+    samples: int = number(1, low=1)
+    """Written answers to each held-out prompt; more than one needs a temperature above 0."""
+    eval_batch_tokens: int = number(2048, low=1)
+    """Tokens that are scored or written at a time, padding included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples > 1 and not self.temperature:
+            raise EvaError(
+                f"data.samples is {self.samples}, but with data.temperature 0 all answers are equal; set a temperature."
+            )

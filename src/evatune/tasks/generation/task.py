@@ -19,6 +19,7 @@ from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
+from evatune.tasks.generation.writing import Sampling
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -95,11 +96,21 @@ class Generation:
 
     def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
         """Score a model on held-out completions."""
+        data = self.data
         return evaluate(
             model,
             self.held_out[:limit],
             self.tokenizer,
-            max_length=self.data.max_length,
+            scoring=data.scoring,
+            sampling=Sampling(
+                max_new_tokens=data.max_new_tokens,
+                temperature=data.temperature,
+                top_p=data.top_p,
+                samples=data.samples,
+                seed=self.seed,
+            ),
+            max_length=data.max_length,
+            batch_tokens=data.eval_batch_tokens,
             bf16=bf16,
             progress=progress,
             dropped=self.held_out.dropped,
@@ -138,7 +149,11 @@ class Generation:
     def _encoded(self, examples: Sequence[Example]) -> EncodedExamples:
         data = self.data
         return encode_examples(
-            examples, self.tokenizer, max_length=data.max_length, train_on_prompt=data.train_on_prompt
+            examples,
+            self.tokenizer,
+            max_length=data.max_length,
+            train_on_prompt=data.train_on_prompt,
+            truncation=data.truncation,
         )
 
     def _load(self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool) -> Examples[Example]:

@@ -1,0 +1,107 @@
+"""Likelihoods of choices against a plain computation, one whole text at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evatune.models import load_model, load_tokenizer
+from evatune.tasks.generation import likelihood as module
+from evatune.tasks.generation.encoding import encode_examples
+from evatune.tasks.generation.example import Example
+from evatune.tasks.generation.likelihood import score
+
+CHOICES = {
+    "one token differs": ("the answer is red", "the answer is one"),
+    "several tokens": ("red green", "red blue one", "two"),
+    "one begins with another": ("red", "red two"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    model = load_model(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@torch.no_grad()
+def plain(model, row, *, end: bool) -> float:
+    ids, labels = (row[name] if end else row[name][:-1] for name in ("input_ids", "labels"))
+    log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[place - 1, label].item() for place, label in enumerate(labels) if label != -100)
+
+
+def questions(choices: tuple[str, ...]) -> list[Example]:
+    prompts = ("green: ", "one two three, blue two: ", "?")
+    return [
+        Example(pieces=((prompt, False), (choices[answer], True)), choices=choices, answer=answer)
+        for prompt in prompts
+        for answer in range(len(choices))
+    ]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("batch_tokens", [1, 10_000])
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_and_completions(model, tokenizer, name, batch_tokens, cached, monkeypatch):
+    if not cached:
+        monkeypatch.setattr(module, "shares_prompts", lambda model: False)
+    examples = questions(CHOICES[name])
+    found = dict(pair for batch in score(model, examples, tokenizer, batch_tokens=batch_tokens) for pair in batch)
+    assert sorted(found) == list(range(len(examples)))
+    for index, example in enumerate(examples):
+        variants = [Example(pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
+        rows = encode_examples(variants, tokenizer).rows
+        assert found[index].choices == pytest.approx([plain(model, row, end=False) for row in rows], rel=1e-4)
+        right = rows[example.answer]
+        assert found[index].nll == pytest.approx(-plain(model, right, end=True), rel=1e-4)
+        assert found[index].tokens == sum(label != -100 for label in right["labels"])
+
+
+def test_a_forward_pass_reads_a_prompt_once(model, tokenizer):
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    prompt = "one two three, blue two: " * 10
+    choices = CHOICES["several tokens"]
+    example = Example(pieces=((prompt, False), (choices[0], True)), choices=choices, answer=0)
+    list(score(model, [example], tokenizer))
+    hook.remove()
+    assert len(read) == 2
+    assert sum(read) < 1.3 * len(tokenizer(prompt)["input_ids"])
+
+
+def test_too_long_prompts_lose_their_beginning_alike_for_all_choices(model, tokenizer):
+    choices = CHOICES["several tokens"]
+    short, long = (
+        Example(pieces=((prompt, False), (choices[0], True)), choices=choices, answer=0)
+        for prompt in ("? two blue: ", "?" + " red" * 300 + " two blue: ")
+    )
+    kept = len(tokenizer(short.prompt + choices[1])["input_ids"]) + 1
+    (((_, expected),),) = score(model, [short], tokenizer)
+    (((_, found),),) = score(model, [long], tokenizer, max_length=kept)
+    assert found.choices == pytest.approx(expected.choices, rel=1e-4)
+
+
+def test_what_is_skipped(model, tokenizer):
+    examples = questions(CHOICES["one token differs"])
+    everything = dict(pair for batch in score(model, examples, tokenizer) for pair in batch)
+    rest = dict(pair for batch in score(model, examples, tokenizer, skip={0, 3}) for pair in batch)
+    assert sorted(rest) == [1, 2, 4, 5]
+    assert rest[4].nll == pytest.approx(everything[4].nll, rel=1e-5)
+
+
+def test_a_cache_that_is_not_of_keys_and_values_is_not_shared():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    assert not module.shares_prompts(MambaForCausalLM(MambaConfig(**sizes)))

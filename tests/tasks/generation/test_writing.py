@@ -1,0 +1,85 @@
+"""Written answers: a batch gives what each prompt gives alone, and each answer ends where it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evatune.models import load_model, load_tokenizer
+from evatune.tasks.generation.example import Example
+from evatune.tasks.generation.writing import Sampling, write_answers
+
+PROMPTS = ("Is red true?", "one two three green blue red: ", "?", "Is blue false? two two two")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    model = load_model(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+def asked(*prompts: str, stops=()) -> list[Example]:
+    return [Example(pieces=((prompt, False), ("x", True)), stops=stops) for prompt in prompts]
+
+
+def answers(model, tokenizer, examples, **options) -> dict[int, list[str]]:
+    sampling = Sampling(**({"max_new_tokens": 12} | options.pop("sampling", {})))
+    batches = write_answers(model, examples, tokenizer, sampling=sampling, **options)
+    return dict(pair for batch in batches for pair in batch)
+
+
+def test_a_batch_writes_what_each_prompt_gives_alone(model, tokenizer):
+    together = answers(model, tokenizer, asked(*PROMPTS))
+    alone = [answers(model, tokenizer, asked(prompt))[0] for prompt in PROMPTS]
+    assert [together[index] for index in range(len(PROMPTS))] == alone
+    assert len({text for (text,) in alone}) > 1
+    with torch.no_grad():
+        ids = tokenizer(PROMPTS[1], return_tensors="pt")["input_ids"]
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+    expected = tokenizer.decode(ids[0, len(tokenizer(PROMPTS[1])["input_ids"]) :], skip_special_tokens=True)
+    assert together[1] == [expected]
+
+
+def test_small_batches_give_the_same(model, tokenizer):
+    assert answers(model, tokenizer, asked(*PROMPTS), batch_tokens=1) == answers(model, tokenizer, asked(*PROMPTS))
+
+
+def test_an_answer_ends_before_its_string(model, tokenizer):
+    (whole,) = answers(model, tokenizer, asked(PROMPTS[0]))[0]
+    stop = whole[3:5]
+    assert answers(model, tokenizer, asked(PROMPTS[0], stops=(stop,)))[0] == [whole[: whole.index(stop)]]
+
+
+def test_samples_depend_on_the_seed_alone(model, tokenizer):
+    options = {"sampling": {"samples": 3, "temperature": 1.5, "seed": 4}}
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = answers(model, tokenizer, asked(*PROMPTS), batch_tokens=1, **options)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is as it was
+    assert first == answers(model, tokenizer, asked(*PROMPTS), batch_tokens=1, **options)
+    assert all(len(texts) == 3 for texts in first.values())
+    assert len({text for texts in first.values() for text in texts}) > 4
+    rest = answers(model, tokenizer, asked(*PROMPTS), batch_tokens=1, skip={1}, **options)
+    assert rest == {index: texts for index, texts in first.items() if index != 1}
+
+
+def test_long_prompts_lose_their_beginning(model, tokenizer):
+    ids = tokenizer("one two three green")["input_ids"]
+    long = asked("one " * 50 + "two three green")
+    assert len(ids) < 20
+    assert answers(model, tokenizer, long, max_length=20)[0] != answers(model, tokenizer, long)[0]
+
+
+def test_an_empty_prompt(model, tokenizer):
+    assert len(answers(model, tokenizer, asked(""))[0]) == 1
