@@ -62,7 +62,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "recipe": (*_VALUES, "methods", "tasks"),
     "training": _TRAINED,
     "report": _MEASURED,
-    "cli": (*_TRAINED, "training", "report"),
+    "compare": (*_TRAINED, "training"),
+    "cli": (*_TRAINED, "training", "compare", "report"),
 }
 """What the modules of each room may import beside each other. The longest name that fits a module is its room.
 
@@ -275,8 +276,8 @@ def methods(modules: dict[str, Module], module: Module) -> Iterator[str]:
 
 
 def domains(modules: dict[str, Module], module: Module) -> Iterator[str]:
-    """Training and the command line name no domain."""
-    if module.room not in ("training", "cli"):
+    """Training, comparing and the command line name no domain."""
+    if module.room not in ("training", "compare", "cli"):
         return
     names = {name.split(".")[1] for name, other in modules.items() if name.startswith("tasks.") and other.is_package}
     for found, reached in own_imports(modules, module):

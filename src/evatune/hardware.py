@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,26 @@ def describe_machine() -> dict[str, Any]:
         "gpus": gpus,
         "fast_bf16": has_fast_bfloat16(best_device().type),
     }
+
+
+def reset_peak_memory() -> None:
+    """Forget the most memory that this process held so far, where the system can (Linux, CUDA)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_gib() -> float | None:
+    """Return the most memory that was allocated on the accelerator, or else that this process held."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), None)
+    return round(int(kib) / 2**20, 3) if kib else None
 
 
 def _cpu_model() -> str:

@@ -305,6 +305,28 @@ def all_settings() -> tuple[Setting, ...]:
     return tuple(settings)
 
 
+def find_setting(name: str) -> Setting:
+    """Return the setting that a name means: its leaf (`rank`) where that is unique, else its dotted path.
+
+    Args:
+        name: hyphens and underscores are the same.
+
+    Raises:
+        EvaError: there is none, or there are several.
+    """
+    wanted = name.strip("-").replace("-", "_")
+    for setting in all_settings():
+        if wanted in (setting.path, setting.option.strip("-").replace("-", "_")):
+            return setting
+    ambiguous = [s.path for s in all_settings() if s.path.endswith("." + wanted)]
+    if ambiguous:
+        raise EvaError(
+            f"setting {name!r} could mean {' or '.join(repr(path) for path in ambiguous)}; write one of them."
+        )
+    known = [s.path for s in all_settings()] + [s.path.rpartition(".")[2] for s in all_settings()]
+    raise EvaError(f"there is no setting {name!r}{near_misses(wanted, dict.fromkeys(known))}.")
+
+
 def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file and apply overrides.
 
@@ -319,9 +341,9 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     Raises:
         EvaError: the file is missing or no YAML, or a key, type or value in it is wrong.
     """
-    content = _read_yaml(Path(path)) if path is not None else {}
+    content = _relative_to(Path(path).parent, read_yaml(path)) if path is not None else {}
     for name, value in (overrides or {}).items():
-        section, _, leaf = _resolve(name).rpartition(".")
+        section, _, leaf = find_setting(name).path.rpartition(".")
         if not section:
             content[leaf] = value
             continue
@@ -337,6 +359,35 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if path is None:
             raise
         raise EvaError(f"{path}: {error}") from None
+
+
+def read_yaml(path: str | Path, *, kind: str = "recipe", holds: str = "sections such as `model:` and `data:`") -> dict:
+    """Return what a YAML file holds.
+
+    Args:
+        path: the file.
+        kind: what errors call it.
+        holds: what errors say that it must hold.
+
+    Raises:
+        EvaError: the file is missing, is no YAML, has a key twice, or holds no mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        near = near_misses(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise EvaError(f"there is no {kind} file {path}{near}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise EvaError(f"{path} must hold {holds}, not a {type(content).__name__}.")
+    return content
 
 
 def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
@@ -386,39 +437,6 @@ def _no_such_setting(section: str, name: str, kind: Any, *, task: str) -> str:
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a value, or every item of a list, changed."""
     return type(value)(map(change, value)) if isinstance(value, list | tuple) else change(value)
-
-
-def _resolve(name: str) -> str:
-    """Return the dotted path that an override means."""
-    wanted = name.strip("-").replace("-", "_")
-    matches = [s.path for s in all_settings() if wanted in (s.path, s.option.strip("-").replace("-", "_"))]
-    if matches:
-        return matches[0]
-    ambiguous = [s.path for s in all_settings() if s.path.endswith("." + wanted)]
-    if ambiguous:
-        raise EvaError(
-            f"setting {name!r} could mean {' or '.join(repr(path) for path in ambiguous)}; write one of them."
-        )
-    known = [s.path for s in all_settings()] + [s.path.rpartition(".")[2] for s in all_settings()]
-    raise EvaError(f"there is no setting {name!r}{near_misses(wanted, dict.fromkeys(known))}.")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        near = near_misses(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise EvaError(f"there is no recipe file {path}{near}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise EvaError(f"{path} must hold sections such as `model:` and `data:`, not a {type(content).__name__}.")
-    return _relative_to(path.parent, content)
 
 
 def _check_keys(node: Any, path: Path) -> None:

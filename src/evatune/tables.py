@@ -1,18 +1,78 @@
-"""Tables and bars as plain text, for terminals, logs and Markdown."""
+"""Tables and bars as text: for terminals and logs, Markdown, LaTeX and spreadsheets."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from evatune.errors import EvaError
 
-__all__ = ["bar", "duration", "markdown_table", "text_table"]
+__all__ = ["Marked", "Table", "bar", "duration", "latex_table", "markdown_table", "text_table"]
 
 _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
 _BLOCKS = " ▏▎▍▌▋▊▉█"
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+_SPECIAL |= {"±": r"$\pm$", "ρ": r"$\rho$", "α": r"$\alpha$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "×": r"$\times$"}
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A cell that stands out among those that it is compared with."""
+
+    value: object
+    """What the cell shows."""
+    mark: Literal["best", "second"]
+    """Bold and underlined where that is possible; a star and an apostrophe in plain text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table that can be shown in many ways."""
+
+    headers: Sequence[str]
+    """One title a column; without any, a page shows no head."""
+    rows: Sequence[Sequence[object]]
+    """The cells, shown as `text_table` shows them; the first of a row is its title."""
+    caption: str = ""
+    """A sentence below it."""
+    name: str = ""
+    """What programs call it."""
+
+    def text(self) -> str:
+        """Return it for a terminal."""
+        marks = {cell.mark for row in self.rows for cell in row if isinstance(cell, Marked)}
+        legend = ", ".join(f"{sign} {mark}" for mark, (sign, _) in _PLAIN.items() if mark in marks)
+        return "\n".join(filter(None, [text_table(self.headers, self.rows), self.caption, legend]))
+
+    def markdown(self) -> str:
+        """Return it in Markdown."""
+        return markdown_table(self.headers, self.rows) + (f"\n\n{self.caption}" if self.caption else "")
+
+    def latex(self) -> str:
+        """Return it for LaTeX with the package booktabs."""
+        return latex_table(self.headers, self.rows, caption=self.caption)
+
+    def csv(self) -> str:
+        """Return it as comma-separated values, unmarked and with all digits."""
+        target = io.StringIO()
+        csv.writer(target, lineterminator="\n").writerows([self.headers, *map(_plain_row, self.rows)])
+        return target.getvalue().rstrip("\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        rows = [dict(zip(self.headers, _plain_row(row), strict=True)) for row in self.rows]
+        return {"name": self.name, "caption": self.caption, "rows": rows}
+
+
+def _plain_row(row: Sequence[object]) -> list[object]:
+    return [cell.value if isinstance(cell, Marked) else cell for cell in row]
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None) -> str:
@@ -55,7 +115,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, 
         | ------ | ----: |
         | q_proj |   480 |
     """
-    titles, cells, align = _layout(headers, rows, align)
+    titles, cells, align = _layout(headers, rows, align, marks=_MARKDOWN)
     titles, *cells = [[cell.replace("|", "\\|") for cell in row] for row in [titles, *cells]]
     widths = [max(3, *map(len, column)) for column in zip(titles, *cells, strict=True)]
     ruler = ["-" * width if how == "l" else "-" * (width - 1) + ":" for width, how in zip(widths, align, strict=True)]
@@ -64,6 +124,39 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, 
         return "| " + " | ".join(_pad(*cell) for cell in zip(row, widths, align, strict=True)) + " |"
 
     return "\n".join([line(titles), line(ruler), *map(line, cells)])
+
+
+def latex_table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None, caption: str = ""
+) -> str:
+    r"""Return the same table for LaTeX with the package booktabs; see `text_table` for arguments, cells and errors.
+
+    Example:
+        >>> print(latex_table(["method", "score"], [["eva", Marked(0.5, "best")]]))
+        \begin{tabular}{lr}
+        \toprule
+        method & score \\
+        \midrule
+        eva & \textbf{0.5} \\
+        \bottomrule
+        \end{tabular}
+    """
+    titles, cells, align = _layout(headers, rows, align, marks=None)
+    marks = [[_LATEX.get(getattr(cell, "mark", ""), ("", "")) for cell in row] for row in rows]
+    lines = [
+        " & ".join(f"{before}{_latex(cell)}{after}" for cell, (before, after) in zip(row, marked, strict=True))
+        for row, marked in zip(cells, marks, strict=True)
+    ]
+    head = " & ".join(map(_latex, titles))
+    body = "".join(f"{line} \\\\\n" for line in lines)
+    note = f"\n% {caption}" if caption else ""
+    return (
+        f"\\begin{{tabular}}{{{align}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}{note}"
+    )
+
+
+def _latex(text: str) -> str:
+    return "".join(_SPECIAL.get(sign, sign) for sign in text)
 
 
 def bar(value: float, largest: float, *, width: int = 20) -> str:
@@ -87,8 +180,15 @@ def bar(value: float, largest: float, *, width: int = 20) -> str:
     return (_BLOCKS[8] * full + _BLOCKS[eighths]).rstrip()
 
 
+_PLAIN = {"best": ("*", ""), "second": ("'", "")}
+_MARKDOWN = {"best": ("**", "**"), "second": ("<u>", "</u>")}
+_LATEX = {"best": (r"\textbf{", "}"), "second": (r"\underline{", "}")}
+
+
 def cell_text(value: object) -> str:
-    """Return how a cell is shown: see `text_table`."""
+    """Return how a cell is shown, without its mark: see `text_table`."""
+    if isinstance(value, Marked):
+        value = value.value
     if value is None:
         return _MISSING
     if isinstance(value, bool):
@@ -126,11 +226,21 @@ def alignment(headers: Sequence[str], cells: Sequence[Sequence[str]], align: str
 
 
 def _layout(
-    headers: Sequence[str], rows: Sequence[Sequence[object]], align: str | None
+    headers: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    align: str | None,
+    marks: dict[str, tuple[str, str]] | None = _PLAIN,
 ) -> tuple[list[str], list[list[str]], str]:
-    """Return titles, cells as text, and the alignment."""
+    """Return titles, cells as text with their marks, and the alignment."""
     cells = table_cells(headers, rows)
-    return [cell_text(title) for title in headers], cells, alignment(headers, cells, align)
+    align = alignment(headers, cells, align)
+    if marks:
+        for row, shown in zip(rows, cells, strict=True):
+            for column, cell in enumerate(row):
+                if isinstance(cell, Marked):
+                    before, after = marks[cell.mark]
+                    shown[column] = before + shown[column] + after if after else shown[column] + before
+    return [cell_text(title) for title in headers], cells, align
 
 
 def _pad(cell: str, width: int, how: str) -> str:

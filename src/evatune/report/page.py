@@ -11,24 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evatune.files import write_text
-from evatune.tables import alignment, table_cells
+from evatune.tables import Table, alignment, table_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Picture", "Section", "Table", "Verbatim", "write_page"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of a page."""
-
-    headers: Sequence[str]
-    """One title a column; without any, the table has no head."""
-    rows: Sequence[Sequence[object]]
-    """The cells, shown as `evatune.tables.text_table` shows them; the first of a row is its title."""
-    caption: str = ""
-    """A sentence below it."""
 
 
 @dataclass(frozen=True, kw_only=True)

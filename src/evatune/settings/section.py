@@ -267,7 +267,7 @@ def describe_kind(kind: Any) -> str:
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "none"}
-_PLURALS = {int: "whole numbers", float: "numbers", str: "strings"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", object: "settings"}
 
 
 def _check_range(value: Any, limits: Mapping[str, Any], name: str) -> None:

@@ -42,6 +42,8 @@ class Domain:
     """The module that has `open_task(data, *, model, seed)`."""
     collects: bool = False
     """Whether the home can also make training data, with a function `collect(data, *, folder, processes, say)`."""
+    fresh_held_out: bool = False
+    """Whether a run with another seed is scored on other held-out examples than all runs with this one."""
     head: str | None = None
     """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
     `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
@@ -78,6 +80,7 @@ DOMAINS: dict[str, Domain] = {
         higher_is_better=True,
         home="evatune.tasks.control.task",
         collects=True,
+        fresh_held_out=True,
     ),
 }
 """All domains by their name after `task:` in a recipe."""

@@ -166,3 +166,8 @@ def score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
 def score_line(scores: Mapping[str, Any]) -> str:
     """Return the same on one line."""
     return ", ".join(f"{name} {value} ({interval})" for name, value, interval in score_rows(scores)).replace(" (–)", "")
+
+
+def is_better_higher(metric: str) -> bool:
+    """Return whether a larger value of a metric is a better one: not of losses, errors and perplexities."""
+    return not any(part in metric for part in ("loss", "error", "perplexity"))

@@ -44,14 +44,23 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE
     if not path.is_file():
         raise EvaError(f"{folder} holds no run to resume: it has no {RECIPE}.")
-    old, new = _flat(load_recipe(path).to_dict()), _flat(recipe.to_dict())
-    changed = [
+    if changed := changed_settings(load_recipe(path).to_dict(), recipe.to_dict()):
+        raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a phrase for each setting in which two recipes differ, but for those that may: see `FREE`.
+
+    Args:
+        old: what `Recipe.to_dict` returned.
+        new: the same of the other.
+    """
+    old, new = _flat(old), _flat(new)
+    return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in old | new
         if key not in FREE | LENGTH and old.get(key) != new.get(key)
     ]
-    if changed:
-        raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
 
 
 def kept_training(folder: Path) -> TrainSettings:

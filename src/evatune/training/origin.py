@@ -37,6 +37,23 @@ def write_origin(folder: Path, *, weights: Mapping[str, list[float]], data: Mapp
     write_json(folder / FILE_NAME, {"weights": weights, "data": data})
 
 
+def fingerprints(*, weights: Mapping[str, list[float]], data: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return what the record of a run keeps of the same, and a hash of the sources of evatune.
+
+    Cost: the sources are read, less than a megabyte.
+    """
+    code = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        code.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    short = 16
+    return {
+        "model": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:short],
+        "data": {name: [value[:short] for value in values] for name, values in data.items()},
+        "code": code.hexdigest()[:short],
+    }
+
+
 def check_model(folder: str | Path, model: Any) -> None:
     """Check that what is in a folder was made for this model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ class RunRecord:
     """Processor, cores, threads, memory, accelerators."""
     started: str
     """Date and time, UTC."""
+    fingerprints: dict[str, Any] = field(default_factory=dict)
+    """Hashes of what the result depends on: `model` (some of its weights), `data` (each file), `code` (of evatune)."""
+    peak_memory_gib: float | None = None
+    """Most memory that the process held, or most that was allocated on the accelerator."""
 
     @property
     def losses(self) -> list[dict[str, float]]:

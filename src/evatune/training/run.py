@@ -39,7 +39,7 @@ from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
 from evatune.files import write_json, write_text
 from evatune.fingerprint import sampled_weights, with_weights
-from evatune.hardware import describe_machine
+from evatune.hardware import describe_machine, peak_memory_gib, reset_peak_memory
 from evatune.methods import at_home
 from evatune.models import save_model
 from evatune.recipe import Recipe
@@ -74,7 +74,7 @@ from evatune.training.folder import (
     start_folder,
 )
 from evatune.training.layerwise import layerwise_optimizer
-from evatune.training.origin import check_data, check_model, data_of, write_origin
+from evatune.training.origin import check_data, check_model, data_of, fingerprints, write_origin
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
     check_spectra,
@@ -171,6 +171,7 @@ class _Run:
 
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
+        reset_peak_memory()
         with self._timed("load"):
             # Data before weights, so that an error in the data is raised within seconds.
             facts = self.task.facts()
@@ -211,6 +212,8 @@ class _Run:
             versions=library_versions(),
             machine=describe_machine(),
             started=started.isoformat(timespec="seconds"),
+            fingerprints=fingerprints(weights=self.weights, data=data_of(recipe)),
+            peak_memory_gib=peak_memory_gib(),
         )
         if not self._is_full():
             write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))

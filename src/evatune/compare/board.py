@@ -1,0 +1,134 @@
+"""The test scores of a sweep side by side: methods × tasks × seeds, all so that higher is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from evatune.compare.results import Results
+from evatune.compare.standing import Standing, standings
+from evatune.errors import EvaError, near_misses
+from evatune.tasks.scores import is_better_higher
+
+REFERENCE = "lora"
+"""The method that others are compared with by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """The scores of a sweep."""
+
+    rows: Sequence[Standing]
+
+    @classmethod
+    def of(cls, results: Results, *, metric: str | None = None) -> Board:
+        """Return the scores in a folder of results.
+
+        Raises:
+            EvaError: there are none, or no such metric.
+        """
+        rows = standings(results, metric=metric).rows
+        if not any(row.scores for row in rows):
+            raise EvaError(f"{results.folder} holds no scores of test runs yet; run `evatune compare` to its end.")
+        return cls(rows=rows)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Tasks, with their models where there are several."""
+        return list(dict.fromkeys(title_of(row) for row in self.rows))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Methods in the order of the sweep."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def at(self, method: str, task: str) -> Standing | None:
+        """Return one method on one task."""
+        return next((row for row in self.rows if row.method == method and title_of(row) == task), None)
+
+    def metric(self, task: str) -> str:
+        """Return what the scores of a task are."""
+        return next((row.metric for row in self.rows if title_of(row) == task and row.metric), "")
+
+    def sign(self, task: str) -> int:
+        """Return 1 where a higher score is a better one, else -1."""
+        return 1 if is_better_higher(self.metric(task)) else -1
+
+    @cached_property
+    def complete(self) -> list[str]:
+        """The methods that have a score on every task."""
+        return [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in self.tasks)]
+
+    def values(self, method: str) -> list[np.ndarray]:
+        """Return a complete method's scores over seeds, for each task, with higher ones better.
+
+        Where tasks have different metrics, the untuned model is 0 and the best mean of any method 1.
+        """
+        found = []
+        for task in self.tasks:
+            row = self.at(method, task)
+            assert row is not None
+            scores = self.sign(task) * np.array(list(row.scores.values()))
+            low, high = self._ends(task) if self.is_scaled else (0.0, 1.0)
+            found.append((scores - low) / (high - low))
+        return found
+
+    @cached_property
+    def is_scaled(self) -> bool:
+        """Whether tasks have different metrics, so that scores are scaled before they are averaged."""
+        return len({self.metric(task) for task in self.tasks}) > 1
+
+    def _ends(self, task: str) -> tuple[float, float]:
+        rows = [row for method in self.complete if (row := self.at(method, task))]
+        sign, metric = self.sign(task), self.metric(task)
+        untuned = [r["before"]["metrics"][metric] for row in rows for r in row.records if r.get("before")]
+        low, high = sign * float(np.mean(untuned)), max(sign * row.mean for row in rows if row.mean is not None)
+        return (low, high) if high > low else (low, low + 1.0)
+
+    def reference(self, name: str | None = None) -> str:
+        """Return the method that others are compared with.
+
+        Raises:
+            EvaError: the sweep has no such method.
+        """
+        name = name or REFERENCE
+        found = next((m for m in self.methods if m == name or m.split(" ")[0] == name), None)
+        if found is None:
+            raise EvaError(
+                f"these results have no method {name!r} to compare with{near_misses(name, self.methods)}; name one of "
+                f"{', '.join(self.methods)} with --against."
+            )
+        return found
+
+
+def title_of(row: Standing) -> str:
+    """Return the task of a row, with its model where there are several."""
+    return f"{row.task} {row.model}".strip()
+
+
+def paired_outcomes(ours: Standing, theirs: Standing) -> list[np.ndarray]:
+    """Return for each seed of both the differences of the outcomes of its examples, ours minus theirs.
+
+    The outcomes are those of the metric, if it is a mean over examples; otherwise there are none.
+    """
+    pairs = []
+    own = {record["seed"]: record for record in ours.records if record["seed"] in ours.scores}
+    for record in theirs.records:
+        other = own.get(record["seed"])
+        if other is not None and record["seed"] in theirs.scores:
+            first, second = _outcomes(other, ours.metric), _outcomes(record, theirs.metric)
+            if first is not None and second is not None and len(first) == len(second):
+                pairs.append(first - second)
+    return pairs
+
+
+def _outcomes(record: dict, metric: str) -> np.ndarray | None:
+    """Return one number an example whose mean is the metric, if there is such a column."""
+    after = record["after"]
+    for values in after.get("outcomes", {}).values():
+        if abs(np.mean(values) - after["metrics"][metric]) < 1e-3 * max(1.0, abs(after["metrics"][metric])):
+            return np.asarray(values, dtype=float)
+    return None

@@ -1,0 +1,40 @@
+"""What `evatune compare` opens: a sweep and an engine, both checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from evatune.compare.engine import Engine
+from evatune.compare.results import RUNS
+from evatune.compare.sweep import Sweep
+from evatune.errors import EvaError
+
+
+def open_sweep(path: str, *, output: str | None = None) -> Sweep:
+    """Return a sweep, with another folder for its results if one is given."""
+    sweep = Sweep.load(path)
+    return dataclasses.replace(sweep, output=output) if output else sweep
+
+
+def open_engine(sweep: Sweep, *, workers: int, threads: int | None, gpus: int = 0) -> Engine:
+    """Return the engine that does the runs; its processes start with the first of them.
+
+    Args:
+        sweep: its folder gets what the workers print.
+        workers: runs at a time.
+        threads: processor threads of each; by default its share of the processors.
+        gpus: accelerators that the workers share.
+
+    Raises:
+        EvaError: a number is out of range.
+    """
+    for name, value, low in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0)):
+        if value is not None and value < low:
+            raise EvaError(f"--{name} is {value}, but must be at least {low}.")
+    from pathlib import Path
+
+    from evatune.compare.local import LocalEngine
+
+    share = max(1, (os.cpu_count() or 1) // workers)
+    return LocalEngine(workers=workers, threads=threads or share, logs=Path(sweep.output) / RUNS, gpus=gpus)

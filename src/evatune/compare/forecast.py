@@ -1,0 +1,101 @@
+"""What a sweep takes before it is done: runs, time and disk, from the runs that were measured already."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evatune.compare.choosing import choose
+from evatune.compare.results import RECORDS, Results
+from evatune.compare.runs import Cell, cells, points
+from evatune.compare.sweep import Sweep
+from evatune.tables import duration, text_table
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What is still to be done."""
+
+    output: str
+    """Folder of the results."""
+    runs: list[Row]
+    """Of each task: runs on validation and on test data, how many are done, seconds of one."""
+    seconds: float | None
+    """Time of all runs that are left; None if no run of some task was measured yet."""
+    record_bytes: float | None
+    """Size of the records of all runs; None if there is none yet."""
+
+    def text(self) -> str:
+        """Return the same for a terminal."""
+        rows = [
+            [row["task"], row["validation"], row["test"], row["done"], row["left"], row["seconds"] or "unknown"]
+            for row in self.runs
+        ]
+        table = text_table(
+            ["task", "validation runs", "test runs", "done", "left", "seconds a run"], rows, align="lrrrrr"
+        )
+        time = (
+            f"about {duration(self.seconds)} left"
+            if self.seconds is not None
+            else "time unknown: no run of some task has been measured yet"
+        )
+        disk = (
+            f"about {self.record_bytes / 2**20:.1f} MB of records" if self.record_bytes else "size of records unknown"
+        )
+        return f"{table}\n\n{time}, {disk} in {self.output}; grids may grow by `widen` values"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def forecast(sweep: Sweep, *, workers: int = 1) -> Forecast:
+    """Return what a sweep takes.
+
+    Args:
+        sweep: the sweep; records in its folder are counted as done, and tell how long a run takes.
+        workers: runs at a time.
+
+    Raises:
+        EvaError: the sweep is wrong, or its folder holds something else.
+    """
+    results, compared = Results(sweep.output), cells(sweep)
+    rows = [
+        _of_task(name, [cell for cell in compared if cell.task.name == name], sweep, results) for name in sweep.recipes
+    ]
+    n_runs = sum(row["validation"] + row["test"] for row in rows)
+    open_rows = [row for row in rows if row["left"]]
+    known = all(row["seconds"] is not None for row in open_rows)
+    path = results.folder / RECORDS
+    size = path.stat().st_size / len(results.records) if results.records else None
+    return Forecast(
+        output=sweep.output,
+        runs=rows,
+        seconds=sum(row["left"] * row["seconds"] for row in open_rows) / workers if known else None,
+        record_bytes=size * n_runs if size else None,
+    )
+
+
+def _of_task(name: str, compared: Sequence[Cell], sweep: Sweep, results: Results) -> Row:
+    stages: Counter[str] = Counter()
+    left = 0
+    for cell in compared:
+        n_test = len(cell.task.test.seeds)
+        stages["validation"] += len(points(cell.contender.grid)) * len(cell.task.validation.seeds)
+        stages["test"] += n_test
+        choice = choose(cell, results.kept, metric=sweep.metric, widen=sweep.widen)
+        left += len(choice.missing) + (n_test if choice.point is None and choice.missing else 0)
+    done = [record for record in results.records.values() if record["task"] == name]
+    seconds = [record["wall_seconds"] for record in done if record["state"] == "done"]
+    return {
+        "task": name,
+        "validation": stages["validation"],
+        "test": stages["test"],
+        "done": len(done),
+        "left": left,
+        "seconds": round(sum(seconds) / len(seconds), 1) if seconds else None,
+    }

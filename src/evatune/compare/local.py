@@ -1,0 +1,91 @@
+"""The engine on one machine: so many worker processes with so many threads each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from evatune.compare.engine import Job, Outcome
+from evatune.compare.worker import work
+
+PATIENCE = 60.0
+"""Seconds that a run has to save a checkpoint when the sweep is interrupted."""
+
+
+class LocalEngine:
+    """Worker processes on this machine; see `evatune.compare.engine.Engine`.
+
+    Args:
+        workers: processes, each of which does one run at a time.
+        threads: processor threads of each.
+        logs: folder of what they print.
+        gpus: accelerators; worker i uses number i modulo this.
+    """
+
+    def __init__(self, *, workers: int, threads: int, logs: Path, gpus: int = 0) -> None:
+        self.slots, self.threads, self.logs, self.gpus = workers, threads, logs, gpus
+        self._context = multiprocessing.get_context("spawn")
+        self._free = list(range(workers))
+        self._workers: dict[int, tuple[Any, Connection]] = {}
+        self._busy: dict[Connection, tuple[int, Job]] = {}
+
+    def start(self, job: Job) -> None:
+        """Give a job to a free worker."""
+        number = self._free.pop(0)
+        if number not in self._workers:
+            self._workers[number] = self._spawn(number)
+        _, connection = self._workers[number]
+        self._busy[connection] = number, job
+        with suppress(BrokenPipeError):  # `finished` sees that it is dead
+            connection.send(job.recipe)
+
+    def finished(self) -> list[tuple[Job, Outcome]]:
+        """Wait until a worker is done or dead, and return what became of its job."""
+        found = []
+        for ready in wait(list(self._busy)):
+            connection: Any = ready
+            number, job = self._busy.pop(connection)
+            try:
+                state, reason = connection.recv()
+            except (EOFError, ConnectionResetError):
+                process, _ = self._workers.pop(number)
+                process.join()
+                state, reason = "died", f"its process ended with code {process.exitcode}"
+            self._free.insert(0, number)
+            found.append((job, Outcome(state=state, reason=reason)))
+        return found
+
+    def close(self) -> None:
+        """End the workers; runs in progress save a checkpoint where they can."""
+        for process, connection in self._workers.values():
+            if connection in self._busy:
+                process.terminate()
+            else:
+                with suppress(BrokenPipeError):
+                    connection.send(None)
+        for process, _ in self._workers.values():
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+
+    def _spawn(self, number: int) -> tuple[Any, Connection]:
+        ours, theirs = self._context.Pipe()
+        environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        environment["TRANSFORMERS_VERBOSITY"] = "error"
+        if self.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            ids = [name for name in visible if name] or list(map(str, range(self.gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = ids[number % self.gpus]
+        process = self._context.Process(
+            target=work,
+            args=(theirs,),
+            kwargs={"log": str(self.logs / f"worker-{number}.log"), "environment": environment},
+            name=f"evatune-worker-{number}",
+        )
+        process.start()
+        theirs.close()
+        return process, ours

@@ -1,0 +1,205 @@
+"""The folder of a sweep's results: one file of records, to which every finished run adds a line.
+
+sweep.json      what was asked for
+records.jsonl   one line a run: settings, scores, outcomes, log, times, machine, or why there are none
+choices.json    of each method on each task: the chosen setting, the scores of all that were tried
+runs/           the folders of the runs; their adapters stay only where the sweep says so
+spectra/        what was measured, once for all runs that start from the same spectra
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from evatune.compare.runs import Run
+from evatune.errors import EvaError
+from evatune.files import json_text, user_cache, write_json, write_text
+from evatune.training.folder import changed_settings
+from evatune.training.record import library_versions
+
+SWEEP, RECORDS, CHOICES, RUNS, SPECTRA, LOCK = "sweep.json", "records.jsonl", "choices.json", "runs", "spectra", ".lock"
+
+Record = dict[str, Any]
+"""A line of the file: see `record_of`."""
+
+
+class Results:
+    """What a folder of results holds.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        EvaError: a line of its records cannot be read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.records: dict[str, Record] = {record["name"]: record for record in _read(self.folder / RECORDS)}
+        """The newest record of each run, by its name."""
+
+    def add(self, record: Record) -> None:
+        """Write a record to its end, so that it stays whatever happens next."""
+        with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
+            file.write(json_text(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record["name"]] = record
+
+    def kept(self, run: Run) -> Record | None:
+        """Return the record of a run, or None if it is still to be done.
+
+        Raises:
+            EvaError: a run of this name was made with other settings.
+        """
+        record = self.records.get(run.name)
+        if record is None:
+            return None
+        if changed := changed_settings(record["recipe"], portable(run.recipe.to_dict())):
+            raise EvaError(
+                f"{self.folder} holds {run.name} of another sweep: {'; '.join(changed)}; choose another output, or "
+                f"remove the line from {RECORDS}."
+            )
+        return record
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """What was chosen for each method on each task; see `evatune.compare.choosing.Choice.to_json`."""
+        path = self.folder / CHOICES
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def write_choices(self, choices: list[dict[str, Any]]) -> None:
+        """Write what was chosen so far."""
+        write_json(self.folder / CHOICES, choices, indent=1)
+
+    @contextlib.contextmanager
+    def writing(self, sweep: Mapping[str, Any], *, force: bool = False) -> Iterator[None]:
+        """Keep other processes from writing into the folder while the block runs.
+
+        Args:
+            sweep: what was asked for.
+            force: add to the results of another version of evatune.
+
+        Raises:
+            EvaError: another process writes there, or the results are those of another version.
+        """
+        version = library_versions()["evatune"]
+        others = {record["versions"].get("evatune", version) for record in self.records.values()} - {version}
+        if others and not force:
+            raise EvaError(
+                f"{self.folder} holds runs of evatune {', '.join(sorted(others))}, and this is {version}; choose "
+                "another output, or --force to add to them."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("w") as lock:
+            _take(lock, self.folder)
+            if (self.folder / RECORDS).is_file():  # without the part of a line that a crash may have left
+                write_text(self.folder / RECORDS, "".join(json_text(record) + "\n" for record in self.records.values()))
+            write_json(self.folder / SWEEP, {"evatune": version, "sweep": portable(dict(sweep))}, indent=1)
+            yield
+
+
+def record_of(
+    run: Run, *, state: str, seconds: float, tries: int, reason: str = "", folder: Path | None = None
+) -> Record:
+    """Return the record of a run.
+
+    Args:
+        run: the run.
+        state: `done`, `refused` (an error that its sentence explains) or `failed` (the process died or broke).
+        seconds: time of the whole run, loading included.
+        tries: how often it was started.
+        reason: why there are no scores.
+        folder: where its own record is.
+
+    Returns:
+        Plain values without the machine's paths. Outcomes are those of the headline metric of test runs.
+    """
+    cell = run.cell
+    record: Record = {
+        "name": run.name,
+        "state": state,
+        "stage": run.stage,
+        "task": cell.task.name,
+        "model": cell.model_label,
+        "method": cell.label,
+        "point": dict(run.point),
+        "seed": run.seed,
+        "tries": tries,
+        "wall_seconds": round(seconds, 1),
+        "recipe": portable(run.recipe.to_dict()),
+        "versions": library_versions(),
+    }
+    if folder is None:
+        return record | {"reason": reason}
+    content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    skipped = ("recipe", "before", "after", "log")
+    record |= {key: value for key, value in content.items() if key not in skipped}
+    record["log"] = [_rounded(entry) for entry in content["log"]]
+    for when in ("before", "after"):
+        record[when] = content[when]
+        path = folder / f"{when}.json"
+        if run.stage == "test" and path.is_file():
+            outcomes = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+            record[when] = content[when] | {"outcomes": _rounded(outcomes, digits=4)}
+    return record
+
+
+def portable(value: Any) -> Any:
+    """Return plain values whose paths below known folders begin with the variable that recipes have for them."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    roots = {"EVATUNE_DATA": os.environ.get("EVATUNE_DATA"), "EVATUNE_CACHE": str(user_cache())}
+    for name, root in roots.items():
+        if root and (value == root or value.startswith(root.rstrip("/") + "/")):
+            return f"${{{name}}}" + value[len(root.rstrip("/")) :]
+    if os.path.isabs(value) and os.path.exists(value):
+        return os.path.relpath(value)
+    return value
+
+
+def _read(path: Path) -> Iterator[Record]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            _ = record["name"], record["state"], record["recipe"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # a crash cut it short: the run is done again
+                return
+            raise EvaError(
+                f"{path}, line {number} is no record of a run; remove it, and the run is done again."
+            ) from None
+        yield record
+
+
+def _take(lock: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise EvaError(f"another process writes into {folder}; wait for it, or choose another output.") from None
+
+
+def _rounded(value: Any, digits: int = 5) -> Any:
+    """Return numbers with so many significant digits, for files that stay small."""
+    if isinstance(value, dict):
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item, digits) for item in value]
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e6 else short

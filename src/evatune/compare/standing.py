@@ -1,0 +1,127 @@
+"""How the methods of a sweep stand: the test scores of each at its chosen setting, or why there are none."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from evatune.compare.choosing import score
+from evatune.compare.results import Record, Results
+from evatune.tables import text_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One method on one task."""
+
+    task: str
+    model: str
+    method: str
+    point: dict[str, Any] | None
+    """The setting that was chosen on validation data."""
+    open: list[str]
+    """Searched settings whose best value was at the end of their grid."""
+    scores: dict[int, float]
+    """Test score by seed."""
+    n_seeds: int
+    """Seeds that were asked for."""
+    metric: str
+    """What the score is."""
+    trainable: int | None
+    """Trainable parameters."""
+    reason: str = ""
+    """Why scores are missing."""
+    records: list[Record] = field(default_factory=list, repr=False)
+    """The runs on test data."""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds."""
+        return statistics.fmean(self.scores.values()) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1 in the denominator); None for a single one."""
+        return statistics.stdev(self.scores.values()) if len(self.scores) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standings:
+    """All methods on all tasks."""
+
+    rows: Sequence[Standing]
+
+    def text(self) -> str:
+        """Return a table for a terminal."""
+        rows = []
+        for row in self.rows:
+            setting = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in (row.point or {}).items())
+            score = "–" if row.mean is None else f"{row.mean:.4f}"
+            score += f" ± {row.deviation:.4f}" if row.deviation is not None else ""
+            notes = [row.reason] if row.reason else []
+            notes += [f"end of the grid: {path}" for path in row.open]
+            notes += ["one seed: no interval"] if len(row.scores) == 1 else []
+            rows.append(
+                [
+                    f"{row.task} {row.model}".strip(),
+                    row.method,
+                    score,
+                    f"{len(row.scores)} of {row.n_seeds}",
+                    row.trainable,
+                    setting,
+                    "; ".join(notes),
+                ]
+            )
+        headers = ["task", "method", "test score", "seeds", "parameters", "chosen", "notes"]
+        return text_table(headers, rows, align="llrrrll")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, without the records."""
+        rows = []
+        for row in self.rows:
+            content = asdict(row)
+            content.pop("records")
+            rows.append(content | {"mean": row.mean, "deviation": row.deviation})
+        return {"standings": rows}
+
+
+def standings(results: Results, *, metric: str | None = None) -> Standings:
+    """Return how the methods stand; what is not done yet is missing and said so.
+
+    Args:
+        results: a folder of results.
+        metric: the metric; by default each task's headline.
+    """
+    rows = []
+    for choice in results.choices:
+        name = (choice["task"], choice["model"], choice["method"])
+        own = [r for r in results.records.values() if (r["task"], r["model"], r["method"]) == name]
+        test = [r for r in own if r["stage"] == "test" and r["point"] == choice["point"]]
+        scores = {r["seed"]: value for r in test if (value := score(r, metric)) is not None}
+        done = next((r for r in test if r["state"] == "done"), None)
+        without = next((r for r in own if r["state"] != "done"), None)
+        reason = "not run yet" if not own else ""
+        if not scores and without is not None:
+            reason = without["reason"]
+        elif not scores and own:
+            reason = "not finished"
+        elif len(scores) < len(test):
+            reason = next(r.get("reason") or "its score is not finite" for r in test if r["seed"] not in scores)
+        rows.append(
+            Standing(
+                task=choice["task"],
+                model=choice["model"],
+                method=choice["method"],
+                point=choice["point"],
+                open=choice["open"],
+                scores=scores,
+                n_seeds=choice["test_seeds"],
+                metric=metric or (done["after"]["headline"] if done else ""),
+                trainable=done["parameters"]["trainable"] if done else None,
+                reason=reason,
+                records=test,
+            )
+        )
+    return Standings(rows=rows)

@@ -1,0 +1,296 @@
+"""Tables of a comparison: scores, intervals, differences, ranks, and what was chosen. Each takes a `Board`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from evatune.compare.board import Board, paired_outcomes, title_of
+from evatune.compare.statistics import (
+    holm,
+    interquartile_mean,
+    mean_ranks,
+    paired_difference,
+    probability_of_improvement,
+    stratified,
+)
+from evatune.errors import EvaError
+from evatune.tables import Marked, Table
+
+
+def scores(board: Board) -> Table:
+    """Return mean and standard deviation over seeds, methods × tasks, as the paper prints them (Tables 2 to 4)."""
+    columns = {task: _column(board, task) for task in board.tasks}
+    averaged = len(board.tasks) > 1
+    if averaged:
+        means = {m: float(np.mean([task.mean() for task in board.values(m)])) for m in board.complete}
+        columns["mean"] = marked({m: f"{value:.4f}" for m, value in means.items()}, means)
+    rows = []
+    for method in board.methods:
+        standing = [row for task in board.tasks if (row := board.at(method, task))]
+        trainable = next((row.trainable for row in standing if row.trainable is not None), None)
+        rows.append([method, trainable, *(column.get(method) for column in columns.values())])
+    headers = [
+        f"{name} ({board.metric(name)}{'' if board.sign(name) > 0 else ', lower is better'})"
+        if name != "mean"
+        else name
+        for name in columns
+    ]
+    scaled = " The mean is of scores with the untuned model at 0 and the best method at 1." * (
+        averaged and board.is_scaled
+    )
+    caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its own best setting.{scaled}"
+    return Table(
+        name="scores", headers=["method", "parameters", *headers], rows=rows, caption=caption + _missing(board)
+    )
+
+
+def settings(board: Board) -> Table:
+    """Return the setting that was chosen for each method on validation data, and grids that ended too early."""
+    rows = []
+    for row in board.rows:
+        point = {path.rpartition(".")[2]: value for path, value in (row.point or {}).items()}
+        shown = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in point.items()
+        )
+        ends = ", ".join(path.rpartition(".")[2] for path in row.open)
+        rows.append(
+            [
+                title_of(row),
+                row.method,
+                shown or None,
+                ends or None,
+                f"{len(row.scores)} of {row.n_seeds}",
+                row.reason or None,
+            ]
+        )
+    headers = ["task", "method", "chosen on validation", "best at the end of", "test seeds", "why scores are missing"]
+    return Table(name="settings", headers=headers, rows=rows)
+
+
+def intervals(board: Board) -> Table:
+    """Return the interquartile mean of each method over all tasks and seeds, with a stratified bootstrap interval."""
+    found = {m: stratified(interquartile_mean, board.values(m)) for m in board.complete}
+    cells = marked({m: f"{e.value:.4f}" for m, e in found.items()}, {m: e.value for m, e in found.items()})
+    rows = [
+        [m, cells[m], "one seed" if e.interval is None else f"{e.interval[0]:.4f} to {e.interval[1]:.4f}"]
+        for m, e in found.items()
+    ]
+    caption = f"Interquartile mean over {_tasks(board)} and {_seeds(board)}; {_orientation(board)}."
+    return Table(
+        name="intervals",
+        headers=["method", "interquartile mean", "95% interval"],
+        rows=rows,
+        caption=caption + _missing(board),
+    )
+
+
+def improvement(board: Board, *, against: str | None = None) -> Table:
+    """Return how probable it is that a run of each method scores higher than one of the reference."""
+    name = board.reference(against)
+    _check_complete(board, name)
+    rows = []
+    for method in board.complete:
+        if method != name:
+            found = stratified(probability_of_improvement, board.values(method), board.values(name))
+            rows.append(
+                [
+                    method,
+                    found.value,
+                    "one seed" if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval),
+                ]
+            )
+    caption = f"Probability that a run scores higher than one of {name} on the same task, mean over {_tasks(board)}."
+    headers = ["method", f"P(better than {name})", "95% interval"]
+    return Table(name="improvement", headers=headers, rows=rows, caption=caption + _missing(board))
+
+
+def paired(board: Board, *, against: str | None = None) -> Table:
+    """Return the differences to the reference, paired by seed and example, with p-values corrected by Holm's method."""
+    name = board.reference(against)
+    found = []
+    for task in board.tasks:
+        theirs = board.at(name, task)
+        for method in board.methods:
+            ours = board.at(method, task)
+            pairs = paired_outcomes(ours, theirs) if ours and theirs and method != name else []
+            if pairs:
+                sign = board.sign(task)
+                found.append((task, method, paired_difference([sign * one for one in pairs])))
+    corrected = holm([difference.p for *_, difference in found])
+    rows = [
+        [
+            task,
+            method,
+            f"{d.estimate.value:+.4f}",
+            "{:+.4f} to {:+.4f}".format(*d.estimate.interval or (math.nan, math.nan)),
+            d.n_seeds,
+            d.n_pairs,
+            d.p,
+            p,
+        ]
+        for (task, method, d), p in zip(found, corrected, strict=True)
+    ]
+    headers = ["task", "method", f"better than {name} by", "95% interval", "seeds", "pairs", "p", "p (Holm)"]
+    caption = (
+        f"Differences of the outcomes of single examples, positive where the method is better than {name}; seeds are "
+        f"resampled, then examples. Holm's correction is for all {len(rows)} comparisons of this table."
+    )
+    return Table(name="paired", headers=headers, rows=rows, caption=caption)
+
+
+def ranks(board: Board) -> Table:
+    """Return the mean rank of each method and the critical difference of Nemenyi's test."""
+    ranking, blocks = ranking_of(board)
+    order = sorted(ranking.ranks.items(), key=lambda item: item[1])
+    cells = marked({m: f"{rank:.2f}" for m, rank in order}, {m: -rank for m, rank in order})
+    caption = (
+        f"Mean rank over {ranking.n_blocks} {blocks}, 1 is best. Mean ranks that differ by less than "
+        f"{ranking.critical_difference:.2f} cannot be told apart (Nemenyi, 5%); Friedman's p is {ranking.p:.3g}."
+    )
+    return Table(
+        name="ranks",
+        headers=["method", "mean rank"],
+        rows=[[m, cells[m]] for m, _ in order],
+        caption=caption + _missing(board),
+    )
+
+
+def ranking_of(board: Board) -> tuple[Any, str]:
+    """Return the ranks of the complete methods, and what they are taken over: tasks, or seeds where tasks are few."""
+    if len(board.tasks) >= 5:
+        means = {m: [float(task.mean()) for task in board.values(m)] for m in board.complete}
+        return mean_ranks(means), "tasks"
+    shared = [
+        sorted(set.intersection(*(set(row.scores) for m in board.complete if (row := board.at(m, task)))))
+        for task in board.tasks
+    ]
+    by_block = {
+        m: [
+            board.sign(task) * row.scores[seed]
+            for task, seeds in zip(board.tasks, shared, strict=True)
+            if (row := board.at(m, task))
+            for seed in seeds
+        ]
+        for m in board.complete
+    }
+    if not by_block or not any(by_block.values()):
+        raise EvaError("no seed was run with every method, so methods cannot be ranked.")
+    return mean_ranks(by_block), "pairs of task and seed"
+
+
+def wins(board: Board, *, against: str | None = None) -> Table:
+    """Return how often each method scores higher than, as high as and lower than the reference, by task and seed."""
+    name = board.reference(against)
+    rows = []
+    for method in board.methods:
+        counts = [0, 0, 0]
+        for task in board.tasks:
+            ours, theirs = board.at(method, task), board.at(name, task)
+            for seed in sorted(set(ours.scores) & set(theirs.scores)) if ours and theirs and method != name else ():
+                difference = board.sign(task) * (ours.scores[seed] - theirs.scores[seed])  # type: ignore[union-attr]
+                counts[1 if difference == 0 else 0 if difference > 0 else 2] += 1
+        if sum(counts):
+            rows.append([method, *counts])
+    caption = f"Runs with the same task and seed as one of {name}."
+    return Table(name="wins", headers=["method", "wins", "ties", "losses"], rows=rows, caption=caption)
+
+
+def costs(board: Board) -> Table:
+    """Return what the runs took: time to initialize and to train, peak memory, trainable parameters (Table 25)."""
+    rows = []
+    for row in board.rows:
+        runs = [record for record in row.records if record["state"] == "done"]
+        if runs:
+            seconds = {
+                name: [r["seconds"][name] for r in runs if name in r["seconds"]]
+                for name in ("measure", "prepare", "train")
+            }
+            start = np.mean(seconds["prepare"]) + (np.mean(seconds["measure"]) if seconds["measure"] else 0.0)
+            train = np.mean(seconds["train"])
+            peak = [r["peak_memory_gib"] for r in runs if r.get("peak_memory_gib")]
+            rows.append(
+                [
+                    title_of(row),
+                    row.method,
+                    row.trainable,
+                    f"{start:.1f}",
+                    f"{train:.1f}",
+                    f"{start / (start + train):.1%}",
+                    f"{max(peak):.2f}" if peak else None,
+                ]
+            )
+    headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
+    caption = "Means over the test runs. `start` is measuring, where a run measured itself, and initializing."
+    return Table(name="costs", headers=headers, rows=rows, caption=caption)
+
+
+TABLES = {
+    "scores": scores,
+    "settings": settings,
+    "intervals": intervals,
+    "improvement": improvement,
+    "paired": paired,
+    "ranks": ranks,
+    "wins": wins,
+    "costs": costs,
+}
+"""All tables of a comparison by name."""
+
+
+def marked(cells: Mapping[str, object], values: Mapping[str, float]) -> dict[str, object]:
+    """Return cells with those of the highest and the second highest value marked; equal values share a mark."""
+    order = sorted(set(values.values()), reverse=True)
+    names: tuple[Literal["best", "second"], ...] = ("best", "second")
+    marks = dict(zip(order, names, strict=False)) if len(values) > 1 else {}
+    return {
+        name: Marked(cell, marks[values[name]]) if values.get(name) in marks else cell for name, cell in cells.items()
+    }  # type: ignore[arg-type]
+
+
+def _column(board: Board, task: str) -> dict[str, object]:
+    """Return the cells of one task; a method without scores says why."""
+    cells: dict[str, object] = {}
+    means = {}
+    for method in board.methods:
+        row = board.at(method, task)
+        if row is None:
+            continue
+        if row.mean is None:
+            cells[method] = row.reason
+            continue
+        cells[method] = f"{row.mean:.4f}" + (f" ± {row.deviation:.4f}" if row.deviation is not None else "")
+        means[method] = board.sign(task) * row.mean
+    return marked(cells, means)
+
+
+def _seeds(board: Board) -> str:
+    counts = sorted({len(row.scores) for row in board.rows if row.scores})
+    if counts == [1]:
+        return "one seed, so without deviation"
+    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+
+
+def _tasks(board: Board) -> str:
+    return f"{len(board.tasks)} tasks" if len(board.tasks) > 1 else board.tasks[0]
+
+
+def _orientation(board: Board) -> str:
+    if board.is_scaled:
+        return "the untuned model is at 0 and the best method at 1"
+    return "higher is better" if board.sign(board.tasks[0]) > 0 else "with the sign turned, so that higher is better"
+
+
+def _missing(board: Board) -> str:
+    left = [method for method in board.methods if method not in board.complete]
+    return f" Without a score on every task: {', '.join(left)}." if left else ""
+
+
+def _check_complete(board: Board, name: str) -> None:
+    if name not in board.complete:
+        raise EvaError(
+            f"{name} has no scores on every task yet, so nothing can be compared with it; see table settings."
+        )

@@ -1,0 +1,76 @@
+"""What one worker process does: it runs recipes one after another, and says what became of each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+def work(connection: Connection, *, log: str, environment: dict[str, str]) -> None:
+    """Run recipes until there are no more.
+
+    Args:
+        connection: gives recipes as plain values, and takes for each a state and a reason.
+        log: file for everything that is printed.
+        environment: variables that are set before PyTorch is loaded.
+    """
+    os.environ.update(environment)
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while (recipe := connection.recv()) is not None:
+            connection.send(attempt(recipe))
+    except (KeyboardInterrupt, EOFError):
+        return
+
+
+def attempt(content: dict[str, Any]) -> tuple[str, str]:
+    """Run one recipe; go on with what an interrupted run left, if that is possible.
+
+    Args:
+        content: what `Recipe.to_dict` returned.
+
+    Returns:
+        `done`, `refused` or `failed`, and why.
+    """
+    from evatune.errors import EvaError
+    from evatune.recipe import Recipe
+    from evatune.training.run import finetune
+
+    try:
+        recipe = Recipe.from_dict(content)
+        folder = Path(recipe.output)
+        print(f"\n{folder}", file=sys.stderr, flush=True)
+        if (folder / "checkpoints").is_dir():
+            try:
+                finetune(recipe, resume=True)
+                return "done", ""
+            except EvaError as error:
+                print(f"started again, since: {error}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        finetune(recipe)
+    except EvaError as error:
+        return "refused", str(error)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "done", ""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(signal.SIGINT, frame)
+    else:
+        raise KeyboardInterrupt

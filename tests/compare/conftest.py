@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evatune.compare.engine import Job, Outcome
+from evatune.compare.sweep import Sweep
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A recipe whose files need not be there, since no engine of these tests trains."""
+    path = tmp_path / "task.yaml"
+    path.write_text("model: none/such\ndata: {train: train.jsonl, eval: test.jsonl}\nadapter: {rank: 4}\n")
+    return path
+
+
+@pytest.fixture
+def sweep(recipe_file: Path, tmp_path: Path) -> Callable[..., Sweep]:
+    """Return a function that writes a sweep file, with the given keys changed, and reads it."""
+
+    def build(**changed: Any) -> Sweep:
+        content = {
+            "recipes": {"task": recipe_file.name},
+            "methods": ["lora", "eva"],
+            "learning_rates": [1e-3, 1e-2, 1e-1],
+            "validation": {"eval": "validation.jsonl"},
+            "test": {"seeds": 2},
+            "output": "results",
+        } | changed
+        content = {key: value for key, value in content.items() if value is not None}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return Sweep.load(path)
+
+    return build
+
+
+class FakeEngine:
+    """Writes what a run would have written, with scores that a function gives.
+
+    Args:
+        score: is given the job's run, and returns a number, or the state and the reason of a run without one.
+        slots: runs at a time.
+    """
+
+    def __init__(self, score: Callable[[Any], Any], *, slots: int = 1) -> None:
+        self.score, self.slots, self.threads = score, slots, 1
+        self.started: list[Job] = []
+        self.waiting: list[Job] = []
+        self.closed = False
+
+    def start(self, job: Job) -> None:
+        self.started.append(job)
+        self.waiting.append(job)
+        assert len(self.waiting) <= self.slots
+
+    def finished(self) -> list[tuple[Job, Outcome]]:
+        job = self.waiting.pop(0)
+        score = self.score(job.run)
+        if isinstance(score, tuple):
+            return [(job, Outcome(state=score[0], reason=score[1]))]
+        write_run(job, score)
+        return [(job, Outcome(state="done"))]
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def names(self) -> list[str]:
+        return [job.run.name for job in self.started]
+
+
+def write_run(job: Job, value: float) -> None:
+    """Write the folder of a run that scored this accuracy."""
+    (job.folder / "adapter").mkdir(parents=True)
+    (job.folder / "adapter" / "weights").write_text("x")
+    if job.run.spectra_key and job.recipe["measure"]["spectra"] is None:
+        (job.folder / "spectra").mkdir()
+    scores = {"headline": "accuracy", "metrics": {"accuracy": value, "loss": 1 - value}, "intervals": {}}
+    record = {
+        "recipe": job.recipe,
+        "log": [{"step": 1, "loss": 0.123456789}],
+        "before": scores,
+        "after": scores,
+        "parameters": {"trainable": 12},
+        "versions": {"evatune": "0.1.0"},
+        "seconds": {"train": 1.0},
+    }
+    (job.folder / "run.json").write_text(json.dumps(record))
+    (job.folder / "after.json").write_text(json.dumps(scores | {"outcomes": {"right": [1.0, 0.0, 0.123456]}}))
+
+
+@pytest.fixture
+def fake_engine() -> type[FakeEngine]:
+    return FakeEngine

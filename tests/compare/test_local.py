@@ -1,0 +1,111 @@
+"""Worker processes that train tiny models: results, a worker that is killed, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evatune.cli.main import main
+from evatune.compare.command import open_engine
+from evatune.compare.loop import compare
+from evatune.compare.results import Results
+from evatune.compare.standing import standings
+from evatune.compare.sweep import Sweep
+from evatune.errors import EvaError
+
+
+@pytest.fixture
+def tiny_sweep(tiny_model, tiny_data, tmp_path):
+    """Return a function that writes a sweep over a tiny model."""
+    recipe = {
+        "model": str(tiny_model),
+        "data": {"train": str(tiny_data / "train.jsonl"), "eval": str(tiny_data / "test.jsonl")},
+        "adapter": {"rank": 2},
+        "measure": {"max_batches": 2},
+        "train": {"steps": 2, "batch_size": 4, "precision": "fp32"},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+
+    def build(**changed) -> Path:
+        content = {
+            "recipes": "tiny.yaml",
+            "methods": ["eva", "lora"],
+            "learning_rates": [1e-3, 1e-2],
+            "validation": {"max_eval_examples": 8},
+            "test": {"seeds": 1},
+            "widen": 0,
+        } | changed
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return build
+
+
+def test_workers_do_the_runs_of_a_sweep_and_a_killed_one_loses_nothing(tiny_sweep, monkeypatch):
+    """Two workers, one of which is killed in its first run: the run is done again, nothing is lost or doubled."""
+    sweep = Sweep.load(tiny_sweep())
+    engine = open_engine(sweep, workers=2, threads=1)
+    start, killed = engine.start, []
+
+    def start_and_kill(job):
+        start(job)
+        if not killed:
+            killed.append(job.run.name)
+            process, _ = next(iter(engine._workers.values()))
+            os.kill(process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(engine, "start", start_and_kill)
+    results = compare(sweep, engine)
+    lines = [json.loads(line) for line in (results.folder / "records.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["name"] for line in lines}) == 6
+    assert {line["state"] for line in lines} == {"done"}
+    assert results.records[killed[0]]["tries"] == 2
+    record = results.records["tiny/eva/lr0.001-seed1000"]
+    assert record["fingerprints"].keys() == {"model", "data", "code"} and record["peak_memory_gib"] > 0
+    assert record["machine"]["threads"] == 1
+    assert len(list((results.folder / "spectra").iterdir())) == 2  # of both seeds
+    assert all(row.mean is not None for row in standings(results).rows)
+    assert not list((results.folder / "runs").rglob("*.safetensors"))
+
+
+def test_the_command_tells_what_is_left_and_how_methods_stand(tiny_sweep, capsys):
+    path = str(tiny_sweep(methods=["lora"], learning_rates=[1e-2]))
+    assert main(["compare", path, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "time unknown: no run of some task has been measured yet" in text
+    assert main(["compare", path, "--threads", "1"]) == 0
+    assert "one seed: no interval" in capsys.readouterr().out
+    assert main(["compare", path, "--dry-run", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["runs"][0]["done"] == 2 and content["runs"][0]["left"] == 0 and content["seconds"] == 0
+
+
+def test_an_interrupted_sweep_goes_on(tiny_sweep):
+    """A process of its own gets SIGTERM, as a cluster's scheduler sends it, after its first record."""
+    path = tiny_sweep(methods=["lora"])
+    folder = Path(Sweep.load(path).output)
+    command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "records.jsonl").is_file():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    before = Results(folder).records
+    assert 1 <= len(before) < 3
+    results = compare(Sweep.load(path), open_engine(Sweep.load(path), workers=1, threads=1))
+    assert len(results.records) == 3
+    assert all(results.records[name] == record for name, record in before.items())
+
+
+def test_numbers_of_workers_that_make_no_sense_are_refused(tiny_sweep):
+    with pytest.raises(EvaError, match="--workers is 0, but must be at least 1"):
+        open_engine(Sweep.load(tiny_sweep()), workers=0, threads=None)

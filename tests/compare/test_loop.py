@@ -1,0 +1,178 @@
+"""The loop over runs, with an engine that writes results instead of training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evatune.compare import loop
+from evatune.compare.loop import compare
+from evatune.compare.results import Results
+from evatune.compare.standing import standings
+from evatune.errors import EvaError
+
+
+def rate(run) -> float:
+    return run.point["train.learning_rate"]
+
+
+def best_in_the_middle(run) -> float:
+    return {1e-3: 0.5, 1e-2: 0.9, 1e-1: 0.1}.get(rate(run), 0.0) + 0.001 * run.seed * (run.stage == "test")
+
+
+def test_the_setting_is_chosen_on_validation_and_scored_on_test(sweep, fake_engine):
+    engine = fake_engine(best_in_the_middle)
+    results = compare(sweep(), engine)
+    assert engine.names == [
+        *(f"task/{method}/lr{value}-seed1000" for method in ("lora", "eva") for value in ("0.001", "0.01", "0.1")),
+        *(f"task/{method}/lr0.01-seed{seed}" for method in ("lora", "eva") for seed in (0, 1)),
+    ]
+    assert engine.closed
+    rows = standings(results).rows
+    assert [row.method for row in rows] == ["lora", "eva"]
+    assert rows[0].point == {"train.learning_rate": 1e-2}
+    assert rows[0].scores == pytest.approx({0: 0.9, 1: 0.901})
+    assert rows[0].deviation == pytest.approx(0.001 / 2**0.5)
+    assert rows[0].open == [] and rows[0].trainable == 12
+
+
+def test_runs_whose_record_is_there_are_not_repeated(sweep, fake_engine):
+    compare(sweep(), fake_engine(best_in_the_middle))
+    again = fake_engine(best_in_the_middle)
+    results = compare(sweep(methods=["lora", "eva", "dora"]), again)
+    assert {name.split("/")[1] for name in again.names} == {"dora"}
+    assert len(results.records) == 15
+
+
+def test_a_line_that_a_crash_cut_short_is_done_again(sweep, fake_engine):
+    results = compare(sweep(), fake_engine(best_in_the_middle))
+    path = results.folder / "records.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-200])
+    again = fake_engine(best_in_the_middle)
+    compare(sweep(), again)
+    assert again.names == ["task/eva/lr0.01-seed1"]
+    assert len(path.read_text().splitlines()) == len(whole.splitlines())
+    path.write_text("{}\n" + whole)
+    with pytest.raises(EvaError, match=r"records\.jsonl, line 1 is no record"):
+        Results(results.folder)
+
+
+def test_records_are_compact_and_tell_what_was_run(sweep, fake_engine):
+    results = compare(sweep(), fake_engine(best_in_the_middle))
+    record = results.records["task/eva/lr0.01-seed0"]
+    assert record["after"]["outcomes"] == {"right": [1, 0, 0.1235]}
+    assert record["log"] == [{"step": 1, "loss": 0.12346}]
+    assert record["recipe"]["train"]["learning_rate"] == 0.01
+    assert "outcomes" not in results.records["task/eva/lr0.01-seed1000"]["after"]
+    folder = results.folder / "runs" / "task" / "eva" / "lr0.01-seed0"
+    assert (folder / "run.json").is_file() and not (folder / "adapter").exists()
+
+
+def test_adapters_stay_if_asked(sweep, fake_engine):
+    results = compare(sweep(keep="adapters"), fake_engine(best_in_the_middle))
+    assert (results.folder / "runs" / "task" / "lora" / "lr0.01-seed0" / "adapter" / "weights").is_file()
+
+
+def test_spectra_are_measured_once(sweep, fake_engine):
+    engine = fake_engine(best_in_the_middle, slots=3)
+    compare(sweep(methods=["eva", "eva+dora"]), engine)
+    measured = [job.run.name for job in engine.started if job.spectra]
+    assert measured == [f"task/eva/lr{name}" for name in ("0.001-seed1000", "0.01-seed0", "0.01-seed1")]
+    given = [job.recipe["measure"]["spectra"] for job in engine.started if not job.spectra]
+    assert len(given) == len(engine.started) - 3 and all(given)
+
+
+def test_a_grid_grows_where_its_best_value_is_at_its_end(sweep, fake_engine):
+    def peak_at_ten(run):
+        return -abs(rate(run) - 10.0)
+
+    engine = fake_engine(peak_at_ten)
+    results = compare(sweep(methods=["lora"], widen=3), engine)
+    assert [rate(job.run) for job in engine.started][3:6] == [1.0, 10.0, 100.0]
+    assert standings(results).rows[0].point == {"train.learning_rate": 10.0}
+    assert results.choices[0]["open"] == []
+
+
+def test_an_end_that_stays_is_reported(sweep, fake_engine):
+    results = compare(sweep(methods=["lora"], widen=1), fake_engine(lambda run: -rate(run)))
+    assert results.choices[0]["open"] == ["train.learning_rate"]
+    assert [entry[0]["train.learning_rate"] for entry in results.choices[0]["curve"]] == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert "end of the grid: train.learning_rate" in standings(results).text()
+
+
+def test_refused_and_failed_runs_are_recorded_and_the_rest_goes_on(sweep, fake_engine):
+    def fails(run):
+        if run.cell.label == "lora":
+            return "refused", "this task has no such layers."
+        if rate(run) == 1e-1:
+            return "failed", "ValueError: broken"
+        return best_in_the_middle(run)
+
+    results = compare(sweep(), fake_engine(fails))
+    rows = standings(results).rows
+    assert (rows[0].scores, rows[0].reason) == ({}, "this task has no such layers.")
+    assert rows[1].point == {"train.learning_rate": 1e-2}  # at no end: the end beyond it has no score
+    assert results.records["task/eva/lr0.1-seed1000"]["reason"] == "ValueError: broken"
+    again = fake_engine(fails)
+    compare(sweep(), again)
+    assert again.names == []
+
+
+def test_a_worker_that_dies_is_started_again_and_given_up_in_the_end(sweep, fake_engine):
+    died = []
+
+    def dies(run):
+        if run.cell.label == "lora" and rate(run) == 1e-3:
+            return "died", "its process ended with code -9"
+        if run.cell.label == "eva" and not died:
+            died.append(run)
+            return "died", "its process ended with code -9"
+        return best_in_the_middle(run)
+
+    engine = fake_engine(dies)
+    results = compare(sweep(tries=2), engine)
+    lost = results.records["task/lora/lr0.001-seed1000"]
+    assert (lost["state"], lost["tries"]) == ("failed", 2)
+    assert lost["reason"] == "its process ended with code -9, 2 times"
+    assert results.records[died[0].name]["state"] == "done" and results.records[died[0].name]["tries"] == 2
+    assert engine.names.count("task/lora/lr0.001-seed1000") == 2
+
+
+def test_results_of_another_sweep_or_version_are_refused(sweep, fake_engine):
+    results = compare(sweep(), fake_engine(best_in_the_middle))
+    with pytest.raises(EvaError, match=r"of another sweep: train\.steps was None and is 9; choose another output"):
+        compare(sweep(settings={"steps": 9}), fake_engine(best_in_the_middle))
+    path = results.folder / "records.jsonl"
+    path.write_text(path.read_text().replace('"evatune": "0.1.0"', '"evatune": "0.0.7"'))
+    with pytest.raises(EvaError, match=r"holds runs of evatune 0\.0\.7, and this is 0\.1\.0"):
+        compare(sweep(), fake_engine(best_in_the_middle))
+    compare(sweep(), fake_engine(best_in_the_middle), force=True)
+
+
+def test_two_processes_do_not_write_into_one_folder(sweep, fake_engine):
+    results = Results(sweep().output)
+    with results.writing({}), pytest.raises(EvaError, match="another process writes into"):
+        compare(sweep(), fake_engine(best_in_the_middle))
+
+
+def test_too_little_disk_is_told_before_a_run_is_started(sweep, fake_engine, monkeypatch):
+    monkeypatch.setattr(loop, "LEAST_DISK", 1 << 60)
+    engine = fake_engine(best_in_the_middle)
+    with pytest.raises(EvaError, match="MB of disk left, and a run needs"):
+        compare(sweep(), engine)
+    assert engine.names == [] and engine.closed
+
+
+def test_progress_tells_what_became_of_each_run(sweep, fake_engine):
+    lines = []
+    compare(sweep(methods=["lora"]), fake_engine(best_in_the_middle), say=lines.append)
+    assert lines[0] == "[1 done, 0 running, 2 waiting, 0 s left]  task/lora/lr0.001-seed1000  accuracy 0.5"
+    assert lines[-1].startswith("[5 done, 0 running, 0 waiting]")
+
+
+def test_what_was_asked_for_is_kept(sweep, fake_engine):
+    results = compare(sweep(), fake_engine(best_in_the_middle))
+    content = json.loads((results.folder / "sweep.json").read_text())
+    assert content["sweep"]["learning_rates"] == [1e-3, 1e-2, 1e-1]
