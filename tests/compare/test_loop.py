@@ -45,6 +45,13 @@ def test_runs_whose_record_is_there_are_not_repeated(sweep, fake_engine):
     assert len(results.records) == 15
 
 
+def test_a_limit_stops_early_and_the_next_call_goes_on(sweep, fake_engine):
+    first, second = fake_engine(best_in_the_middle), fake_engine(best_in_the_middle)
+    compare(sweep(methods=["lora"]), first, limit=4)
+    compare(sweep(methods=["lora"]), second, limit=4)
+    assert len(first.names) == 4 and second.names == ["task/lora/lr0.01-seed1"]
+
+
 def test_a_line_that_a_crash_cut_short_is_done_again(sweep, fake_engine):
     results = compare(sweep(), fake_engine(best_in_the_middle))
     path = results.folder / "records.jsonl"

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     group.add_argument("--threads", type=int, metavar="N", help="processor threads of each run (default: its share)")
     group.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the workers share, one for each run")
+    group.add_argument("--limit", type=int, metavar="N", help="do at most N runs now; the same command goes on")
     group.add_argument("--dry-run", action="store_true", help="say how many runs there are, and how long they take")
     group.add_argument("--force", action="store_true", help="add to the results of another version of evatune")
 
@@ -45,6 +46,6 @@ def run(args: argparse.Namespace) -> None:
         answer(args, text=expected.text(), content=expected.to_json())
         return
     engine = open_engine(sweep, workers=args.workers, threads=args.threads, gpus=args.gpus)
-    results = compare(sweep, engine, force=args.force, say=say)
+    results = compare(sweep, engine, limit=args.limit, force=args.force, say=say)
     standing = standings(results)
     answer(args, text=standing.text(), content=standing.to_json())

@@ -45,7 +45,12 @@ class Progress:
 
 
 def compare(
-    sweep: Sweep, engine: Engine, *, force: bool = False, say: Callable[[str], None] = lambda _: None
+    sweep: Sweep,
+    engine: Engine,
+    *,
+    limit: int | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Results:
     """Do the runs of a sweep whose records are not there yet.
 
@@ -55,6 +60,7 @@ def compare(
     Args:
         sweep: what to compare.
         engine: what does the runs; it is closed in the end.
+        limit: do at most so many runs; the next call goes on.
         force: add to the results of another version of evatune.
         say: gets a line for each finished run.
 
@@ -72,7 +78,10 @@ def compare(
         with results.writing(sweep.to_json(), force=force):
             (results.folder / RUNS).mkdir(exist_ok=True)
             while missing := [run for choice in _chosen(sweep, compared, results) for run in choice.missing]:
-                _do(missing, sweep=sweep, results=results, engine=engine, progress=progress)
+                left = None if limit is None else limit - progress.counts.total()
+                if left is not None and left <= 0:
+                    break
+                _do(missing[:left], sweep=sweep, results=results, engine=engine, progress=progress)
     finally:
         engine.close()
     return results

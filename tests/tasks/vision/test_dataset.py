@@ -50,6 +50,14 @@ def test_a_source_with_a_test_split_keeps_its_training_pictures(tmp_path, photos
     assert [len(split) for split in load(train=folder, validate=True)] == [32, 8]
 
 
+def test_pictures_to_choose_by_are_not_those_that_are_reported(photos):
+    """Without test pictures, a share is held out for the report; a search leaves it alone and holds out another."""
+    _, reported = load(train=str(photos))
+    train, chosen_by = load(train=str(photos), validate=True)
+    assert len(train) + len(chosen_by) + len(reported) == 40
+    assert not set(names(reported)) & (set(names(train)) | set(names(chosen_by)))
+
+
 def test_limits_keep_the_shares_of_the_classes_and_do_not_depend_on_the_seed(photos):
     train, held_out = load(train=str(photos), eval=str(photos), max_train_examples=10, max_eval_examples=6)
     assert Counter(train.labels) == {0: 5, 1: 5}

@@ -95,9 +95,9 @@ def find_pictures(data: VisionData) -> Found:
     kept = _draw(_pictures(train), data.max_train_examples or (N_EXAMPLES if task else None))
     scored = _pictures(held_out)
     if not scored:
-        scored = _draw(kept, max(1, round(data.held_out * len(kept))), seed=_DRAW_SEED + 1)
-        chosen = {id(picture) for picture in scored}
-        kept = [picture for picture in kept if id(picture) not in chosen]
+        scored, kept = _part(kept, data.held_out, seed=_DRAW_SEED + 1)
+        if data.validate and task is None and not _has_test_pictures(data):  # what was drawn is for the report
+            scored, kept = _part(kept, data.held_out, seed=_DRAW_SEED + 2)
     return Found(train=tuple(kept), held_out=tuple(_draw(scored, data.max_eval_examples)), classes=classes)
 
 
@@ -132,11 +132,21 @@ def _read(names: Sequence[str], split: str, data: VisionData) -> list[Source]:
     return [read_source(name, split=split, hub_config=data.hub_config, columns=columns) for name in names]
 
 
+def _has_test_pictures(data: VisionData) -> bool:
+    return bool(data.eval) or all(map(has_test_split, data.train))
+
+
 def _read_held_out(data: VisionData) -> list[Source]:
-    if data.validate:
+    if data.validate or not _has_test_pictures(data):
         return []
-    own = data.train if not data.eval and all(map(has_test_split, data.train)) else ()
-    return _read(data.eval or own, data.eval_split, data)
+    return _read(data.eval or data.train, data.eval_split, data)
+
+
+def _part(pictures: Sequence[Picture], share: float, *, seed: int) -> tuple[Sequence[Picture], list[Picture]]:
+    """Return a share of pictures, and the others in their order."""
+    drawn = _draw(pictures, max(1, round(share * len(pictures))), seed=seed)
+    chosen = {id(picture) for picture in drawn}
+    return drawn, [picture for picture in pictures if id(picture) not in chosen]
 
 
 def _pictures(sources: Sequence[Source]) -> list[Picture]:

@@ -24,7 +24,7 @@ class VisionData(DataSettings):
     held_out: float = number(0.2, above=0, high=0.9)
     """Share of the training pictures that is held out if there are no test pictures, or with `validate`."""
     validate: bool = False
-    """Score on a share of the training pictures although there are test pictures, which a search must not use."""
+    """Score on a share of the training pictures, since a search must not use those that are reported."""
     vtab_folder: str | None = path_setting(None)
     """Copy of VTAB-1K on disk for `vtab:NAME`; without it, 1,000 pictures are drawn from the hub."""
     image_size: int = number(224, low=8, high=4096)
