@@ -63,7 +63,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": _TRAINED,
     "report": _MEASURED,
     "compare": (*_TRAINED, "training"),
-    "cli": (*_TRAINED, "training", "compare", "report"),
+    "analyses": _MEASURED,
+    "exhibits": (*_TRAINED, "training", "compare", "analyses", "report"),
+    "cli": (*_TRAINED, "training", "compare", "exhibits", "report"),
 }
 """What the modules of each room may import beside each other. The longest name that fits a module is its room.
 

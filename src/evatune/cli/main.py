@@ -21,7 +21,20 @@ from evatune.errors import EvaError, near_misses
 from evatune.files import json_text
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
-COMMANDS = ("collect", "preview", "measure", "plan", "init", "finetune", "compare", "evaluate", "generate", "methods")
+COMMANDS = (
+    "collect",
+    "preview",
+    "measure",
+    "plan",
+    "init",
+    "finetune",
+    "compare",
+    "table",
+    "figure",
+    "evaluate",
+    "generate",
+    "methods",
+)
 
 _MEANT = {
     "--lr": "--learning-rate",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from evatune.files import json_text
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
-from evatune.settings import Section, field_docs
+from evatune.settings import Planning, Section, field_docs
 from evatune.tasks import DOMAINS
 
 _TITLES = {"task": "task", "output": "output", "measure": "measuring", "train": "training"}
@@ -129,6 +129,28 @@ def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:
 
 def _kinds(setting: Setting) -> tuple[Any, ...]:
     return typing.get_args(setting.kind) if typing.get_origin(setting.kind) is types.UnionType else (setting.kind,)
+
+
+def add_view_options(parser: argparse.ArgumentParser, *, save_required: bool = False) -> None:
+    """Add what figures and tables are made of; `view_options` reads it."""
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of results, or folders of spectra")
+    parser.add_argument("--save", metavar="FILE", required=save_required, help="write it to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
+    group = parser.add_argument_group("of results")
+    group.add_argument("--score", metavar="NAME", help="the metric that counts (default: each task's headline)")
+    group.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
+    group.add_argument("--task", metavar="NAME", help="the task that a figure shows (default: the first one)")
+    group = parser.add_argument_group("of spectra")
+    group.add_argument("--rhos", type=float, nargs="+", metavar="X", help="values of rho (default: 1 1.5 2)")
+    add_options(group, Planning)
+
+
+def view_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `evatune.exhibits.view.View`."""
+    given = {name: getattr(args, name) for name in ("score", "against", "task") if getattr(args, name) is not None}
+    if args.rhos:
+        given["rhos"] = tuple(args.rhos)
+    return given | {"folders": tuple(args.folders), "planning": Planning(**given_options(args))}
 
 
 def say(text: str) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "gradient_norms",
     "loss_curves",
     "rank_heatmap",
+    "rank_maps",
     "ranks_by_matrix",
     "rate_curves",
 ]
@@ -80,6 +81,37 @@ def rank_heatmap(plan: RankPlan, *, path: str | Path | None = None) -> Figure:
     shown = [i for i, row in enumerate(ranks.rows) if not row.isdecimal() or int(row) % step == 0]
     left.set_yticks(shown, [ranks.rows[i] for i in shown], fontsize=7.5 if cell_height >= 0.14 else 6.5)
     left.set_ylabel("layer")
+    return save(figure, path)
+
+
+@styled
+def rank_maps(plans: Sequence[RankPlan], *, path: str | Path | None = None) -> Figure:
+    """Draw the ranks of several plans above their changes against uniform ranks (Figures 7 to 10 of the paper).
+
+    Args:
+        plans: of one model, for example for several values of rho.
+        path: where to write the figure, as .svg, .png or .pdf.
+
+    Raises:
+        EvaError: there is no plan, or the suffix of `path` is unknown.
+    """
+    if not plans or not all(plan.ranks for plan in plans):
+        raise EvaError("there is no plan with targets, so there is nothing to draw.")
+    ranks = [grid(plan.ranks) for plan in plans]
+    deltas = [grid({name: rank - plan.base_ranks[name] for name, rank in plan.ranks.items()}) for plan in plans]
+    n_rows, n_columns = ranks[0].values.shape
+    figure = Figure(
+        figsize=(1.2 + len(plans) * (0.8 + 0.42 * n_columns), 2.2 + 2 * max(1.6, 0.2 * n_rows)), layout="constrained"
+    )
+    axes = figure.subplots(2, len(plans), squeeze=False)
+    most = max(float(np.nanmax(cells.values)) for cells in ranks)
+    reach = max(1.0, max(float(np.nanmax(np.abs(cells.values))) for cells in deltas))
+    annotate = n_rows * n_columns * len(plans) <= 300
+    for column, plan in enumerate(plans):
+        _heatmap(axes[0, column], ranks[column], limits=(0, most), cmap="viridis", sign="", annotate=annotate)
+        _heatmap(axes[1, column], deltas[column], limits=(-reach, reach), cmap="RdBu_r", sign="+", annotate=annotate)
+        axes[0, column].set_title(f"rank, ρ = {plan.rho:g}")
+        axes[1, column].set_title(f"change, ρ = {plan.rho:g}")
     return save(figure, path)
 
 

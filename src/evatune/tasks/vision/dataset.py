@@ -142,7 +142,7 @@ def _read_held_out(data: VisionData) -> list[Source]:
     return _read(data.eval or data.train, data.eval_split, data)
 
 
-def _part(pictures: Sequence[Picture], share: float, *, seed: int) -> tuple[Sequence[Picture], list[Picture]]:
+def _part(pictures: Sequence[Picture], share: float, *, seed: int) -> tuple[list[Picture], list[Picture]]:
     """Return a share of pictures, and the others in their order."""
     drawn = _draw(pictures, max(1, round(share * len(pictures))), seed=seed)
     chosen = {id(picture) for picture in drawn}

@@ -1,4 +1,4 @@
-"""Tables of a comparison: scores, intervals, differences, ranks, and what was chosen. Each takes a `Board`."""
+"""Tables of a comparison: scores, intervals, differences, ranks, and what was chosen."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from evatune.compare.statistics import (
     stratified,
 )
 from evatune.errors import EvaError
+from evatune.exhibits.view import View
 from evatune.tables import Marked, Table
 
 
-def scores(board: Board) -> Table:
+def scores(view: View) -> Table:
     """Return mean and standard deviation over seeds, methods × tasks, as the paper prints them (Tables 2 to 4)."""
+    board = view.board
     columns = {task: _column(board, task) for task in board.tasks}
     averaged = len(board.tasks) > 1
     if averaged:
@@ -48,8 +50,9 @@ def scores(board: Board) -> Table:
     )
 
 
-def settings(board: Board) -> Table:
+def settings(view: View) -> Table:
     """Return the setting that was chosen for each method on validation data, and grids that ended too early."""
+    board = view.board
     rows = []
     for row in board.rows:
         point = {path.rpartition(".")[2]: value for path, value in (row.point or {}).items()}
@@ -71,8 +74,9 @@ def settings(board: Board) -> Table:
     return Table(name="settings", headers=headers, rows=rows)
 
 
-def intervals(board: Board) -> Table:
+def intervals(view: View) -> Table:
     """Return the interquartile mean of each method over all tasks and seeds, with a stratified bootstrap interval."""
+    board = view.board
     found = {m: stratified(interquartile_mean, board.values(m)) for m in board.complete}
     cells = marked({m: f"{e.value:.4f}" for m, e in found.items()}, {m: e.value for m, e in found.items()})
     rows = [
@@ -88,9 +92,10 @@ def intervals(board: Board) -> Table:
     )
 
 
-def improvement(board: Board, *, against: str | None = None) -> Table:
+def improvement(view: View) -> Table:
     """Return how probable it is that a run of each method scores higher than one of the reference."""
-    name = board.reference(against)
+    board = view.board
+    name = board.reference(view.against)
     _check_complete(board, name)
     rows = []
     for method in board.complete:
@@ -108,9 +113,10 @@ def improvement(board: Board, *, against: str | None = None) -> Table:
     return Table(name="improvement", headers=headers, rows=rows, caption=caption + _missing(board))
 
 
-def paired(board: Board, *, against: str | None = None) -> Table:
+def paired(view: View) -> Table:
     """Return the differences to the reference, paired by seed and example, with p-values corrected by Holm's method."""
-    name = board.reference(against)
+    board = view.board
+    name = board.reference(view.against)
     found = []
     for task in board.tasks:
         theirs = board.at(name, task)
@@ -142,8 +148,9 @@ def paired(board: Board, *, against: str | None = None) -> Table:
     return Table(name="paired", headers=headers, rows=rows, caption=caption)
 
 
-def ranks(board: Board) -> Table:
+def ranks(view: View) -> Table:
     """Return the mean rank of each method and the critical difference of Nemenyi's test."""
+    board = view.board
     ranking, blocks = ranking_of(board)
     order = sorted(ranking.ranks.items(), key=lambda item: item[1])
     cells = marked({m: f"{rank:.2f}" for m, rank in order}, {m: -rank for m, rank in order})
@@ -182,9 +189,10 @@ def ranking_of(board: Board) -> tuple[Any, str]:
     return mean_ranks(by_block), "pairs of task and seed"
 
 
-def wins(board: Board, *, against: str | None = None) -> Table:
+def wins(view: View) -> Table:
     """Return how often each method scores higher than, as high as and lower than the reference, by task and seed."""
-    name = board.reference(against)
+    board = view.board
+    name = board.reference(view.against)
     rows = []
     for method in board.methods:
         counts = [0, 0, 0]
@@ -199,8 +207,9 @@ def wins(board: Board, *, against: str | None = None) -> Table:
     return Table(name="wins", headers=["method", "wins", "ties", "losses"], rows=rows, caption=caption)
 
 
-def costs(board: Board) -> Table:
+def costs(view: View) -> Table:
     """Return what the runs took: time to initialize and to train, peak memory, trainable parameters (Table 25)."""
+    board = view.board
     rows = []
     for row in board.rows:
         runs = [record for record in row.records if record["state"] == "done"]
@@ -226,19 +235,6 @@ def costs(board: Board) -> Table:
     headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
     caption = "Means over the test runs. `start` is measuring, where a run measured itself, and initializing."
     return Table(name="costs", headers=headers, rows=rows, caption=caption)
-
-
-TABLES = {
-    "scores": scores,
-    "settings": settings,
-    "intervals": intervals,
-    "improvement": improvement,
-    "paired": paired,
-    "ranks": ranks,
-    "wins": wins,
-    "costs": costs,
-}
-"""All tables of a comparison by name."""
 
 
 def marked(cells: Mapping[str, object], values: Mapping[str, float]) -> dict[str, object]:

@@ -1,0 +1,61 @@
+"""How similar two measurements are: overlap of the spans of their components.
+
+Letters: k components, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evatune.errors import EvaError
+from evatune.spectra import Spectra
+
+
+def overlap(first_kd: Tensor, second_kd: Tensor) -> float:
+    """Return the mean squared cosine of the principal angles of two spans: 1 for equal ones, 0 for orthogonal ones.
+
+    Args:
+        first_kd: orthonormal rows.
+        second_kd: orthonormal rows; the smaller number of rows counts.
+    """
+    product = first_kd.double() @ second_kd.double().T
+    return float(product.square().sum() / min(product.shape))
+
+
+def matched_cosines(first_kd: Tensor, second_kd: Tensor) -> Tensor:
+    """Return |cosine| of each component with the one of the same number in the other, (k,)."""
+    n = min(len(first_kd), len(second_kd))
+    return (first_kd[:n].double() * second_kd[:n].double()).sum(dim=1).abs()
+
+
+def similarity(measured: Sequence[Spectra], *, n_components: int = 16) -> Tensor:
+    """Return the mean overlap of the leading components over all inputs, for each pair of measurements (Figure 11).
+
+    Args:
+        measured: spectra of one model.
+        n_components: leading components that are compared.
+
+    Returns:
+        A symmetric matrix (n, n).
+
+    Raises:
+        EvaError: the measurements have no input in common.
+    """
+    keys = [key for key in measured[0].inputs if all(key in spectra.inputs for spectra in measured)]
+    if not keys:
+        raise EvaError("these spectra have no input in common, so they are of different models.")
+    values = torch.eye(len(measured), dtype=torch.float64)
+    for one in range(len(measured)):
+        for other in range(one):
+            overlaps = [
+                overlap(
+                    measured[one].inputs[key].components[:n_components],
+                    measured[other].inputs[key].components[:n_components],
+                )
+                for key in keys
+            ]
+            values[one, other] = values[other, one] = sum(overlaps) / len(overlaps)
+    return values

@@ -1,0 +1,154 @@
+"""Figures of a sweep's runs: curves over steps, rates, parameters and ρ; and how many steps a method saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evatune.compare.results import Record
+from evatune.errors import EvaError
+from evatune.exhibits.scores import ranking_of
+from evatune.exhibits.view import View
+from evatune.report import comparisons
+from evatune.report.figures import series, trailing_mean
+from evatune.report.style import Figure
+from evatune.tables import Table
+
+SMOOTH = 5
+"""Steps that a curve over steps is the mean of."""
+
+
+def loss(view: View) -> Figure:
+    """Draw the training loss of each method: the mean over seeds, and the lowest and highest of them."""
+    return _over_steps(view, "loss", title="Training loss", log_y=False)
+
+
+def gradients(view: View) -> Figure:
+    """Draw the gradient norm of each method in the same way."""
+    return _over_steps(view, "grad_norm", title="Gradient norm before clipping", log_y=True)
+
+
+def first_gradient(view: View) -> Figure:
+    """Draw the mean gradient norm of the first step of each method."""
+    norms = {
+        method: [record["first_grad_norm"] for record in records if record.get("first_grad_norm") is not None]
+        for method, records in view.test_runs(view.one_task).items()
+    }
+    means = {method: float(np.mean(values)) for method, values in norms.items() if values}
+    return comparisons.bars(means, x="gradient norm", title=f"First step, {view.one_task}")
+
+
+def rates(view: View) -> Figure:
+    """Draw the validation score of each method over the learning rates that were tried."""
+    curves = {}
+    for choice in view.results.choices:
+        if f"{choice['task']} {choice['model']}".strip() == view.one_task:
+            best: dict[float, float] = {}
+            for point, score in choice["curve"]:
+                if (rate := point.get("train.learning_rate")) is not None:
+                    better = max if view.board.sign(view.one_task) > 0 else min
+                    best[rate] = better(score, best.get(rate, score))
+            places = sorted(best)
+            values = [best[rate] for rate in places]
+            if values:
+                curves[choice["method"]] = (places, values, values, values)
+    metric = view.board.metric(view.one_task)
+    return comparisons.bands(
+        curves, x="learning rate", y=f"{metric} on validation data", title=f"Which rate, {view.one_task}", log_x=True
+    )
+
+
+def parameters(view: View) -> Figure:
+    """Draw the test score of each method over its trainable parameters."""
+    task = view.one_task
+    points = {
+        row.method: (float(row.trainable), row.mean, row.deviation or 0.0)
+        for method in view.board.methods
+        if (row := view.board.at(method, task)) and row.mean is not None and row.trainable
+    }
+    return comparisons.pareto(
+        points,
+        x="trainable parameters",
+        y=view.board.metric(task),
+        title=f"Score over parameters, {task}",
+        higher_is_better=view.board.sign(task) > 0,
+    )
+
+
+def rho(view: View) -> Figure:
+    """Draw the test score over ρ, a curve for each method that was run with several values of it."""
+    task = view.one_task
+    found: dict[str, dict[float, tuple[float, float]]] = {}
+    for method, records in view.test_runs(task).items():
+        row = view.board.at(method, task)
+        adapter = records[0]["recipe"]["adapter"]
+        if row is not None and row.mean is not None:
+            label = f"{adapter['method']} α={adapter['lora_alpha']:g}"
+            found.setdefault(label, {})[adapter["rho"]] = (row.mean, row.deviation or 0.0)
+    curves = {}
+    for label, by_rho in found.items():
+        if len(by_rho) > 1:
+            places = sorted(by_rho)
+            means, deviations = np.array([by_rho[value] for value in places]).T
+            curves[label] = (places, means, means - deviations, means + deviations)
+    if not curves:
+        raise EvaError(f"no method of {task} was run with several values of rho; give the sweep `rhos: [1, 2]`.")
+    return comparisons.bands(curves, x="ρ", y=view.board.metric(task), title=f"Score over ρ, {task}")
+
+
+def critical_difference(view: View) -> Figure:
+    """Draw the mean ranks of the methods."""
+    ranking, _ = ranking_of(view.board)
+    return comparisons.critical_difference(ranking.ranks, ranking.critical_difference)
+
+
+def cost(view: View) -> Figure:
+    """Draw the share of time that measuring and initializing take, of the runs that measured themselves."""
+    shares = {}
+    for method, records in view.test_runs(view.one_task).items():
+        whole = []
+        for record in records:
+            seconds = record["seconds"]
+            start = seconds.get("measure", 0.0) + seconds["prepare"]
+            if not record["recipe"]["measure"]["spectra"]:
+                whole.append(start / (start + seconds["train"]))
+        if whole:
+            shares[method] = float(np.mean(whole))
+    return comparisons.bars(shares, x="share of the time", title=f"Start over start and training, {view.one_task}")
+
+
+def steps_saved(view: View) -> Table:
+    """Return the steps until the loss, mean of the last steps and over seeds, is that of the reference at its end."""
+    task, name = view.one_task, view.board.reference(view.against)
+    runs = view.test_runs(task)
+    if name not in runs:
+        raise EvaError(f"{name} has no finished test runs on {task}.")
+    goal = _mean_curve(runs[name], "loss")[1][-1]
+    rows = []
+    for method, records in runs.items():
+        steps, values, *_ = _mean_curve(records, "loss")
+        reached = [int(step) for step, value in zip(steps, values, strict=True) if value <= goal]
+        rows.append([method, f"{values[-1]:.4f}", reached[0] if reached else None, int(steps[-1])])
+    caption = f"Mean training loss of {SMOOTH} logged steps and of all seeds; {name} ends at {goal:.4f}, on {task}."
+    headers = ["method", "loss at the end", f"step at which {name}'s is reached", "steps"]
+    return Table(name="steps", headers=headers, rows=rows, caption=caption)
+
+
+def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:
+    curves = {method: _mean_curve(records, key) for method, records in view.test_runs(view.one_task).items()}
+    return comparisons.bands(
+        {method: curve for method, curve in curves.items() if len(curve[0])},
+        x="optimizer step",
+        y=f"{title.lower()}, mean of {SMOOTH} entries",
+        title=f"{title}, {view.one_task}",
+        log_y=log_y,
+    )
+
+
+def _mean_curve(records: Sequence[Record], key: str) -> comparisons.Band:
+    """Return the smoothed curve of runs: mean, lowest and highest over the runs, at the steps that all logged."""
+    curves = [series(record["log"], key) for record in records]
+    shared = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in curves)))
+    values = np.array([trailing_mean(values, SMOOTH)[np.isin(steps, shared)] for steps, values in curves])
+    return shared, values.mean(axis=0), values.min(axis=0), values.max(axis=0)

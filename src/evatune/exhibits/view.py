@@ -1,0 +1,91 @@
+"""What a figure or a table is made of: folders, and what of them is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from evatune.compare.board import Board
+from evatune.compare.results import RECORDS, RUNS, Record, Results
+from evatune.errors import EvaError
+from evatune.settings import Planning
+from evatune.spectra import Spectra
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Folders and options of one exhibit."""
+
+    folders: tuple[str, ...]
+    """One folder of results, or folders of spectra."""
+    score: str | None = None
+    """The metric of results; by default each task's headline."""
+    against: str | None = None
+    """The method that others are compared with; by default plain LoRA."""
+    task: str | None = None
+    """The task of results that a figure shows; by default the first one."""
+    rhos: tuple[float, ...] = (1.0, 1.5, 2.0)
+    """Values of rho that spectra are planned with."""
+    planning: Planning = field(default_factory=Planning)
+    """How spectra are planned otherwise."""
+
+    @cached_property
+    def results(self) -> Results:
+        """The results.
+
+        Raises:
+            EvaError: there is more than one folder, or it holds none.
+        """
+        if len(self.folders) != 1:
+            raise EvaError(f"this is made of one folder of results, and {len(self.folders)} were given.")
+        folder = Path(self.folders[0])
+        if not (folder / RECORDS).is_file():
+            raise EvaError(f"{folder} holds no results of `evatune compare`: it has no {RECORDS}.")
+        return Results(folder)
+
+    @cached_property
+    def board(self) -> Board:
+        """The test scores of the results."""
+        return Board.of(self.results, metric=self.score)
+
+    @property
+    def one_task(self) -> str:
+        """The task that a figure shows.
+
+        Raises:
+            EvaError: the results have no such task.
+        """
+        tasks = self.board.tasks
+        if self.task is not None and self.task not in tasks:
+            raise EvaError(f"these results have no task {self.task!r}; they have {', '.join(tasks)}.")
+        return self.task or tasks[0]
+
+    def test_runs(self, task: str) -> dict[str, list[Record]]:
+        """Return the finished test runs of each method on a task."""
+        rows = [row for method in self.board.methods if (row := self.board.at(method, task))]
+        return {row.method: done for row in rows if (done := [r for r in row.records if r["state"] == "done"])}
+
+    @cached_property
+    def spectra(self) -> dict[str, Spectra]:
+        """The spectra, by the names of their folders."""
+        names = [Path(folder).name for folder in self.folders]
+        labels = names if len(set(names)) == len(names) else list(self.folders)
+        return {label: Spectra.load(folder) for label, folder in zip(labels, self.folders, strict=True)}
+
+    def adapters(self, task: str) -> Mapping[str, list[tuple[Path, Path]]]:
+        """Return the folders of the initial and the trained adapter of each test run, by method.
+
+        Raises:
+            EvaError: the sweep kept none.
+        """
+        found: dict[str, list[tuple[Path, Path]]] = {}
+        for method, records in self.test_runs(task).items():
+            for record in records:
+                folder = self.results.folder / RUNS / record["name"]
+                if (folder / "adapter").is_dir() and (folder / "initial_adapter").is_dir():
+                    found.setdefault(method, []).append((folder / "initial_adapter", folder / "adapter"))
+        if not found:
+            raise EvaError(f"{self.results.folder} kept no adapters; run the sweep with `keep: adapters`.")
+        return found

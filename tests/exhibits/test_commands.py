@@ -1,0 +1,80 @@
+"""`evatune table` and `evatune figure`: every name makes what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from evatune.cli.main import main
+from evatune.exhibits import ADAPTERS, FIGURES, RESULTS, SPECTRA, TABLES
+from evatune.settings import Reason
+from evatune.spectra import Spectra, Spectrum, Target
+
+
+@pytest.fixture
+def spectra(tmp_path):
+    """Two folders of spectra of one made-up model."""
+    folders = []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        names = [f"layers.{layer}.{matrix}" for layer in range(3) for matrix in ("q", "o")]
+        inputs = {
+            name: Spectrum(
+                components=torch.linalg.qr(torch.randn(16, 8, generator=generator))[0].T.contiguous(),
+                singular_values=torch.rand(8, generator=generator).sort(descending=True).values * 10,
+                mean=torch.zeros(16),
+                total_variance=5.0,
+                n_rows=100,
+                n_batches=4,
+                stopped=Reason.CONVERGED,
+                backend="exact",
+            )
+            for name in names
+        }
+        targets = {name: Target(name=name, input=name, in_features=16, out_features=16) for name in names}
+        history = [{"done": done, "inputs": 6, "seconds": 0.5 * done} for done in (0, 3, 6)]
+        folder = tmp_path / f"spectra-{seed}"
+        Spectra(targets=targets, inputs=inputs, history=history).save(folder)
+        folders.append(str(folder))
+    return folders
+
+
+@pytest.fixture
+def folders(results, spectra):
+    return {RESULTS: [str(results())], SPECTRA: [*spectra, "--rank", "4"]}
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLES.items() if row.of != ADAPTERS])
+def test_every_table_is_written_in_every_format(folders, name, capsys):
+    for form in ("text", "markdown", "latex", "csv"):
+        assert main(["table", name, *folders[TABLES[name].of], "--format", form]) == 0
+        assert capsys.readouterr().out.strip()
+    assert main(["table", name, *folders[TABLES[name].of], "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["rows"] and content["name"] == name
+
+
+@pytest.mark.parametrize("name", [name for name, row in FIGURES.items() if row.of != ADAPTERS])
+def test_every_figure_is_drawn(folders, name, tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    assert main(["figure", name, *folders[FIGURES[name].of], "--save", str(file)]) == 0
+    assert file.read_bytes().startswith(b"<?xml")
+
+
+def test_names_and_files_that_do_not_fit_are_told(folders, tmp_path, capsys):
+    assert main(["table", "score", *folders[RESULTS]]) == 1
+    assert "there is no table 'score' (did you mean 'scores'" in capsys.readouterr().err
+    assert main(["figure", "rates", *folders[RESULTS], "--save", str(tmp_path / "x.gif")]) == 1
+    assert "a figure cannot be written as 'x.gif'" in capsys.readouterr().err
+    assert main(["figure", "movement", *folders[RESULTS], "--save", str(tmp_path / "x.svg")]) == 1
+    assert "kept no adapters; run the sweep with `keep: adapters`" in capsys.readouterr().err
+    assert main(["figure", "rates", *folders[RESULTS], "--task", "none", "--save", str(tmp_path / "x.svg")]) == 1
+    assert "these results have no task 'none'; they have sst2, cola" in capsys.readouterr().err
+
+
+def test_a_table_is_saved(folders, tmp_path, capsys):
+    file = tmp_path / "scores.tex"
+    assert main(["table", "scores", *folders[RESULTS], "--format", "latex", "--save", str(file)]) == 0
+    assert r"\textbf{0.8200 $\pm$ 0.0200}" in file.read_text()

@@ -1,0 +1,91 @@
+"""Tables of made-up results whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from evatune.errors import EvaError
+from evatune.exhibits import scores
+from evatune.exhibits.curves import steps_saved
+from evatune.exhibits.view import View
+from evatune.tables import Marked
+
+
+def rows(table) -> dict[str, list[object]]:
+    return {str(row[0]): list(row[1:]) for row in table.rows}
+
+
+def test_scores_have_mean_and_deviation_and_mark_best_and_second(results):
+    found = scores.scores(View(folders=(str(results()),)))
+    assert found.headers == ["method", "parameters", "sst2 (accuracy)", "cola (accuracy)", "mean"]
+    cells = rows(found)
+    assert cells["eva ρ=1"][1] == Marked("0.8200 ± 0.0200", "best")
+    assert cells["eva ρ=2"][1] == Marked("0.8000 ± 0.0200", "second")
+    assert cells["lora"][1] == "0.7200 ± 0.0200"
+    assert cells["corda"] == [None, "this task has no such layers.", "this task has no such layers.", None]
+    assert found.caption.endswith("Without a score on every task: corda.")
+
+
+def test_lower_is_better_for_losses_and_metrics_are_scaled_before_they_are_averaged(results):
+    found = scores.scores(View(folders=(str(results({"sst2": "accuracy", "text": "loss"})),)))
+    assert found.headers[3] == "text (loss, lower is better)"
+    cells = rows(found)
+    assert cells["eva ρ=1"][2].mark == "best" and cells["eva ρ=1"][3] == Marked("1.0000", "best")
+    assert "untuned model at 0" in found.caption
+
+
+def test_a_single_seed_is_shown_without_interval_and_said_so(results):
+    view = View(folders=(str(results(seeds=1)),))
+    assert rows(scores.scores(view))["lora"][1] == "0.7000"
+    assert "one seed, so without deviation" in scores.scores(view).caption
+    assert rows(scores.intervals(view))["lora"][1] == "one seed"
+    assert rows(scores.improvement(view))["pissa"][1] == "one seed"
+
+
+def test_improvement_wins_and_ranks_agree_with_scores_that_never_overlap(results):
+    view = View(folders=(str(results()),))
+    assert rows(scores.improvement(view))["eva ρ=1"][0] == 1.0
+    assert rows(scores.improvement(view))["pissa"][0] == 0.0
+    assert rows(scores.wins(view))["eva ρ=1"] == [6, 0, 0]
+    assert rows(scores.wins(view))["pissa"] == [0, 0, 6]
+    ranks = rows(scores.ranks(view))
+    assert ranks["eva ρ=1"][0] == Marked("1.00", "best") and ranks["pissa"][0] == "4.00"
+
+
+def test_paired_differences_are_to_the_reference_and_corrected(results):
+    view = View(folders=(str(results()),), against="pissa")
+    found = scores.paired(view)
+    assert len(found.rows) == 6 and "pissa" not in {row[1] for row in found.rows}
+    lora = next(row for row in found.rows if row[:2] == ["sst2", "lora"])
+    assert lora[2] == "+0.1000" and lora[4:6] == [3, 150]
+    assert all(row[7] >= row[6] for row in found.rows)
+
+
+def test_settings_tell_grids_that_ended_early_and_why_scores_are_missing(results):
+    cells = {tuple(row[:2]): row[2:] for row in scores.settings(View(folders=(str(results()),))).rows}
+    assert cells["sst2", "pissa"] == ["learning_rate 0.01", "learning_rate", "3 of 3", None]
+    assert cells["sst2", "corda"] == [None, None, "0 of 3", "this task has no such layers."]
+
+
+def test_costs_count_measuring_as_part_of_the_start(results):
+    cells = {tuple(row[:2]): row[2:] for row in scores.costs(View(folders=(str(results()),))).rows}
+    assert cells["sst2", "eva ρ=1"] == [900, "1.5", "6.0", "20.0%", "1.50"]
+    assert cells["sst2", "lora"][1:4] == ["0.5", "6.0", "7.7%"]
+
+
+def test_steps_until_the_loss_of_the_reference(results):
+    cells = rows(steps_saved(View(folders=(str(results()),))))
+    assert cells["lora"][1] == 20 and cells["eva ρ=1"][1] < 20 and cells["pissa"][1] is None
+
+
+def test_what_cannot_be_compared_is_told(results, tmp_path):
+    folder = str(results())
+    with pytest.raises(EvaError, match=r"have no method 'loar' to compare with.*did you mean 'lora'"):
+        scores.wins(View(folders=(folder,), against="loar"))
+    with pytest.raises(EvaError, match=r"runs of sst2 have no metric 'acuracy'.*did you mean 'accuracy'"):
+        scores.scores(View(folders=(folder,), score="acuracy"))
+    with pytest.raises(EvaError, match=r"it has no records\.jsonl"):
+        scores.scores(View(folders=(str(tmp_path),)))
+    assert math.isnan(scores.ranking_of(View(folders=(folder,)).board)[0].p) is False
