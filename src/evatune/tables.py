@@ -28,8 +28,10 @@ class Marked:
 
     value: object
     """What the cell shows."""
-    mark: Literal["best", "second"]
+    mark: Literal["", "best", "second"] = ""
     """Bold and underlined where that is possible; a star and an apostrophe in plain text."""
+    href: str = ""
+    """Where the cell leads on a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,7 @@ def _layout(
     if marks:
         for row, shown in zip(rows, cells, strict=True):
             for column, cell in enumerate(row):
-                if isinstance(cell, Marked):
+                if isinstance(cell, Marked) and cell.mark:
                     before, after = marks[cell.mark]
                     shown[column] = before + shown[column] + after if after else shown[column] + before
     return [cell_text(title) for title in headers], cells, align

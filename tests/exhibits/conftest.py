@@ -25,6 +25,7 @@ def record(task: str, method: str, seed: int, *, metric: str, value: float, rng:
         "method": method,
         "point": {"train.learning_rate": 0.01},
         "seed": seed,
+        "tries": 1,
         "wall_seconds": 2.0,
         "versions": {"evatune": "0.1.0"},
         "recipe": {

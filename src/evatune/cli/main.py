@@ -31,6 +31,7 @@ COMMANDS = (
     "compare",
     "table",
     "figure",
+    "report",
     "evaluate",
     "generate",
     "methods",

@@ -112,6 +112,9 @@ def rank_maps(plans: Sequence[RankPlan], *, path: str | Path | None = None) -> F
         _heatmap(axes[1, column], deltas[column], limits=(-reach, reach), cmap="RdBu_r", sign="+", annotate=annotate)
         axes[0, column].set_title(f"rank, ρ = {plan.rho:g}")
         axes[1, column].set_title(f"change, ρ = {plan.rho:g}")
+    shown = range(0, n_rows, max(1, n_rows // 20))
+    for axis in axes.flat:
+        axis.set_yticks(shown, [ranks[0].rows[index] for index in shown], fontsize=7)
     return save(figure, path)
 
 

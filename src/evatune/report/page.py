@@ -1,4 +1,7 @@
-"""One HTML file with text, tables and figures, without scripts, fonts or pictures from other files."""
+"""One HTML file with text, tables and figures, without scripts, fonts or pictures from other files.
+
+Tables with a name can be sorted and filtered by a script inside the file; without it they are ordinary tables.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evatune.files import write_text
-from evatune.tables import Table, alignment, table_cells
+from evatune.report.sorting import SCRIPT
+from evatune.tables import Marked, Table, alignment, table_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "Section", "Table", "Verbatim", "write_page"]
+__all__ = ["Folded", "Picture", "Section", "Table", "Verbatim", "row_id", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,25 @@ class Verbatim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Folded:
+    """A table that is shown on request, such as the numbers of a figure."""
+
+    title: str
+    """What is shown before."""
+    table: Table
+    """The table."""
+
+
+Block = str | Table | Picture | Verbatim | Folded
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a page under a heading of its own."""
 
     title: str
     """The heading."""
-    content: Sequence[str | Table | Picture | Verbatim]
+    content: Sequence[Block]
     """Strings (a blank line ends a paragraph, `backticks` mark code), tables and pictures, in order."""
 
 
@@ -68,15 +85,34 @@ def write_page(path: str | Path, *, title: str, sections: Sequence[Section], lea
             f'<section aria-labelledby="part-{number}">\n<h2 id="part-{number}">{_escape(section.title)}</h2>\n'
             f"{content}\n</section>"
         )
-    return write_text(path, _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, body))))
+    named = any(isinstance(table, Table) and table.name for section in sections for table in _tables(section))
+    script = f"<script>{SCRIPT}</script>\n" if named else ""
+    text = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, body)), script=script)
+    return write_text(path, text)
 
 
-def _html(block: str | Table | Picture | Verbatim) -> str:
+def row_id(table: str, title: str) -> str:
+    """Return the anchor of a row of a table with a name.
+
+    Args:
+        table: the table's name.
+        title: the first cell of the row.
+    """
+    return f"{table}-" + re.sub(r"[^\w.+-]+", "-", title)
+
+
+def _tables(section: Section) -> list[Block]:
+    return [block.table if isinstance(block, Folded) else block for block in section.content]
+
+
+def _html(block: Block) -> str:
     match block:
         case Table():
             return _table(block)
         case Picture():
             return _picture(block)
+        case Folded():
+            return f"<details><summary>{_inline(block.title)}</summary>{_table(block.table)}</details>"
         case Verbatim():
             return f'<pre tabindex="0">{_escape(block.text)}</pre>'
         case _:
@@ -92,15 +128,25 @@ def _table(table: Table) -> str:
     ]
     head = f"<thead><tr>{''.join(titles)}</tr></thead>\n" if any(table.headers) else ""
     lines = []
-    for row in cells:
-        first, *rest = zip(row, sides, strict=True)
-        others = "".join(f"<td{side}>{_inline(cell)}</td>" for cell, side in rest)
-        lines.append(f'<tr><th scope="row"{first[1]}>{_inline(first[0])}</th>{others}</tr>')
+    for row, shown in zip(table.rows, cells, strict=True):
+        first, *rest = (_cell(*pair) for pair in zip(row, shown, strict=True))
+        others = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(rest, sides[1:], strict=True))
+        anchor = f' id="{_escape(row_id(table.name, shown[0]))}"' if table.name else ""
+        lines.append(f'<tr{anchor}><th scope="row"{sides[0]}>{first}</th>{others}</tr>')
+    kind = f' class="sortable" id="table-{_escape(table.name)}"' if table.name else ""
     return (
-        f'<figure><div class="wide" tabindex="0"><table>{head}<tbody>\n'
+        f'<figure><div class="wide" tabindex="0"><table{kind}>{head}<tbody>\n'
         + "\n".join(lines)
         + f"\n</tbody></table></div>{_caption(table.caption)}</figure>"
     )
+
+
+def _cell(cell: object, shown: str) -> str:
+    text = _inline(shown)
+    if isinstance(cell, Marked):
+        text = {"best": f"<strong>{text}</strong>", "second": f"<u>{text}</u>"}.get(cell.mark, text)
+        text = f'<a href="{_escape(cell.href)}">{text}</a>' if cell.href else text
+    return text
 
 
 def _picture(picture: Picture) -> str:
@@ -146,12 +192,13 @@ _PAGE = """\
 <main>
 {body}
 </main>
-</body>
+{script}</body>
 </html>
 """
 
 _STYLE = """
 :root { --paper: #ffffff; --ink: #22272e; --muted: #5b6470; --line: #d9dde3; --shade: #f5f6f8; --accent: #b34a00; }
+@media print { body { font-size: 11px; } .wide { overflow: visible; } .filter { display: none; } }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #e4e7eb; --muted: #a3acb8; --line: #363c44; --shade: #20252b; --accent: #f0a06a; }
 }
@@ -171,6 +218,16 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
+a { color: var(--accent); }
+tr:target { background: var(--shade); }
+summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
+th button { all: unset; cursor: pointer; color: inherit; font-weight: 600; }
+th button:focus-visible, .filter input:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); }
+th[aria-sort="ascending"] button::after { content: " \\2191"; }
+th[aria-sort="descending"] button::after { content: " \\2193"; }
+.filter { display: block; font-size: .85rem; color: var(--muted); margin-bottom: .4rem; }
+.filter input { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--line);
+  border-radius: 4px; padding: .2rem .4rem; margin-left: .4rem; max-width: 60%; }
 .number { text-align: right; white-space: nowrap; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
 code { background: var(--shade); padding: .1em .3em; border-radius: 4px; }

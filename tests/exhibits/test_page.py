@@ -1,0 +1,101 @@
+"""The page of results: what it holds, and how it behaves in a browser, where one is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from evatune.cli.main import main
+from evatune.exhibits.page import write_results_page
+from evatune.exhibits.view import View
+from evatune.report import page as page_module
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const table = document.getElementById("table-scores");
+  const first = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
+  const click = (column) => table.tHead.rows[0].cells[column].querySelector("button").click();
+  const found = { before: first(), scroll: document.documentElement.scrollWidth, width: innerWidth };
+  click(0); found.up = first(); click(0); found.down = first(); click(2); found.scores = first();
+  found.sort = table.tHead.rows[0].cells[2].getAttribute("aria-sort");
+  const input = document.querySelector("#table-runs").closest("figure").querySelector("input");
+  input.value = "refused"; input.dispatchEvent(new Event("input"));
+  found.shown = [...document.querySelectorAll("#table-runs tbody tr")].filter((row) => !row.hidden).length;
+  const links = [...document.querySelectorAll('a[href^="#"]')];
+  found.links = links.length;
+  found.dead = links.filter((link) => !document.getElementById(link.getAttribute("href").slice(1))).length;
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>
+"""
+
+
+@pytest.fixture
+def page(results, tmp_path) -> Path:
+    return write_results_page(View(folders=(str(results()),)), tmp_path / "page.html")
+
+
+def test_the_page_holds_tables_figures_runs_and_failures(page):
+    text = page.read_text(encoding="utf-8")
+    for title in ("Scores", "sst2", "cola", "What failed", "All runs", "What was run"):
+        assert f">{title}</h2>" in text
+    assert "this task has no such layers." in text
+    assert "<strong>0.8200 ± 0.0200</strong></a>" in text and 'href="#runs-sst2-eva' in text
+    assert text.count("<img ") >= 8 and text.count("<details>") >= 6
+    assert not re.search(r'(src|href)="(?!data:|#)[^"]*:', text)  # nothing from elsewhere
+
+
+def test_a_part_of_a_comparison_is_called_one(results, tmp_path):
+    folder = results()
+    choices = json.loads((folder / "choices.json").read_text())
+    choices[0]["missing"] = 2
+    (folder / "choices.json").write_text(json.dumps(choices))
+    assert main(["report", str(folder)]) == 0
+    assert "2 are still to be done, so this is a part of the comparison." in (folder / "report.html").read_text()
+
+
+def test_colours_have_enough_contrast_in_light_and_dark():
+    palettes = re.findall(r":root \{([^}]*)\}", page_module._STYLE)
+    assert len(palettes) == 2
+    for palette in palettes:
+        colour = dict(re.findall(r"--(\w+): (#\w{6})", palette))
+        for ink in ("ink", "muted", "accent"):
+            assert contrast(colour[ink], colour["paper"]) >= 4.5
+            assert contrast(colour[ink], colour["shade"]) >= 4.5
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_works_in_a_browser(page, width, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ":CONSOLE" not in done.stderr  # no error, no warning
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+    assert found["scroll"] <= found["width"] <= max(width, 500)  # nothing is wider than the window
+    assert found["up"] == sorted(found["before"]) and found["down"] == found["up"][::-1]
+    assert found["scores"][0] == "pissa" and found["sort"] == "ascending"
+    assert found["shown"] == 2  # one of each task
+    assert found["links"] > 0 and found["dead"] == 0
+
+
+def contrast(first: str, second: str) -> float:
+    """Return the contrast of two colours as WCAG 2 defines it."""
+    bright, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
