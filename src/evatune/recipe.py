@@ -351,7 +351,9 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             given = content.get(section)
             content[section] = {} if given is None else {_kinds(DEFAULT)[section].main: given}
         content[section][leaf] = value
-        if (section, leaf) == ("train", "epochs") and "train.steps" not in map(_resolve, overrides or {}):
+        if (section, leaf) == ("train", "epochs") and "train.steps" not in (
+            find_setting(given).path for given in overrides or {}
+        ):
             content[section]["steps"] = None  # those of the file would win
     try:
         return Recipe.from_dict(_expand(content))

@@ -70,6 +70,7 @@ def test_colours_have_enough_contrast_in_light_and_dark():
             assert contrast(colour[ink], colour["shade"]) >= 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_works_in_a_browser(page, width, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
