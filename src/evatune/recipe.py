@@ -342,8 +342,9 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         EvaError: the file is missing or no YAML, or a key, type or value in it is wrong.
     """
     content = _relative_to(Path(path).parent, read_yaml(path)) if path is not None else {}
-    for name, value in (overrides or {}).items():
-        section, _, leaf = find_setting(name).path.rpartition(".")
+    changed = {find_setting(name).path: value for name, value in (overrides or {}).items()}
+    for setting, value in changed.items():
+        section, _, leaf = setting.rpartition(".")
         if not section:
             content[leaf] = value
             continue
@@ -351,9 +352,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             given = content.get(section)
             content[section] = {} if given is None else {_kinds(DEFAULT)[section].main: given}
         content[section][leaf] = value
-        if (section, leaf) == ("train", "epochs") and "train.steps" not in (
-            find_setting(given).path for given in overrides or {}
-        ):
+        if setting == "train.epochs" and "train.steps" not in changed:
             content[section]["steps"] = None  # those of the file would win
     try:
         return Recipe.from_dict(_expand(content))

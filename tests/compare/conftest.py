@@ -99,3 +99,31 @@ def write_run(job: Job, value: float) -> None:
 @pytest.fixture
 def fake_engine() -> type[FakeEngine]:
     return FakeEngine
+
+
+@pytest.fixture
+def tiny_sweep(tiny_model, tiny_data, tmp_path):
+    """Return a function that writes a sweep over a tiny model."""
+    recipe = {
+        "model": str(tiny_model),
+        "data": {"train": str(tiny_data / "train.jsonl"), "eval": str(tiny_data / "test.jsonl")},
+        "adapter": {"rank": 2},
+        "measure": {"max_batches": 2},
+        "train": {"steps": 2, "batch_size": 4, "precision": "fp32"},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+
+    def build(**changed) -> Path:
+        content = {
+            "recipes": "tiny.yaml",
+            "methods": ["eva", "lora"],
+            "learning_rates": [1e-3, 1e-2],
+            "validation": {"max_eval_examples": 8},
+            "test": {"seeds": 1},
+            "widen": 0,
+        } | changed
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return build

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from evatune.cli.main import main
 from evatune.compare.command import open_engine
@@ -20,34 +19,6 @@ from evatune.compare.results import Results
 from evatune.compare.standing import standings
 from evatune.compare.sweep import Sweep
 from evatune.errors import EvaError
-
-
-@pytest.fixture
-def tiny_sweep(tiny_model, tiny_data, tmp_path):
-    """Return a function that writes a sweep over a tiny model."""
-    recipe = {
-        "model": str(tiny_model),
-        "data": {"train": str(tiny_data / "train.jsonl"), "eval": str(tiny_data / "test.jsonl")},
-        "adapter": {"rank": 2},
-        "measure": {"max_batches": 2},
-        "train": {"steps": 2, "batch_size": 4, "precision": "fp32"},
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-
-    def build(**changed) -> Path:
-        content = {
-            "recipes": "tiny.yaml",
-            "methods": ["eva", "lora"],
-            "learning_rates": [1e-3, 1e-2],
-            "validation": {"max_eval_examples": 8},
-            "test": {"seeds": 1},
-            "widen": 0,
-        } | changed
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return path
-
-    return build
 
 
 def test_workers_do_the_runs_of_a_sweep_and_a_killed_one_loses_nothing(tiny_sweep, monkeypatch):
@@ -109,3 +80,9 @@ def test_an_interrupted_sweep_goes_on(tiny_sweep):
 def test_numbers_of_workers_that_make_no_sense_are_refused(tiny_sweep):
     with pytest.raises(EvaError, match="--workers is 0, but must be at least 1"):
         open_engine(Sweep.load(tiny_sweep()), workers=0, threads=None)
+
+
+def test_ray_is_asked_for_where_it_is_missing(tiny_sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EvaError, match=r"--engine ray needs the Python package ray; run: pip install 'evatune\[ray\]'"):
+        open_engine(Sweep.load(tiny_sweep()), engine="ray")

@@ -25,9 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="YAML file; docs/compare.md says what it holds")
     group = parser.add_argument_group("runs")
     group.add_argument("--output", metavar="FOLDER", help="folder of the results, instead of the sweep's")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    group.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="what does the runs (default: local)"
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="runs at a time (default: 1; ray: all there is room for)"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="processor threads of each run (default: its share)")
-    group.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the workers share, one for each run")
+    group.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="GPUs that local workers share; ray: of each run"
+    )
     group.add_argument("--limit", type=int, metavar="N", help="do at most N runs now; the same command goes on")
     group.add_argument("--dry-run", action="store_true", help="say how many runs there are, and how long they take")
     group.add_argument("--force", action="store_true", help="add to the results of another version of evatune")
@@ -42,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
 
     sweep = open_sweep(args.sweep, output=args.output)
     if args.dry_run:
-        expected = forecast(sweep, workers=args.workers)
+        expected = forecast(sweep, workers=args.workers or 1)
         answer(args, text=expected.text(), content=expected.to_json())
         return
-    engine = open_engine(sweep, workers=args.workers, threads=args.threads, gpus=args.gpus)
+    engine = open_engine(sweep, engine=args.engine, workers=args.workers, threads=args.threads, gpus=args.gpus)
     results = compare(sweep, engine, limit=args.limit, force=args.force, say=say)
     standing = standings(results)
     answer(args, text=standing.text(), content=standing.to_json())

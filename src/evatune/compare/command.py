@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
+from typing import Literal
 
 from evatune.compare.engine import Engine
 from evatune.compare.results import RUNS
@@ -17,24 +19,35 @@ def open_sweep(path: str, *, output: str | None = None) -> Sweep:
     return dataclasses.replace(sweep, output=output) if output else sweep
 
 
-def open_engine(sweep: Sweep, *, workers: int, threads: int | None, gpus: int = 0) -> Engine:
+def open_engine(
+    sweep: Sweep,
+    *,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    gpus: int = 0,
+) -> Engine:
     """Return the engine that does the runs; its processes start with the first of them.
 
     Args:
         sweep: its folder gets what the workers print.
-        workers: runs at a time.
-        threads: processor threads of each; by default its share of the processors.
-        gpus: accelerators that the workers share.
+        engine: processes of this machine, or tasks of a Ray cluster.
+        workers: runs at a time; by default 1, and on a cluster as many as there is room for.
+        threads: processor threads of each; by default its share of the processors, and on a cluster 1.
+        gpus: accelerators that local workers share, or that each run of a cluster has.
 
     Raises:
-        EvaError: a number is out of range.
+        EvaError: a number is out of range, or there is no such engine.
     """
     for name, value, low in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0)):
         if value is not None and value < low:
             raise EvaError(f"--{name} is {value}, but must be at least {low}.")
-    from pathlib import Path
+    if engine == "ray":
+        from evatune.compare.cluster import RayEngine
 
+        return RayEngine(workers=workers, threads=threads or 1, gpus=gpus)
     from evatune.compare.local import LocalEngine
 
+    workers = workers or 1
     share = max(1, (os.cpu_count() or 1) // workers)
     return LocalEngine(workers=workers, threads=threads or share, logs=Path(sweep.output) / RUNS, gpus=gpus)

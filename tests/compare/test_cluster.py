@@ -1,0 +1,58 @@
+"""A sweep on a local Ray cluster of two workers, one of which is killed during a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from evatune.compare.command import open_engine
+from evatune.compare.loop import compare
+from evatune.compare.sweep import Sweep
+
+
+def pids_of_tasks() -> list[int]:
+    """Return the processes that run a task: Ray gives them its name as their title."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if b"ray::attempt" in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_and_doubles_nothing(tiny_sweep, monkeypatch):
+    ray = pytest.importorskip("ray", reason="no Ray: pip install 'evatune[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        sweep = Sweep.load(tiny_sweep())
+        engine = open_engine(sweep, engine="ray", workers=2, threads=1)
+        assert engine.slots == 2
+        finished, killed = engine.finished, []
+
+        def kill_one_first():
+            deadline = time.monotonic() + 60
+            while not killed and time.monotonic() < deadline:
+                for pid in pids_of_tasks()[:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                time.sleep(0.2)
+            return finished()
+
+        monkeypatch.setattr(engine, "finished", kill_one_first)
+        results = compare(sweep, engine)
+    finally:
+        ray.shutdown()
+    lines = [json.loads(line) for line in (results.folder / "records.jsonl").read_text().splitlines()]
+    assert killed
+    assert len(lines) == len({line["name"] for line in lines}) == 6
+    assert {line["state"] for line in lines} == {"done"}
+    assert sorted(line["tries"] for line in lines) == [1, 1, 1, 1, 1, 2]
