@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from evatune.compare.runs import cells, points, runs_of
+from evatune.compare.sweep import Sweep
 from evatune.errors import EvaError
 
 
@@ -100,3 +103,14 @@ def test_two_runs_with_one_name_are_refused(sweep):
 def test_a_recipe_that_is_not_there_is_named(sweep):
     with pytest.raises(EvaError, match=r"there is no recipe file .*tsak\.yaml \(did you mean 'task\.yaml'"):
         cells(sweep(recipes=["tsak.yaml"]))
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVATUNE_DATA", str(tmp_path))
+    compared = cells(Sweep.load(path))
+    assert len(compared) >= 8
+    assert all(len(values) >= 5 for cell in compared for values in cell.contender.grid.values())
