@@ -247,3 +247,17 @@ def test_a_sketch_of_constant_rows_merges_with_an_exact_state():
     assert (exact.backend_, constant.backend_) == ("exact", "sketch")
     merged = constant.merge(exact)
     assert merged.n_samples_seen_ == 16 * 256 + 64 and merged.captured_error_ == 0.0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rows_of_fewer_directions_than_columns_are_not_drowned_by_rounding(oracle, seed):
+    """As the embeddings of a few different tokens are: what the other columns see of them is rounding error only."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(64, 320, generator=generator)
+    batches = [vectors[torch.randint(0, 64, (232,), generator=generator)] for _ in range(4)]
+    pca = StreamingPCA(K, backend="sketch", seed=seed, product_dtype=torch.bfloat16)
+    for batch in batches:
+        pca.partial_fit(batch)
+    assert oracle(torch.cat(batches)).captured_by(pca.components_, K) > 1 - 1e-3
+    exact = StreamingPCA(K, backend="exact", product_dtype=torch.float32).partial_fit(torch.cat(batches))
+    torch.testing.assert_close(pca.singular_values_, exact.singular_values_, rtol=1e-2, atol=0)

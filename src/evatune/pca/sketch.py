@@ -246,10 +246,11 @@ class SketchState(State):
     def _is_massive(self, values_p: Tensor) -> Tensor:
         """Tell, by a scalar tensor, whether a few directions are so large that bfloat16 errors would hide the others.
 
-        Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d.
+        Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d. If the rows so far
+        span fewer directions than there are columns, the other columns would see nothing but these errors.
         """
-        if not len(values_p):
-            return values_p.new_zeros(())
+        if len(values_p) < self.width:
+            return self.sums_dm.new_ones(())
         smallest = values_p[min(self.n_components, len(values_p)) - 1]
         noise = BFLOAT16_ROUNDING * values_p[0] / self.n_features**0.5
         return ((noise > RESIDUAL_NOISE * smallest) | (values_p[0] > MASSIVE_RATIO * values_p[-1])).to(values_p)
