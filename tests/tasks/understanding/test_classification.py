@@ -51,6 +51,10 @@ def test_scores_are_those_of_scikit_learn(opened, write_rows):
     assert scores["matthews"] == pytest.approx(metrics.matthews_corrcoef(expected, predicted))
     assert scores["macro_f1"] == pytest.approx(metrics.f1_score(expected, predicted, average="macro"))
     assert scores["loss"] > 0
+    for told, one, other in zip(scores.examples, expected, predicted, strict=True):
+        assert (told["expected"], told["given"]) == ("abc"[int(one)], "abc"[int(other)])
+        assert told["right"] == (one == other)
+        assert "set" not in told
 
 
 def test_the_headline_is_what_was_asked_for(opened, texts):

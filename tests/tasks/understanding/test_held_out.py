@@ -24,6 +24,8 @@ def test_each_set_has_its_own_headline(opened, two_files, texts):
     scores = task.evaluate(task.load_model(), progress=False)
     assert list(scores.numbers()) == ["accuracy", "matthews", "loss", "f1", "accuracy (one)", "accuracy (two)"]
     assert len(scores.outcomes["right (one)"]) == 6
+    assert sorted(told["set"] for told in scores.examples) == ["one"] * 6 + ["two"] * 4
+    assert all((told["set"] == "one") == ("red" in told["question"]) for told in scores.examples)
     right = 6 * scores["accuracy (one)"] + 4 * scores["accuracy (two)"]
     assert right == pytest.approx(10 * scores["accuracy"])
 

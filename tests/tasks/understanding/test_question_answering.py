@@ -64,6 +64,10 @@ def test_windows_cover_a_long_context_and_one_at_least_has_the_answer(opened, wr
     scores = task.evaluate(task.load_model(), progress=False)
     assert (scores.counts["examples"], scores.counts["windows"]) == (1, len(rows))
     assert len(scores.outcomes["f1"]) == 1
+    (told,) = scores.examples
+    assert told["question"] == f"{context}\nwhich one?"
+    assert told["expected"] == ["true"]
+    assert told["right"] == (told["given"] == "true")
 
 
 def test_the_loss_is_that_of_transformers(opened, questions):

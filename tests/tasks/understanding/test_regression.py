@@ -45,6 +45,10 @@ def test_scores_are_those_of_scipy(opened, alike):
     expected, predicted = scores.outcomes["expected"], scores.outcomes["predicted"]
     assert scores["pearson"] == pytest.approx(stats.pearsonr(expected, predicted).statistic)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(expected, predicted).statistic)
+    assert [(told["expected"], told["given"]) for told in scores.examples] == list(
+        zip(expected, predicted, strict=True)
+    )
+    assert scores.examples[0]["question"].endswith(" ⏐ blue")
     assert "→ ⟦" in task.preview(1).text
 
 

@@ -87,6 +87,8 @@ def test_words_that_are_cut_off_count_as_outside(opened, write_rows):
     assert scores.counts["words"] == 31 > scores.counts["seen_words"]
     assert scores.outcomes["found"] == [0]
     assert scores.outcomes["expected"] == [1]
+    assert scores.examples[0]["expected"] == "good/B-PER"
+    assert scores.examples[0]["right"] is False
 
 
 def test_tags_that_are_no_entities_are_scored_by_words(opened, write_rows):

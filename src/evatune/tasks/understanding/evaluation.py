@@ -87,6 +87,12 @@ def scores_of(
         for column, own in apart.items():
             columns[own] = [value for value, of in zip(columns[column], sets, strict=True) if of == name]
         metrics[f"{headline} ({name})"] = replace(metrics[headline], columns=tuple(apart.values()))
+    told = [{"set": name, **one} if len(names) > 1 else one for name, one in zip(sets, outcomes.told, strict=True)]
     return Scores(
-        headline=headline, metrics=metrics, outcomes=columns, counts={**counts, **outcomes.counts}, seconds=seconds
+        headline=headline,
+        metrics=metrics,
+        outcomes=columns,
+        counts={**counts, **outcomes.counts},
+        seconds=seconds,
+        examples=told,
     )
