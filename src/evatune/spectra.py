@@ -103,7 +103,7 @@ class Spectra(Mapping[str, Spectrum]):
     weights: dict[str, list[float]] = field(default_factory=dict)
     """A few weights of the model that was measured, by target: see `evatune.fingerprint`."""
     unreached: tuple[str, ...] = ()
-    """Names of targets that got no input, and so have no spectrum."""
+    """Names of targets that got no input, or only rows that are masked, and so have no spectrum."""
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.targets:

@@ -59,6 +59,17 @@ def test_what_no_batch_reaches_keeps_rank_and_random_start_outside_the_budget(tm
     assert torch.equal(again["image"].lora_A["default"].weight, rows)
 
 
+def test_so_does_a_layer_whose_rows_are_all_masked():
+    def mask(batch):
+        return {"text": torch.zeros(20, dtype=torch.bool), "image": None, "top": None}
+
+    model = wrapped()
+    with pytest.warns(EvaWarning, match=r"2 of 3 targets got no input or only rows that are masked .*'text'"):
+        plan = evatune.initialize(model, BATCHES, row_mask=mask, progress=False)
+    assert plan.ranks == {"top": 3}
+    assert find_adapter(model, "default")[2]["text"].r["default"] == 3
+
+
 def test_a_layer_that_was_never_a_target_is_not_taken_for_unreached():
     spectra = evatune.measure(Towers(), BATCHES, n_components=6, target_modules=["text", "top"], progress=False)
     with pytest.raises(EvaError, match=r"1 of its layers not in the spectra: image"):

@@ -30,7 +30,7 @@ from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.processes.exchange import Processes
 from evatune.activations.processes.lockstep import measure_in_lockstep
 from evatune.activations.processes.sharded_models import sharded_again, sharding_of, without_engine
-from evatune.activations.results import spectra_of, warn_of_errors, warn_of_padding
+from evatune.activations.results import check_rows, spectra_of, warn_of
 from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses
@@ -143,23 +143,25 @@ def measure(
                 learned, stopped = go(
                     passes, run, max_batches=settings.max_batches, bar=bar, together=sharded, interrupted=interrupted
                 )
-        reached, inputs = spectra_of(learned, targets, n_components=settings.n_kept, stopped=stopped)
+        counted, inputs = spectra_of(learned, targets, n_components=settings.n_kept, stopped=stopped)
+    check_rows(
+        inputs, reached=bool(learned.input_of), n_components=settings.n_kept, n_batches=learned.n_batches
+    )
     kept = settings.to_json() | {"n_components": settings.n_kept, "n_batches": learned.n_batches}
     if processes is not None:
         kept |= {"processes": processes.size, "bytes_sent": processes.bytes_sent}
     spectra = Spectra(
-        targets=reached,
+        targets=counted,
         inputs=inputs,
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch")},
         seconds=time.perf_counter() - started,
         history=learned.history,
-        weights=sampled_weights(base, reached),
-        unreached=tuple(target.name for target in targets if target.name not in reached),
+        weights=sampled_weights(base, counted),
+        unreached=tuple(target.name for target in targets if target.name not in counted),
     )
-    warn_of_errors(spectra.inputs)
-    warn_of_padding(spectra.inputs)
+    warn_of(spectra, reached=learned.input_of)
     return spectra
 
 

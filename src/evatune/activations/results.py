@@ -1,10 +1,10 @@
-"""Makes spectra from what runs have learned."""
+"""Makes spectra from what runs have learned, and says what is doubtful about them."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from evatune.activations.starved import stand_ins
 from evatune.errors import EvaError, EvaWarning
 from evatune.pca import AnyPCA, learn_all, on_host
 from evatune.settings import Reason
-from evatune.spectra import Spectrum, Target
+from evatune.spectra import Spectra, Spectrum, Target
 
 SHOWN_ERROR = 0.01
 """If components seem to miss more than this share of the best captured variance, the user gets a warning."""
@@ -29,9 +29,7 @@ def no_batch() -> EvaError:
 def spectra_of(
     learned: Learned, targets: Sequence[TargetModule], *, n_components: int, stopped: Reason
 ) -> tuple[dict[str, Target], dict[str, Spectrum]]:
-    """Return the targets that were reached and the spectrum of every input, both in the order of the model.
-
-    Warns of targets that got no input, and of experts that got too few rows.
+    """Return the targets of which any row counts and the spectrum of every input, both in the order of the model.
 
     Args:
         learned: what a run has learned.
@@ -40,37 +38,14 @@ def spectra_of(
         stopped: why the run ended; it is the reason of all inputs that have met no stopping rule.
 
     Raises:
-        EvaError: there was no batch, or fewer rows than components, or every row of an input is masked.
+        EvaError: there was no batch.
     """
     by_name, n_batches = {target.name: target for target in targets}, learned.n_batches
     if n_batches == 0:
         raise no_batch()
     standing_in = stand_ins(by_name, learned.pcas, learned.input_of, n_components=n_components, n_batches=n_batches)
-    if standing_in:
-        warnings.warn(
-            f"{len(standing_in)} of {len(learned.pcas.keys() | standing_in.keys())} inputs are of experts that got "
-            f"fewer than {n_components} rows in {n_batches} batches, the first is {next(iter(standing_in))!r}; "
-            "they start from what the other experts of their block have seen.",
-            EvaWarning,
-            stacklevel=3,
-        )
-    input_of = {name: name for name in by_name if name in standing_in} | learned.input_of
-    unreached = [name for name in by_name if name not in input_of]
-    if unreached:
-        warnings.warn(
-            f"{len(unreached)} of {len(by_name)} targets got no input in {n_batches} batches and have no "
-            f"spectrum, the first is {unreached[0]!r}; an adapter there starts as LoRA does, with its rank and "
-            "at random, unless exclude_modules leaves it out.",
-            EvaWarning,
-            stacklevel=3,
-        )
     pcas = {key: learned.pcas[key] for key in by_name if key in learned.pcas and key not in standing_in}
     fitted = {key: pca for key, pca in pcas.items() if pca.is_fitted}
-    n_rows = max((pca.n_samples_seen_ for pca in learned.pcas.values() if pca.is_fitted), default=0)
-    _check_rows(n_rows, n_components, n_batches)
-    for key in dict.fromkeys(learned.input_of.values()):
-        if key not in fitted and key not in standing_in:
-            raise EvaError(f"every row that entered {key!r} is masked; leave it out with exclude_modules.")
     learn_all(fitted.values())
     tensors = on_host(
         [tensor for pca in fitted.values() for tensor in (pca.components_, pca.singular_values_, pca.mean_)]
@@ -85,31 +60,30 @@ def spectra_of(
         )
         for number, (key, pca) in enumerate(fitted.items())
     }
-    reached = {
+    input_of = {name: name for name in standing_in} | learned.input_of
+    counted = {
         name: Target(name=name, input=input_of[name], in_features=target.in_features, out_features=target.out_features)
         for name, target in by_name.items()
-        if name in input_of
+        if input_of.get(name) in inputs
     }
-    return reached, {key: inputs[key] for key in by_name if key in inputs}
+    return counted, {key: inputs[key] for key in by_name if key in inputs}
 
 
-def warn_of_errors(spectra: Mapping[str, Spectrum]) -> None:
-    """Tell the user how many of the inputs have components that seem to miss much."""
-    errors = {
-        key: error for key, spectrum in spectra.items() if (error := spectrum.captured_error or 0.0) > SHOWN_ERROR
-    }
-    if errors:
-        worst = max(errors, key=lambda key: errors[key])
-        warnings.warn(
-            f"the components of {len(errors)} of {len(spectra)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the "
-            f"variance that the best ones capture, those of {worst!r} {errors[worst]:.1%}; where that matters and "
-            "memory allows, measure with backend='exact'.",
-            EvaWarning,
-            stacklevel=3,
-        )
+def check_rows(inputs: Mapping[str, Spectrum], *, reached: bool, n_components: int, n_batches: int) -> None:
+    """Check that there are enough rows to measure anything.
 
+    Args:
+        inputs: the spectrum of every input.
+        reached: whether any target got an input, also if all its rows are masked.
+        n_components: how many components were asked for.
+        n_batches: how many batches were passed.
 
-def _check_rows(n_rows: int, n_components: int, n_batches: int) -> None:
+    Raises:
+        EvaError: no target was reached, all rows are masked, or no input has as many rows as components.
+    """
+    n_rows = max((spectrum.n_rows for spectrum in inputs.values()), default=0)
+    if not reached:
+        raise EvaError(f"none of the targets got an input in {n_batches} batches; choose others with target_modules.")
     if n_rows == 0:
         raise EvaError(
             f"all rows of all {n_batches} batches are masked; check attention_mask and labels, or measure without "
@@ -126,31 +100,93 @@ def _spectrum(
     pca: AnyPCA, tensors: Sequence[Tensor], *, n_batches: int, stopped: Reason, counts: RowCounts
 ) -> Spectrum:
     """Return the spectrum of an input, with its components, singular values and mean on the CPU."""
-    error = pca.captured_error_
+    error, n_rows = pca.captured_error_, pca.n_samples_seen_
     components_kd, singular_values_k, mean_d = tensors
+    if n_rows < len(components_kd) and stopped is not Reason.INTERRUPTED:
+        stopped = Reason.FEWER_ROWS
     return Spectrum(
         components=components_kd,
         singular_values=singular_values_k,
         mean=mean_d,
         total_variance=pca.total_variance_,
-        n_rows=pca.n_samples_seen_,
+        n_rows=n_rows,
         n_batches=n_batches,
         stopped=stopped,
         backend=pca.backend_,
         captured_error=None if math.isnan(error) else error,
         padding=counts.padding,
-        unsure_share=min(1.0, counts.n_unsure / pca.n_samples_seen_),
+        unsure_share=min(1.0, counts.n_unsure / n_rows),
     )
 
 
-def warn_of_padding(spectra: Mapping[str, Spectrum]) -> None:
-    """Warn of the inputs whose counted rows may include padding, and how many rows that concerns."""
-    unsure = {key: spectrum.unsure_share for key, spectrum in spectra.items() if spectrum.unsure_share}
-    if unsure:
-        named = ", ".join(f"{key!r}: {share:.0%} of its rows" for key, share in list(unsure.items())[:4])
-        warnings.warn(
-            f"padding among the rows of {len(unsure)} of {len(spectra)} inputs cannot be recognized and counts ({named}"
-            f"{', …' if len(unsure) > 4 else ''}); give batches without padding, or say with row_mask= what counts.",
-            EvaWarning,
-            stacklevel=3,
-        )
+def warn_of(spectra: Spectra, *, reached: Collection[str]) -> None:
+    """Tell the user what is doubtful about spectra: a warning for each kind of doubt, which names the first input.
+
+    Args:
+        spectra: what was measured.
+        reached: the targets that got an input, also if all its rows are masked.
+    """
+    n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
+    for doubt in filter(
+        None,
+        (
+            _of_experts(spectra, n_batches),
+            _of_unreached(spectra, n_batches, reached),
+            _of_few_rows(spectra, n_batches),
+            _of_errors(spectra),
+            _of_padding(spectra),
+        ),
+    ):
+        warnings.warn(doubt, EvaWarning, stacklevel=3)
+
+
+def _of_experts(spectra: Spectra, n_batches: int) -> str | None:
+    found = [key for key, spectrum in spectra.inputs.items() if spectrum.stopped is Reason.TOO_FEW_ROWS]
+    return found and (
+        f"{len(found)} of {len(spectra.inputs)} inputs are of experts that got fewer than {spectra.n_components} rows "
+        f"in {n_batches} batches, the first is {found[0]!r}; they start from what the other experts of their block have "
+        "seen."
+    )
+
+
+def _of_unreached(spectra: Spectra, n_batches: int, reached: Collection[str]) -> str | None:
+    masked = " or only rows that are masked" if any(name in reached for name in spectra.unreached) else ""
+    return spectra.unreached and (
+        f"{len(spectra.unreached)} of {len(spectra.unreached) + len(spectra)} targets got no input{masked} in "
+        f"{n_batches} batches and have no spectrum, the first is {spectra.unreached[0]!r}; an adapter there starts as "
+        "LoRA does, with its rank and at random, unless exclude_modules leaves it out."
+    )
+
+
+def _of_few_rows(spectra: Spectra, n_batches: int) -> str | None:
+    found = [
+        key
+        for key, spectrum in spectra.inputs.items()
+        if spectrum.n_rows < len(spectrum.components) and spectrum.stopped is not Reason.TOO_FEW_ROWS
+    ]
+    return found and (
+        f"{len(found)} of {len(spectra.inputs)} inputs got fewer rows than components in {n_batches} batches, the first "
+        f"is {found[0]!r} with {spectra.inputs[found[0]].n_rows} rows for {len(spectra.inputs[found[0]].components)} "
+        "components, of which the last ones are arbitrary; give more batches, or leave such layers out with "
+        "exclude_modules."
+    )
+
+
+def _of_errors(spectra: Spectra) -> str | None:
+    errors = {key: spectrum.captured_error or 0.0 for key, spectrum in spectra.inputs.items()}
+    found = [key for key, error in errors.items() if error > SHOWN_ERROR]
+    worst = max(found, key=lambda key: errors[key], default="")
+    return found and (
+        f"the components of {len(found)} of {len(errors)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the "
+        f"variance that the best ones capture, those of {worst!r} {errors[worst]:.1%}; where that matters and "
+        "memory allows, measure with backend='exact'."
+    )
+
+
+def _of_padding(spectra: Spectra) -> str | None:
+    unsure = {key: spectrum.unsure_share for key, spectrum in spectra.inputs.items() if spectrum.unsure_share}
+    named = ", ".join(f"{key!r}: {share:.0%} of its rows" for key, share in list(unsure.items())[:4])
+    return unsure and (
+        f"padding among the rows of {len(unsure)} of {len(spectra.inputs)} inputs cannot be recognized and counts "
+        f"({named}{', …' if len(unsure) > 4 else ''}); give batches without padding, or say with row_mask= what counts."
+    )

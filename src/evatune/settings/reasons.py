@@ -13,6 +13,7 @@ class Reason(StrEnum):
     BATCH_CAP = "batch cap"
     EXHAUSTED = "data exhausted"
     INTERRUPTED = "interrupted"
+    FEWER_ROWS = "fewer rows than components"
     TOO_FEW_ROWS = "too few rows"
 
     @property
@@ -33,6 +34,10 @@ _TEXTS = {
     Reason.BATCH_CAP: "`max_batches` were measured, and no rule had ended it; raise `max_batches` to go on longer",
     Reason.EXHAUSTED: "the data ended, and no rule had ended it; give more data to go on longer",
     Reason.INTERRUPTED: "it was interrupted; what had been measured until then was kept",
+    Reason.FEWER_ROWS: (
+        "measuring ended before there were as many rows as components, so the last components are arbitrary; give more"
+        " data, raise `max_batches`, or take a smaller `rank`, `rho` or `n_components`"
+    ),
     Reason.TOO_FEW_ROWS: (
         "an expert got fewer rows than components are kept, so others of its block stand in for it; give more data or"
         " a smaller `rank`, `rho` or `n_components`"

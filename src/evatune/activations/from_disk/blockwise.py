@@ -21,7 +21,7 @@ from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layer_type import TargetModule
 from evatune.activations.padding import Prints
 from evatune.activations.positions import BatchPositions
-from evatune.activations.results import no_batch, spectra_of
+from evatune.activations.results import check_rows, no_batch, spectra_of
 from evatune.activations.run import Run
 from evatune.activations.sharing import SharedInputs
 from evatune.activations.variants import lengthened, perturbed, ragged
@@ -57,7 +57,8 @@ class BlockwiseRun:
         forward: calls the model with a batch, or None for the default.
 
     Attributes:
-        table: the targets that were reached, by name.
+        reached: names of the targets that got an input.
+        table: the targets of which any row counts, by name.
         spectra: the spectrum of every input, by key.
         n_batches: how many batches there were.
     """
@@ -92,6 +93,7 @@ class BlockwiseRun:
         for target in targets:
             block = next((name for name in blocks if target.name.startswith(name + ".")), None)
             (self.outside if block is None else self.targets_of[block]).append(target)
+        self.reached: set[str] = set()
         self.table: dict[str, Target] = {}
         self.spectra: dict[str, Spectrum] = {}
         self.n_batches = 0
@@ -117,7 +119,7 @@ class BlockwiseRun:
             bar: moves by one for each batch in each block.
 
         Raises:
-            EvaError: there is no batch, or the model is not one list of blocks.
+            EvaError: there is no batch, or too few rows (see `check_rows`), or the model is not one list of blocks.
         """
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -126,7 +128,7 @@ class BlockwiseRun:
         # Targets outside the blocks may run after them; the first pass shows this.
         outline = Outline(self.model, self.blocks, last=list(self.blocks)[-1] if self.outside else last_measured)
         self._run_before(islice(batches, self.max_batches), outline, waiting, bar)
-        behind = [target for target in self.outside if target.name not in self.table]
+        behind = [target for target in self.outside if target.name not in self.reached]
         names = list(self.blocks)
         names = names[: names.index(outline.last if behind else last_measured) + 1]
         bar.total = self.n_batches * (1 + len(names))
@@ -138,6 +140,7 @@ class BlockwiseRun:
                 output = self._run_block(name, position, waiting, bar, to_the_end=not last or bool(behind))
         if behind:
             self._run_behind(behind, outline, waiting, output)
+        self._check_rows()
 
     def _run_before(
         self,
@@ -200,6 +203,8 @@ class BlockwiseRun:
                         waiting["hidden", number, variant] = result if isinstance(result, Tensor) else result[0]
                 bar.update()
         self._conclude(run, targets)
+        if self.reached:  # too few rows show in the first block, long before the last one has run
+            self._check_rows()
         return output
 
     def _run_behind(
@@ -284,9 +289,16 @@ class BlockwiseRun:
     def _conclude(self, run: Run, targets: Sequence[TargetModule]) -> None:
         """Keep the spectra of a run; its states are no longer needed."""
         if targets:
-            reached, spectra = spectra_of(run.learned(), targets, n_components=self.n_components, stopped=self.stopped)
-            self.table |= reached
+            learned = run.learned()
+            counted, spectra = spectra_of(learned, targets, n_components=self.n_components, stopped=self.stopped)
+            self.reached |= learned.input_of.keys()
+            self.table |= counted
             self.spectra |= spectra
+
+    def _check_rows(self) -> None:
+        check_rows(
+            self.spectra, reached=bool(self.reached), n_components=self.n_components, n_batches=self.n_batches
+        )
 
     def _forward(self, batch: Any) -> Callable[[], Any]:
         def run() -> Any:

@@ -26,7 +26,7 @@ from evatune.activations.from_disk.waiting import WaitingTensors
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
 from evatune.activations.measure import Forward, pca_maker, with_ranks_of
 from evatune.activations.preserve import measuring_state, preserved_random_state
-from evatune.activations.results import warn_of_errors, warn_of_padding
+from evatune.activations.results import warn_of
 from evatune.activations.run import Run
 from evatune.errors import EvaError
 from evatune.hardware import autocast
@@ -152,8 +152,7 @@ def measure_from_disk(
         seconds=time.perf_counter() - started,
         unreached=tuple(target.name for target in targets if target.name not in blockwise.table),
     )
-    warn_of_errors(spectra.inputs)
-    warn_of_padding(spectra.inputs)
+    warn_of(spectra, reached=blockwise.reached)
     return spectra
 
 
