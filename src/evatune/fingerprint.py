@@ -16,6 +16,12 @@ SHARE = 0.1
 """Another model differs in more than this share of the weights."""
 
 
+def sampled_modules(names: Iterable[str]) -> list[str]:
+    """Return the modules of which `sampled_weights` keeps weights: `N_MODULES` of these, taken evenly."""
+    listed = list(names)
+    return listed[:: max(1, -(-len(listed) // N_MODULES))]
+
+
 def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, list[float]]:
     """Return a few weights of some modules, by module.
 
@@ -25,14 +31,13 @@ def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, list[fl
 
     Cost: `N_MODULES * N_WEIGHTS` numbers are read.
     """
-    listed = list(names)
     parameters = {
         key.replace(".base_layer", "").replace("._orig_mod", ""): parameter
         for key, parameter in model.named_parameters()
         if ".lora_" not in key and ".modules_to_save." not in key
     }
     found: dict[str, list[float]] = {}
-    for name in listed[:: max(1, -(-len(listed) // N_MODULES))]:
+    for name in sampled_modules(names):
         weight = _weight(parameters, name)
         if weight is not None:
             places = [(index * 7919 + 13) % weight.numel() for index in range(N_WEIGHTS)]

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import evatune
 from evatune import EvaError, EvaWarning, Spectra
+from evatune.adapters.as_in_peft import initialize_lora_eva_weights
 from evatune.adapters.lora import find_adapter
 
 
@@ -77,6 +78,42 @@ def test_a_layer_that_was_never_a_target_is_not_taken_for_unreached():
     only = replace(spectra, targets={}, unreached=("text", "image", "top"))
     with pytest.raises(EvaError, match="none of its layers was reached"):
         evatune.initialize(wrapped(), only)
+
+
+@pytest.fixture(scope="module")
+def of_another_model():
+    """Spectra of a model of the same sizes with other weights."""
+    other = Towers()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    return evatune.measure(other, BATCHES, n_components=6, target_modules=["text", "top"], progress=False)
+
+
+REFUSED = r"the spectra were measured on another model \(Towers\): the weights differ; .* force=True \(--force\)"
+
+
+def test_spectra_of_another_model_start_an_adapter_only_if_forced(of_another_model):
+    def adapted():
+        return get_peft_model(Towers(), LoraConfig(r=3, target_modules=["text", "top"]))
+
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for call in (evatune.initialize, initialize_lora_eva_weights):
+        with pytest.raises(EvaError, match=REFUSED):
+            call(model, of_another_model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    forced = evatune.initialize(model, of_another_model, force=True)
+    assert forced == evatune.initialize(adapted(), replace(of_another_model, weights={}))
+
+
+def test_prepare_refuses_them_before_it_changes_the_model(of_another_model):
+    settings = {"rank": 3, "target_modules": ["text", "top"], "spectra": of_another_model}
+    model = Towers()
+    with pytest.raises(EvaError, match=REFUSED):
+        evatune.prepare(model, **settings)
+    assert not hasattr(model, "peft_config")
+    assert isinstance(evatune.prepare(model, force=True, **settings), PeftModel)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])

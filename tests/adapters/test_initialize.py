@@ -463,6 +463,12 @@ class TestErrors:
         with pytest.raises(EvaError, match="target_modules, rank cannot be given here: the adapter's LoraConfig says"):
             evatune.initialize(unchanged, batches, target_modules=["q_proj"], rank=3)
 
+    def test_a_row_mask_with_spectra(self, unchanged, llama, lora, batches):
+        other = lora(llama())
+        spectra = evatune.measure(other, batches, target_modules=list(layers(other)), n_components=8, progress=False)
+        with pytest.raises(EvaError, match="row_mask: these options are for measuring, but spectra were given"):
+            evatune.initialize(unchanged, spectra, row_mask=lambda batch: None)
+
     def test_unknown_measuring_option(self, unchanged, batches):
         with pytest.raises(EvaError, match=r"no option 'max_batch' \(did you mean 'max_batches'"):
             evatune.initialize(unchanged, batches, max_batch=3)

@@ -16,7 +16,7 @@ from evatune.allocation import METRICS
 from evatune.errors import EvaError
 from evatune.pca.streaming import BACKENDS
 from evatune.recipe import AdapterSettings, MeasureSettings, Recipe
-from evatune.settings import Measuring, Planning, field_docs, max_components
+from evatune.settings import Measuring, Planning, Targets, field_docs, max_components
 from evatune.settings.measuring import Backend, Budget, Metric
 
 
@@ -37,6 +37,13 @@ def test_every_option_has_a_text():
 )
 def test_calls_show_their_options(call, cls):
     assert set(cls.field_names()) <= set(inspect.signature(call).parameters)
+
+
+def test_initialize_shows_the_options_that_its_adapter_leaves_open():
+    of_the_adapter = {*Targets.field_names(), "rank", "train_a"}
+    shown = set(inspect.signature(evatune.initialize).parameters)
+    assert set(Measuring.field_names()) - of_the_adapter <= shown
+    assert not of_the_adapter & shown
 
 
 def test_torch_objects_may_stand_for_their_names():

@@ -48,7 +48,7 @@ def test_what_is_made_for_one_model_is_refused_with_another(recipe, other_model,
     run = tmp_path / "run"
     options = ["--model", str(other_model), "--rank", "2", "--output", str(tmp_path / "new")]
     assert main(["init", *options, "--spectra", str(run / "spectra")]) == 1
-    assert f"the spectra in {run / 'spectra'} were measured on another model" in capsys.readouterr().err
+    assert "the spectra were measured on another model" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert main(["init", *options, "--spectra", str(run / "spectra"), "--force"]) == 0
     adapter = ["--model", str(other_model), "--adapter", str(run / "adapter")]

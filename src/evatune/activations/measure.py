@@ -144,9 +144,7 @@ def measure(
                     passes, run, max_batches=settings.max_batches, bar=bar, together=sharded, interrupted=interrupted
                 )
         counted, inputs = spectra_of(learned, targets, n_components=settings.n_kept, stopped=stopped)
-    check_rows(
-        inputs, reached=bool(learned.input_of), n_components=settings.n_kept, n_batches=learned.n_batches
-    )
+    check_rows(inputs, reached=bool(learned.input_of), n_components=settings.n_kept, n_batches=learned.n_batches)
     kept = settings.to_json() | {"n_components": settings.n_kept, "n_batches": learned.n_batches}
     if processes is not None:
         kept |= {"processes": processes.size, "bytes_sent": processes.bytes_sent}

@@ -144,8 +144,8 @@ def _of_experts(spectra: Spectra, n_batches: int) -> str | None:
     found = [key for key, spectrum in spectra.inputs.items() if spectrum.stopped is Reason.TOO_FEW_ROWS]
     return found and (
         f"{len(found)} of {len(spectra.inputs)} inputs are of experts that got fewer than {spectra.n_components} rows "
-        f"in {n_batches} batches, the first is {found[0]!r}; they start from what the other experts of their block have "
-        "seen."
+        f"in {n_batches} batches, the first is {found[0]!r}; they start from what the other experts of their block "
+        "have seen."
     )
 
 
@@ -164,11 +164,13 @@ def _of_few_rows(spectra: Spectra, n_batches: int) -> str | None:
         for key, spectrum in spectra.inputs.items()
         if spectrum.n_rows < len(spectrum.components) and spectrum.stopped is not Reason.TOO_FEW_ROWS
     ]
-    return found and (
-        f"{len(found)} of {len(spectra.inputs)} inputs got fewer rows than components in {n_batches} batches, the first "
-        f"is {found[0]!r} with {spectra.inputs[found[0]].n_rows} rows for {len(spectra.inputs[found[0]].components)} "
-        "components, of which the last ones are arbitrary; give more batches, or leave such layers out with "
-        "exclude_modules."
+    if not found:
+        return None
+    first = spectra.inputs[found[0]]
+    return (
+        f"{len(found)} of {len(spectra.inputs)} inputs got fewer rows than components in {n_batches} batches, the "
+        f"first is {found[0]!r} with {first.n_rows} rows for {len(first.components)} components, of which the last "
+        "ones are arbitrary; give more batches, or leave such layers out with exclude_modules."
     )
 
 

@@ -36,7 +36,7 @@ from evatune.adapters.fresh import Fresh, fresh_adapter
 from evatune.adapters.initialize import apply_plan, start
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
-from evatune.settings import IGNORED_LABEL
+from evatune.settings import IGNORED_LABEL, Measuring
 from evatune.spectra import Spectra
 
 _PREFIX = "base_model.model."
@@ -102,7 +102,7 @@ def initialize_lora_eva_weights(
     return start(
         fresh,
         spectra,
-        rho=eva_config.rho,
+        settings=Measuring(rho=eva_config.rho),
         whiten=eva_config.whiten,
         keep_scale=eva_config.adjust_scaling_factors,
         warn=isinstance(dataloader, Spectra),

@@ -6,8 +6,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
+from evatune.fingerprint import is_other_model
 from evatune.spectra import Spectra
 
 
@@ -21,17 +24,21 @@ class Fit:
     """Layers that no batch reached: they keep the rank and the random start that LoRA gives them."""
 
 
-def fit_spectra(spectra: Spectra, widths: Mapping[str, int], *, warn: bool = True) -> Fit:
+def fit_spectra(
+    spectra: Spectra, widths: Mapping[str, int], *, model: nn.Module, force: bool = False, warn: bool = True
+) -> Fit:
     """Return the spectra of an adapter's layers; those of other modules are ignored.
 
     Args:
         spectra: measured on this model, of these modules or of more.
         widths: the width of the input of each layer, by name.
+        model: the base model of the adapter, without wrapper.
+        force: whether to take spectra of another model, as long as their sizes fit.
         warn: whether to warn of layers without spectrum; `measure` does so itself.
 
     Raises:
         EvaError: a layer is in the spectra with another width, or it is neither in the spectra nor among the targets
-            that no batch reached.
+            that no batch reached, or the spectra were measured on another model.
     """
     missing = [name for name in widths if name not in spectra.targets]
     unknown = [name for name in missing if name not in spectra.unreached]
@@ -49,6 +56,11 @@ def fit_spectra(spectra: Spectra, widths: Mapping[str, int], *, warn: bool = Tru
         raise EvaError(
             f"the spectra do not fit the adapter ({'; '.join(differences) or 'none of its layers was reached'}); "
             "measure this model with the adapter's own target_modules."
+        )
+    if not force and is_other_model(spectra.weights, model):
+        raise EvaError(
+            f"the spectra were measured on another model ({spectra.model_name or 'without a name'}): the weights "
+            "differ; measure this model, or take them all the same with force=True (--force)."
         )
     if missing and warn:
         warnings.warn(

@@ -23,11 +23,13 @@ from evatune.adapters.taking_off import copy_biases, remember
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
 from evatune.initialization import eva
-from evatune.settings import Measuring, Planning, Ranking, Targets, takes
+from evatune.settings import Measuring, Ranking, Targets, takes
 from evatune.spectra import Spectra
 
-_FROM_ADAPTER = (*Targets.field_names(), *Ranking.field_names())
-"""Options of `measure` that follow from the adapter and the arguments of `initialize`."""
+_FROM_ADAPTER = (*Targets.field_names(), "rank", "train_a")
+"""Options of `measure` that follow from the adapter."""
+_OF_PLAN = [name for name in Ranking.field_names() if name not in _FROM_ADAPTER]
+"""Options that count for spectra that were measured before, too."""
 
 
 @takes(Measuring, without=_FROM_ADAPTER)
@@ -36,13 +38,12 @@ def initialize(
     batches_or_spectra: Iterable[Any] | Spectra,
     *,
     adapter_name: str = "default",
-    rho: float = 2.0,
-    metric: str = "ratio",
-    budget: str = "components",
     whiten: bool = False,
+    force: bool = False,
     forward: Forward | None = None,
     row_mask: RowMask | None = None,
     progress: bool = True,
+    settings: Measuring | None = None,
     **options: Any,
 ) -> RankPlan:
     """Redistribute the ranks of a fresh LoRA adapter and initialize it with EVA.
@@ -60,23 +61,23 @@ def initialize(
         batches_or_spectra: batches as the model takes them, from any iterable, or spectra measured before, of the
             adapter's modules or of more.
         adapter_name: the adapter to initialize.
-        rho: a layer gets at most round(rho * its rank) components; 1 keeps all ranks as they are.
-        metric: how components of different layers compare, see `Spectra.plan`.
-        budget: what is distributed, "components" or trainable "parameters"; a component of a wide layer takes more
-            parameters. If every `A` is frozen (call `evatune.adapters.freeze_a` before), only `B` counts.
         whiten: divide each row of `A` by the square root of its singular value.
+        force: take spectra that were measured on another model.
         forward: calls the model with a batch, see `evatune.measure`.
         row_mask: says which rows count, see `evatune.measure`.
         progress: show a bar while measuring.
-        options: of `evatune.measure`, see the list below.
+        settings: all options in one object, as for `evatune.measure`; the options below change it. Its targets, rank
+            and `train_a` are not looked at, since the adapter says them.
+        options: see the list below. With spectra, only rho, metric and budget can be given. If every `A` is frozen
+            (call `evatune.adapters.freeze_a` before), only `B` counts as trainable parameters.
 
     Returns:
         The plan that was applied.
 
     Raises:
         EvaError: no PEFT model or one that is spread over processes, an unknown, merged, trained or already initialized
-            adapter, layers that cannot start from components, spectra of other modules, or an argument that is out of
-            range. After any error the model is as it was before.
+            adapter, layers that cannot start from components, spectra of other modules or of another model, or an
+            argument that is out of range. After any error the model is as it was before.
 
     Cost: that of `evatune.measure`; after it, O(sum of ranks * in_features).
 
@@ -88,48 +89,48 @@ def initialize(
         >>> trainer.train()
     """
     fresh = fresh_adapter(peft_model, adapter_name)
-    # Values out of range raise before minutes of measuring.
-    Planning.of({"rho": rho, "metric": metric, "budget": budget}, call="evatune.initialize")
     given = isinstance(batches_or_spectra, Spectra)
-    _check_options(options | ({} if forward is None else {"forward": forward}), measured=given)
-    _warn_of_eva_config(fresh.config, rho=rho, whiten=whiten)
+    _check_options(options, further={"forward": forward, "row_mask": row_mask}, measured=given)
+    settings = Measuring.of(options, settings=settings, call="evatune.initialize")  # before minutes of measuring
+    _warn_of_eva_config(fresh.config, rho=settings.rho, whiten=whiten)
     spectra = batches_or_spectra
     if not isinstance(spectra, Spectra):
-        wanted = options | fresh.measuring() | {"rho": rho, "metric": metric, "budget": budget}
-        spectra = measure(fresh.model, spectra, forward=forward, row_mask=row_mask, progress=progress, **wanted)
-    return start(fresh, spectra, rho=rho, metric=metric, budget=budget, whiten=whiten, warn=given)
+        settings = replace(settings, **Targets().to_json() | fresh.measuring())
+        spectra = measure(
+            fresh.model, spectra, forward=forward, row_mask=row_mask, progress=progress, settings=settings
+        )
+    return start(fresh, spectra, settings=settings, whiten=whiten, force=force, warn=given)
 
 
 def start(
     fresh: Fresh,
     spectra: Spectra,
     *,
-    rho: float,
-    metric: str = "ratio",
-    budget: str = "components",
+    settings: Measuring,
     whiten: bool = False,
     keep_scale: bool = True,
+    force: bool = False,
     warn: bool = True,
 ) -> RankPlan:
     """Start a fresh adapter from spectra; see `initialize`.
 
     Args:
-        fresh: the adapter.
+        fresh: the adapter, which says ranks, alphas and whether A is trained.
         spectra: of its layers, or of more.
-        rho: see `initialize`.
-        metric: see `initialize`.
-        budget: see `initialize`.
+        settings: say rho, metric and budget.
         whiten: see `initialize`.
         keep_scale: change each alpha with its rank.
+        force: see `initialize`.
         warn: whether to warn of layers that no batch reached.
     """
-    spectra = fit_spectra(spectra, fresh.widths, warn=warn).spectra
+    base = fresh.model.get_base_model()
+    spectra = fit_spectra(spectra, fresh.widths, model=base, force=force, warn=warn).spectra
     alphas = fresh.alphas
     plan = spectra.plan(
         rank=fresh.ranks,
-        rho=rho,
-        metric=metric,
-        budget=budget,
+        rho=settings.rho,
+        metric=settings.metric,
+        budget=settings.budget,
         lora_alpha=alphas,
         use_rslora=fresh.config.use_rslora,
         train_a=fresh.trains_a,
@@ -169,17 +170,17 @@ def apply_plan(peft_model: Any, plan: RankPlan, *, down: Mapping[str, Tensor], a
     note_plan(model, adapter_name, planned, plan)
 
 
-def _check_options(options: Mapping[str, Any], *, measured: bool) -> None:
-    if measured and options:
-        raise EvaError(
-            f"{', '.join(sorted(options))}: these options are for measuring, but spectra were given; "
-            "leave them out or give batches."
-        )
+def _check_options(options: Mapping[str, Any], *, further: Mapping[str, Any], measured: bool) -> None:
     taken = [name for name in options if name in _FROM_ADAPTER]
     if taken:
         raise EvaError(f"{', '.join(taken)} cannot be given here: the adapter's LoraConfig says it.")
-    if not measured:
-        Measuring.of({name: value for name, value in options.items() if name != "forward"}, call="evatune.measure")
+    for_measuring = [name for name in options if name in Measuring.field_names() and name not in _OF_PLAN]
+    for_measuring += [name for name, value in further.items() if value is not None]
+    if measured and for_measuring:
+        raise EvaError(
+            f"{', '.join(sorted(for_measuring))}: these options are for measuring, but spectra were given; "
+            "leave them out or give batches."
+        )
 
 
 def _warn_of_eva_config(config: LoraConfig, *, rho: float, whiten: bool) -> None:

@@ -60,6 +60,8 @@ class Preparation:
     """Calls the model with a batch, if the default does not fit."""
     row_mask: RowMask | None = None
     """Says which rows count."""
+    force: bool = False
+    """Whether spectra may be of another model."""
     progress: bool = True
     """Whether measuring shows a bar."""
 
@@ -97,4 +99,4 @@ class Preparation:
                 progress=self.progress,
             )
         widths = {target.name: target.in_features for target in self.targets}
-        return fit_spectra(spectra, widths, warn=self.spectra is not None)
+        return fit_spectra(spectra, widths, model=self.model, force=self.force, warn=self.spectra is not None)

@@ -48,6 +48,7 @@ def prepare(
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
     keep_base: bool = True,
+    force: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Any:
@@ -75,6 +76,7 @@ def prepare(
         modules_to_save: names of further modules that are trained and saved whole, and get no adapter.
         task_type: PEFT's task type.
         keep_base: keep the base weights that a method changes in main memory, so that `unload` can put them back.
+        force: take spectra that were measured on another model.
         progress: show a bar while measuring.
         options: see the list below. Those of `measure` are for methods that measure.
 
@@ -82,8 +84,8 @@ def prepare(
         The PEFT model; for `full` the model itself, all parameters trainable.
 
     Raises:
-        EvaError: an unknown method or a combination without meaning, missing batches or steps, no matching target, or a
-            value out of range. After any error the model is as it was before.
+        EvaError: an unknown method or a combination without meaning, missing batches or steps, spectra of another
+            model, no matching target, or a value out of range. After any error the model is as it was before.
 
     Cost: see the page of each method in `docs/methods`.
 
@@ -140,6 +142,7 @@ def prepare(
                 loss=loss,
                 forward=forward,
                 row_mask=row_mask,
+                force=force,
                 progress=progress,
             )
             finish = at_home(choice.method.start)(preparation, **choice.method.options)

@@ -17,7 +17,6 @@ from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.training.folder import PLAN
 from evatune.training.setup import (
-    check_spectra,
     is_interrupted,
     load_base,
     measure_recipe,
@@ -97,14 +96,12 @@ def write_initial_adapter(
     if needs_data and say:
         say(f"data      {task.summary()}")
     model = load_base(recipe, task)
-    if spectra is not None and not force:
-        check_spectra(recipe, spectra, model)
     quantize_as_asked(recipe, model, task.needs(model))
     if spectra is None and measures(recipe):
         spectra = measure_recipe(recipe, model, task=task, plan=given_plan)
         if is_interrupted(spectra):
             raise KeyboardInterrupt
-    adapted, plan = new_adapter(recipe, model, spectra, task=task, plan=given_plan)
+    adapted, plan = new_adapter(recipe, model, spectra, task=task, plan=given_plan, force=force)
     folder = save_adapter(adapted, recipe.output, overwrite=overwrite)
     if plan is not None:
         write_json(folder / PLAN, plan.to_json(), indent=2)

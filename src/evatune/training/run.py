@@ -77,7 +77,6 @@ from evatune.training.layerwise import layerwise_optimizer
 from evatune.training.origin import check_data, check_model, data_of, fingerprints, write_origin
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
-    check_spectra,
     is_interrupted,
     load_base,
     measure_recipe,
@@ -246,6 +245,7 @@ class _Run:
                 task=self.task,
                 plan=self.plan,
                 total_steps=self.n_steps,
+                force=self.force,
             )
         self._start_folder(spectra)
         if plan is not None:
@@ -263,10 +263,7 @@ class _Run:
     def _spectra(self, model: Any) -> Spectra:
         if self.recipe.measure.spectra:
             self.say(f"spectra   {self.recipe.measure.spectra}")
-            spectra = Spectra.load(self.recipe.measure.spectra)
-            if not self.force:
-                check_spectra(self.recipe, spectra, model)
-            return spectra
+            return Spectra.load(self.recipe.measure.spectra)
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
         with self._timed("measure"):

@@ -20,8 +20,6 @@ from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
-from evatune.errors import EvaError
-from evatune.fingerprint import is_other_model
 from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
@@ -133,19 +131,6 @@ def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> N
         quantize_targets(model, **targets)
 
 
-def check_spectra(recipe: Recipe, spectra: Spectra, model: torch.nn.Module) -> None:
-    """Check that spectra from a folder are those of this model.
-
-    Raises:
-        EvaError: they were measured on another one.
-    """
-    if is_other_model(spectra.weights, model):
-        raise EvaError(
-            f"the spectra in {recipe.measure.spectra} were measured on another model ({spectra.model_name}): weights "
-            f"of {recipe.model.name} differ; measure again, or --force to take them all the same."
-        )
-
-
 def is_interrupted(spectra: Spectra) -> bool:
     """Return whether Ctrl-C ended the measurement."""
     return any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values())
@@ -168,6 +153,7 @@ def new_adapter(
     task: Task,
     plan: RankPlan | None = None,
     total_steps: int | None = None,
+    force: bool = False,
 ) -> tuple[Any, RankPlan | None]:
     """Make a model ready for training by the recipe's method.
 
@@ -178,6 +164,7 @@ def new_adapter(
         task: has the training data, for the methods that look at data otherwise, and says what needs no adapter.
         plan: ranks that were decided before.
         total_steps: optimizer steps to come.
+        force: take spectra that were measured on another model.
 
     Returns:
         The PEFT model, or the model itself for full fine-tuning, and the plan, which is None for uniform ranks.
@@ -202,6 +189,7 @@ def new_adapter(
         modules_to_save=needs.heads or None,
         task_type=needs.task_type,
         keep_base=False,
+        force=force,
         seed=recipe.train.seed,
         **options,
     )

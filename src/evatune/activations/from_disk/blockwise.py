@@ -26,6 +26,7 @@ from evatune.activations.run import Run
 from evatune.activations.sharing import SharedInputs
 from evatune.activations.variants import lengthened, perturbed, ragged
 from evatune.errors import EvaError
+from evatune.fingerprint import sampled_modules, sampled_weights
 from evatune.settings import Reason
 from evatune.spectra import Spectrum, Target
 
@@ -60,6 +61,7 @@ class BlockwiseRun:
         reached: names of the targets that got an input.
         table: the targets of which any row counts, by name.
         spectra: the spectrum of every input, by key.
+        sampled: a few weights of the targets, see `evatune.fingerprint`.
         n_batches: how many batches there were.
     """
 
@@ -96,7 +98,9 @@ class BlockwiseRun:
         self.reached: set[str] = set()
         self.table: dict[str, Target] = {}
         self.spectra: dict[str, Spectrum] = {}
+        self.sampled: dict[str, list[float]] = {}
         self.n_batches = 0
+        self._to_sample = sampled_modules(target.name for target in targets)
         self._fill_outside = False
         self._forwards: list[dict[str, Callable[[], Any]]] = []
         self._positions: list[BatchPositions] = []
@@ -202,6 +206,7 @@ class BlockwiseRun:
                     for variant, result in results.items():
                         waiting["hidden", number, variant] = result if isinstance(result, Tensor) else result[0]
                 bar.update()
+        self._sample()
         self._conclude(run, targets)
         if self.reached:  # too few rows show in the first block, long before the last one has run
             self._check_rows()
@@ -295,10 +300,12 @@ class BlockwiseRun:
             self.table |= counted
             self.spectra |= spectra
 
+    def _sample(self) -> None:
+        """Keep a few weights of the targets whose weights are in memory now."""
+        self.sampled |= sampled_weights(self.model, [name for name in self._to_sample if name not in self.sampled])
+
     def _check_rows(self) -> None:
-        check_rows(
-            self.spectra, reached=bool(self.reached), n_components=self.n_components, n_batches=self.n_batches
-        )
+        check_rows(self.spectra, reached=bool(self.reached), n_components=self.n_components, n_batches=self.n_batches)
 
     def _forward(self, batch: Any) -> Callable[[], Any]:
         def run() -> Any:
@@ -333,6 +340,7 @@ class BlockwiseRun:
             if self._fill_outside:
                 self.weights.fill(name for name in self._outside_names() if name in self.weights)
             yield
+            self._sample()
         finally:
             for handle in handles:
                 handle.remove()

@@ -150,6 +150,7 @@ def measure_from_disk(
         settings=kept,
         versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
         seconds=time.perf_counter() - started,
+        weights=blockwise.sampled,
         unreached=tuple(target.name for target in targets if target.name not in blockwise.table),
     )
     warn_of(spectra, reached=blockwise.reached)

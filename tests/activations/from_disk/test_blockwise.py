@@ -1,0 +1,50 @@
+"""What a measurement from disk keeps and says of the whole model, though it sees one block at a time."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from evatune import EvaError, EvaWarning, measure, measure_from_disk
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A model with targets before, in and after its blocks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=64, word_embed_proj_dim=16, max_position_embeddings=64, **sizes)
+    folder = tmp_path_factory.mktemp("opt")
+    OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(1, 64, (2, 6), generator=generator)} for _ in range(2)]
+
+
+def test_the_same_weights_are_kept_as_by_measure(stored, batches):
+    spectra = measure_from_disk(stored, batches, n_components=4, progress=False)
+    model = OPTForCausalLM.from_pretrained(stored)
+    expected = measure(model, batches, n_components=4, tau=None, min_gain=None, progress=False)
+    assert spectra.weights == expected.weights
+    parts = {name.split(".")[2] for name in spectra.weights}
+    assert parts == {"project_in", "project_out", "layers"}
+
+
+def test_each_doubt_is_said_once_for_all_blocks(stored, batches, monkeypatch):
+    """24 rows are fewer than the 30 components asked for at first, and as many as a narrow input can keep."""
+    with pytest.raises(EvaError, match="24 rows in 2 batches are fewer than the 30 components asked for"):
+        measure_from_disk(stored, batches, n_components=30, progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr("evatune.activations.results.SHOWN_ERROR", -1.0)
+        measure_from_disk(stored, batches, n_components=4, progress=False)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, EvaWarning)]
+    assert len(said) == 1
+    assert said[0].startswith("the components of 10 of 10 inputs")
