@@ -127,22 +127,22 @@ def warn_of(spectra: Spectra, *, reached: Collection[str]) -> None:
         reached: the targets that got an input, also if all its rows are masked.
     """
     n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
-    for doubt in filter(
-        None,
-        (
-            _of_experts(spectra, n_batches),
-            _of_unreached(spectra, n_batches, reached),
-            _of_few_rows(spectra, n_batches),
-            _of_errors(spectra),
-            _of_padding(spectra),
-        ),
-    ):
+    doubts = (
+        _of_experts(spectra, n_batches),
+        _of_unreached(spectra, n_batches, reached),
+        _of_few_rows(spectra, n_batches),
+        _of_errors(spectra),
+        _of_padding(spectra),
+    )
+    for doubt in filter(None, doubts):
         warnings.warn(doubt, EvaWarning, stacklevel=3)
 
 
 def _of_experts(spectra: Spectra, n_batches: int) -> str | None:
     found = [key for key, spectrum in spectra.inputs.items() if spectrum.stopped is Reason.TOO_FEW_ROWS]
-    return found and (
+    if not found:
+        return None
+    return (
         f"{len(found)} of {len(spectra.inputs)} inputs are of experts that got fewer than {spectra.n_components} rows "
         f"in {n_batches} batches, the first is {found[0]!r}; they start from what the other experts of their block "
         "have seen."
@@ -151,7 +151,9 @@ def _of_experts(spectra: Spectra, n_batches: int) -> str | None:
 
 def _of_unreached(spectra: Spectra, n_batches: int, reached: Collection[str]) -> str | None:
     masked = " or only rows that are masked" if any(name in reached for name in spectra.unreached) else ""
-    return spectra.unreached and (
+    if not spectra.unreached:
+        return None
+    return (
         f"{len(spectra.unreached)} of {len(spectra.unreached) + len(spectra)} targets got no input{masked} in "
         f"{n_batches} batches and have no spectrum, the first is {spectra.unreached[0]!r}; an adapter there starts as "
         "LoRA does, with its rank and at random, unless exclude_modules leaves it out."
@@ -177,8 +179,10 @@ def _of_few_rows(spectra: Spectra, n_batches: int) -> str | None:
 def _of_errors(spectra: Spectra) -> str | None:
     errors = {key: spectrum.captured_error or 0.0 for key, spectrum in spectra.inputs.items()}
     found = [key for key, error in errors.items() if error > SHOWN_ERROR]
-    worst = max(found, key=lambda key: errors[key], default="")
-    return found and (
+    if not found:
+        return None
+    worst = max(found, key=lambda key: errors[key])
+    return (
         f"the components of {len(found)} of {len(errors)} inputs seem to miss more than {SHOWN_ERROR:.1%} of the "
         f"variance that the best ones capture, those of {worst!r} {errors[worst]:.1%}; where that matters and "
         "memory allows, measure with backend='exact'."
@@ -187,8 +191,10 @@ def _of_errors(spectra: Spectra) -> str | None:
 
 def _of_padding(spectra: Spectra) -> str | None:
     unsure = {key: spectrum.unsure_share for key, spectrum in spectra.inputs.items() if spectrum.unsure_share}
+    if not unsure:
+        return None
     named = ", ".join(f"{key!r}: {share:.0%} of its rows" for key, share in list(unsure.items())[:4])
-    return unsure and (
+    return (
         f"padding among the rows of {len(unsure)} of {len(spectra.inputs)} inputs cannot be recognized and counts "
         f"({named}{', …' if len(unsure) > 4 else ''}); give batches without padding, or say with row_mask= what counts."
     )
