@@ -40,14 +40,26 @@ def test_other_threads_leave_signals_alone():
     assert found == [False, True]
 
 
-def test_a_later_press_can_be_the_one_that_is_held(capsys):
+def test_later_presses_can_be_those_that_are_held(capsys):
     before = signal.getsignal(signal.SIGINT)
-    with held_interrupts(held=2, say="wait") as interrupted:
+    with held_interrupts(held=(2, 3), say="wait") as interrupted:
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             interrupt()
         assert interrupted() and not capsys.readouterr().err
         interrupt()
         assert capsys.readouterr().err == "wait\n"
+        interrupt()
+        assert not capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_block_inside_another_counts_and_holds_as_the_outer_one():
+    with held_interrupts(held=(2,)) as outer:
+        with held_interrupts(held=(1,)) as inner, pytest.raises(KeyboardInterrupt, match=r"^$"):
+            interrupt()
+        assert inner()
+        interrupt()  # between the two, as when a result is saved because of the first press
+        with held_interrupts() as again:
+            assert again() and outer()

@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "allocation": _VALUES,
     "spectra": (*_VALUES, "allocation"),
     "interruption": (),
+    "launch": ("errors", "interruption"),
     # The core of a measurement: what is not named below.
     "activations": ("errors", "settings", "pca"),
     "activations.layers": ("errors", "settings", "pca", "activations"),
@@ -60,12 +61,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "adapters": _ADAPTED,
     "tasks": (*_ADAPTED, "adapters"),
     "recipe": (*_VALUES, "methods", "tasks"),
-    "training": _TRAINED,
+    "training": (*_TRAINED, "launch"),
     "report": _MEASURED,
     "compare": (*_TRAINED, "training"),
     "analyses": _MEASURED,
     "exhibits": (*_TRAINED, "training", "compare", "analyses", "report"),
-    "cli": (*_TRAINED, "training", "compare", "exhibits", "report"),
+    "cli": (*_TRAINED, "training", "compare", "exhibits", "report", "launch"),
 }
 """What the modules of each room may import beside each other. The longest name that fits a module is its room.
 

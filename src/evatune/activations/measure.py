@@ -36,7 +36,7 @@ from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses
 from evatune.fingerprint import sampled_weights
 from evatune.hardware import autocast
-from evatune.interruption import held_interrupts
+from evatune.interruption import ENDS_STEP, ENDS_TOGETHER, KEEPS, held_interrupts
 from evatune.pca import StreamingPCA
 from evatune.settings import Measuring, Planning, Reason, Stopping, takes
 from evatune.spectra import Spectra
@@ -103,7 +103,8 @@ def measure(
         disable=not progress or (processes is not None and processes.number > 0),
         dynamic_ncols=True,
     )
-    with held_interrupts(held=1 if sharded else 2) as interrupted:
+    held = ENDS_STEP if sharded else KEEPS if processes is None else ENDS_TOGETHER
+    with held_interrupts(held=held) as interrupted:
         # The loader runs inside, so that its shuffling does not advance the caller's generators either.
         with (
             torch.inference_mode(False),  # tensors made in inference mode do not count changes

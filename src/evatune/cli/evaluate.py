@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from evatune import launch
     from evatune.errors import EvaError
     from evatune.files import check_writable, write_json
     from evatune.tables import text_table
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
     scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
-    if args.save:
+    launch.wait()  # all have found that the file may be written
+    if args.save and launch.is_first():
         write_json(args.save, content | {"outcomes": scores.outcomes})
         say(f"saved     {args.save}")
     counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())

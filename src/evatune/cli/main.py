@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from evatune import __version__
+from evatune import __version__, launch
 from evatune.cli.options import HelpFormatter
 from evatune.errors import EvaError, near_misses
 from evatune.files import json_text
@@ -36,6 +36,8 @@ COMMANDS = (
     "generate",
     "methods",
 )
+IN_EACH_PROCESS = ("measure", "init", "finetune", "evaluate")
+"""Commands that several processes run together; the others run in the first process alone."""
 
 _MEANT = {
     "--lr": "--learning-rate",
@@ -87,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    with launch.only_first_prints():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(words: list[str]) -> int:
     parser = build_parser()
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         parser.error(
@@ -101,8 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
         args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(option, known)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are not for users of this program
+    is_common = args.command in IN_EACH_PROCESS
+    if not is_common:
+        if launch.launched_as() > 0:
+            return 0
+        launch.go_alone()
     try:
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), launch.together() if is_common else contextlib.nullcontext():
             args.run(args)
         sys.stdout.flush()
     except EvaError as error:
@@ -113,8 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(args, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        _fail(args, "interrupted")
+        if not launch.another_ended():  # else the launcher ends all because of that
+            _fail(args, "interrupted")
         return 130
+    except Exception:
+        if not launch.another_ended():
+            raise
+        return _fail(args, "another process has ended, so this one ends too; the message of that one says why.")
     return 0
 
 
@@ -139,7 +155,12 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _fail(args: argparse.Namespace, message: str) -> int:
-    print(f"evatune: {message}", file=sys.stderr)
+    if not launch.says_first(message):
+        return 1
+    is_first = launch.launched_as() == 0
+    print(f"evatune: {message}", file=sys.stderr if is_first else sys.__stderr__)
+    if not is_first:
+        return 1
     if args.json and not getattr(args, "answered", False):  # one object, also if what was saved has been told
         print(json_text({"error": message}))
     return 1

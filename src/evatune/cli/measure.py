@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from evatune import launch
+    from evatune.errors import EvaError
     from evatune.files import check_writable
     from evatune.training.from_disk import estimate_recipe, measure_recipe_from_disk
     from evatune.training.setup import (
@@ -72,20 +74,22 @@ def run(args: argparse.Namespace) -> None:
         answer(args, text=told.table(), content=told.to_json())
         return
     recipe.require("model", "data", "output")
+    if args.from_disk and launch.n_processes() > 1:
+        raise EvaError("--from-disk measures in one process; start it without a launcher.")
     check_writable(recipe.output, overwrite=args.overwrite, holds="spectra.json")
     use_threads(recipe)
     task = open_recipe(recipe)
     say(f"data      {task.summary()}")
-    if args.from_disk:
-        spectra = measure_recipe_from_disk(recipe, task)
-    else:
-        spectra = measure_recipe(recipe, load_base(recipe, task), task=task)
-    folder = spectra.save(recipe.output, overwrite=args.overwrite)
+    model = None if args.from_disk else load_base(recipe, task)
+    with launch.kept_result():
+        spectra = measure_recipe_from_disk(recipe, task) if model is None else measure_recipe(recipe, model, task=task)
+        if launch.is_first():
+            spectra.save(recipe.output, overwrite=args.overwrite)
     answer(
         args,
         text=spectra.summary() if args.table else spectra.overview(),
-        content=spectra.to_json() | {"output": str(folder)},
+        content=spectra.to_json() | {"output": str(recipe.output)},
     )
-    say(f"saved     {folder}")
+    say(f"saved     {recipe.output}")
     if is_interrupted(spectra):
         raise KeyboardInterrupt

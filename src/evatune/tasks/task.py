@@ -89,7 +89,12 @@ class Task(Protocol):
 
 
 def batches(
-    task: Task, *, batch_size: int, seed: int | None = None, sampling: Literal["random", "stratified"] = "random"
+    task: Task,
+    *,
+    batch_size: int,
+    seed: int | None = None,
+    sampling: Literal["random", "stratified"] = "random",
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
     """Return a loader of batches of the training examples.
 
@@ -98,12 +103,15 @@ def batches(
         batch_size: examples in a batch; the last may be smaller.
         seed: shuffles the examples, the same way in every pass; None keeps their order.
         sampling: `stratified` takes one example of each kind in turn, until a kind has no more.
+        part: (k, p) takes every p-th batch, from batch k on: the share of process k of p.
     """
     order = list(range(len(task.train)))
     if seed is not None:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
     if sampling == "stratified":
         order = _in_turn(order, task.kinds())
+    first, step = part
+    order = [index for place, index in enumerate(order) if place // batch_size % step == first]
     return DataLoader(task.train, batch_size=batch_size, sampler=order, collate_fn=task.collate)
 
 

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from evatune import launch
+from evatune.errors import EvaError
 from evatune.hardware import best_device
 from evatune.recipe import TrainSettings
 from evatune.training.schedule import rate_factor
 from evatune.training.setup import uses_bf16
+
+
+def check_processes(settings: TrainSettings) -> None:
+    """Check that the processes which train together can share a batch.
+
+    Raises:
+        EvaError: the batch cannot be divided equally, or the launcher asks for a sharded model.
+    """
+    n_processes = launch.n_processes()
+    if settings.batch_size % n_processes:
+        raise EvaError(
+            f"train.batch_size is {settings.batch_size}, which {n_processes} processes cannot share equally; give a "
+            f"multiple of {n_processes}, as --train.batch-size {n_processes * -(-settings.batch_size // n_processes)}."
+        )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise EvaError(
+                f"finetune keeps the whole model in each process, and accelerate was configured for {name}; launch it "
+                "without, or write the adapter with `evatune init` and train it with a script of your own."
+            )
 
 
 def total_steps(settings: TrainSettings, *, n_examples: int) -> int:
@@ -61,7 +84,7 @@ def training_arguments(
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "max_steps": steps,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": settings.batch_size // launch.n_processes(),
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,

@@ -12,8 +12,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from evatune import launch
 from evatune.files import json_text, write_checksums, write_text
-from evatune.interruption import held_interrupts
+from evatune.interruption import ENDS_STEP, ENDS_TOGETHER, held_interrupts
 from evatune.tables import duration
 
 
@@ -64,7 +65,8 @@ class JsonLinesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the file with what the checkpoint remembers."""
-        write_text(self.path, "".join(json_text(entry) + "\n" for entry in state.log_history))
+        if state.is_world_process_zero:
+            write_text(self.path, "".join(json_text(entry) + "\n" for entry in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the newest entry."""
@@ -123,7 +125,8 @@ class ChecksumCallback(TrainerCallback):
     """Write the checksums of a checkpoint's files last: a checkpoint that has them is complete."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write `checksums.json`."""
+        """Write `checksums.json`, once all processes have written their part."""
+        launch.wait()
         if state.is_world_process_zero:
             write_checksums(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
@@ -146,24 +149,31 @@ class LastStepCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Let Ctrl-C finish the current step, save a checkpoint and stop; a second one stops at once."""
+    """Let Ctrl-C finish the current step, save a checkpoint and stop; a second one stops at once.
+
+    Several processes stop at the same step, though they may hear of it in different ones; a launcher repeats what it
+    hears, so only the fourth stops them at once.
+    """
 
     def __init__(self) -> None:
         self._was_pressed: Callable[[], bool] = lambda: False
+        self._is_stopped = False
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed while this was listening."""
-        return self._was_pressed()
+        """Whether Ctrl-C was pressed while this was listening, in this process or another."""
+        return self._is_stopped or self._was_pressed()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Catch Ctrl-C while the block runs (only in the main thread, as Python demands)."""
         said = "\n  interrupted: finishing this step, then saving a checkpoint"
-        with held_interrupts(say=said) as self._was_pressed:
+        held = ENDS_STEP if launch.n_processes() == 1 else ENDS_TOGETHER
+        with held_interrupts(held=held, say=said) as self._was_pressed:
             yield
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if asked."""
-        if self.interrupted:
+        self._is_stopped = launch.any_of(self._was_pressed())
+        if self._is_stopped:
             control.should_save = control.should_training_stop = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evatune import launch
 from evatune.adapters.attach import save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
@@ -102,9 +103,12 @@ def write_initial_adapter(
         if is_interrupted(spectra):
             raise KeyboardInterrupt
     adapted, plan = new_adapter(recipe, model, spectra, task=task, plan=given_plan, force=force)
-    folder = save_adapter(adapted, recipe.output, overwrite=overwrite)
-    if plan is not None:
-        write_json(folder / PLAN, plan.to_json(), indent=2)
+    launch.wait()  # all have found that the folder may be written
+    folder = Path(recipe.output)
+    if launch.is_first():
+        save_adapter(adapted, folder, overwrite=overwrite)
+        if plan is not None:
+            write_json(folder / PLAN, plan.to_json(), indent=2)
     counts = count_adapter(adapted, plan)
     return InitialAdapter(
         folder=folder,

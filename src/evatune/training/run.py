@@ -34,6 +34,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from evatune import launch
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
@@ -46,7 +47,7 @@ from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks.scores import Scores, score_line
 from evatune.tasks.task import Task
-from evatune.training.arguments import learning_rate, total_steps, training_arguments
+from evatune.training.arguments import check_processes, learning_rate, total_steps, training_arguments
 from evatune.training.callbacks import (
     ChecksumCallback,
     ConsoleCallback,
@@ -141,7 +142,9 @@ def finetune(
             check_data(run.folder, recipe)
     else:
         check_output(run.folder, overwrite=overwrite)
+    check_processes(recipe.train)
     use_threads(recipe)
+    launch.wait()  # from here on, the first process may write into the folder that all have looked at
     return run.execute(resume=resume)
 
 
@@ -190,12 +193,8 @@ class _Run:
             adapted, checkpoint = self._new_adapter(model), None
         before = self._before(adapted)
         trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
-        if self._is_full():
-            save_model(adapted, self.folder / MODEL, overwrite=True)
-        else:
-            save_adapter(adapted, self.folder / ADAPTER, overwrite=True)
-            self._write_origin(self.folder / ADAPTER)
-        self.task.save_processor(self.folder / (MODEL if self._is_full() else ADAPTER))
+        if launch.is_first():
+            self._save(adapted)
         after = self._evaluated("after", adapted)
         record = RunRecord(
             recipe=recipe.to_dict(),
@@ -214,13 +213,22 @@ class _Run:
             fingerprints=fingerprints(weights=self.weights, data=data_of(recipe)),
             peak_memory_gib=peak_memory_gib(),
         )
-        if not self._is_full():
-            write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
-        record.save(self.folder)
-        if not recipe.train.keep_checkpoints:
-            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        if launch.is_first():
+            if not self._is_full():
+                write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
+            record.save(self.folder)
+            if not recipe.train.keep_checkpoints:
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         self.say(f"saved     {self.folder}")
         return record
+
+    def _save(self, adapted: Any) -> None:
+        if self._is_full():
+            save_model(adapted, self.folder / MODEL, overwrite=True)
+        else:
+            save_adapter(adapted, self.folder / ADAPTER, overwrite=True)
+            self._write_origin(self.folder / ADAPTER)
+        self.task.save_processor(self.folder / (MODEL if self._is_full() else ADAPTER))
 
     def _go_on(self, checkpoint: Path | None) -> None:
         """Tell of a run that is made longer or shorter, and note its recipe."""
@@ -231,7 +239,8 @@ class _Run:
                 f"length    {self.n_steps} steps instead of {before}; the learning rate is that of a run of "
                 f"{self.n_steps} steps, {rate:.1e} at step {step + 1}"
             )
-        go_on(self.folder, self.recipe)
+        if launch.is_first():
+            go_on(self.folder, self.recipe)
 
     def _new_adapter(self, model: Any) -> Any:
         """Return the adapter, ready for training, and create the folder only now, after all checks."""
@@ -247,17 +256,20 @@ class _Run:
                 total_steps=self.n_steps,
                 force=self.force,
             )
-        self._start_folder(spectra)
+        if launch.is_first():
+            self._start_folder(spectra)
+            if plan is not None:
+                write_json(self.folder / PLAN, plan.to_json(), indent=2)
+            if not self._is_full():
+                save_adapter(adapted, self.folder / INITIAL, convert=False)
+                self._write_origin(self.folder / INITIAL)
+        launch.wait()  # the others read the plan
         if plan is not None:
-            write_json(self.folder / PLAN, plan.to_json(), indent=2)
             ranks = plan.ranks.values()
             self.say(
                 f"plan      {len(plan.ranks)} targets, ranks {min(ranks)} to {max(ranks)}, {plan.n_parameters:,} "
                 f"trainable parameters ({plan.uniform_parameters:,} with uniform ranks)"
             )
-        if not self._is_full():
-            save_adapter(adapted, self.folder / INITIAL, convert=False)
-            self._write_origin(self.folder / INITIAL)
         return adapted
 
     def _spectra(self, model: Any) -> Spectra:
@@ -266,12 +278,14 @@ class _Run:
             return Spectra.load(self.recipe.measure.spectra)
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
-        with self._timed("measure"):
-            spectra = measure_recipe(self.recipe, model, task=self.task, plan=self.plan, progress=self.progress)
+        with launch.kept_result():
+            with self._timed("measure"):
+                spectra = measure_recipe(self.recipe, model, task=self.task, plan=self.plan, progress=self.progress)
+            if launch.is_first() and is_interrupted(spectra):
+                self._start_folder(spectra)
         n_batches = max(spectrum.n_batches for spectrum in spectra.inputs.values())
         self.say(f"measured  {len(spectra.inputs)} inputs in {n_batches} batches, {self.seconds['measure']:.1f} s")
         if is_interrupted(spectra):
-            self._start_folder(spectra)
             self.say(f"saved     {self.folder / SPECTRA}, what was measured so far")
             raise KeyboardInterrupt
         return spectra
@@ -303,7 +317,7 @@ class _Run:
         ]
         callbacks += [at_home(home)(resume_from=checkpoint) for home in self.recipe.adapter.choice.method.callbacks]
         callbacks += [ConsoleCallback()] if self.progress else []
-        if importlib.util.find_spec("tensorboard"):
+        if launch.is_first() and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
@@ -360,7 +374,9 @@ class _Run:
         with self._timed("evaluate"):
             scores = self._evaluate(model)
         content = scores.to_json()
-        write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
+        launch.wait()  # all have looked whether there is such a file
+        if launch.is_first():
+            write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
         self.say(f"{when:<10}{score_line(content)}")
         return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from evatune import launch
 from evatune.activations import measure
 from evatune.activations.gradients import batch_loss
 from evatune.activations.layers.targets import TargetRules, find_targets
@@ -20,6 +22,7 @@ from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
+from evatune.errors import EvaError
 from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
@@ -51,10 +54,10 @@ def load_base(recipe: Recipe, task: Task) -> Any:
     return task.load_model().to(best_device())
 
 
-def measured_batches(recipe: Recipe, task: Task) -> Any:
-    """Return a loader of the batches that are measured, drawn as the recipe says."""
-    measure = recipe.measure
-    return batches(task, batch_size=measure.batch_size, seed=recipe.train.seed, sampling=measure.sampling)
+def measured_batches(recipe: Recipe, task: Task, *, part: tuple[int, int] = (0, 1)) -> Any:
+    """Return a loader of the batches that are measured, drawn as the recipe says; `part` as for `batches`."""
+    measure, seed = recipe.measure, recipe.train.seed
+    return batches(task, batch_size=measure.batch_size, seed=seed, sampling=measure.sampling, part=part)
 
 
 def planned(recipe: Recipe) -> tuple[Recipe, RankPlan | None]:
@@ -81,7 +84,7 @@ def measure_recipe(
     plan: RankPlan | None = None,
     progress: bool = True,
 ) -> Spectra:
-    """Measure a model on training data as a recipe says.
+    """Measure a model on training data as a recipe says; several processes share the batches.
 
     Args:
         recipe: see `Recipe.measuring`.
@@ -93,7 +96,8 @@ def measure_recipe(
     Raises:
         EvaError: the plan is of another model, or what `measure` raises.
     """
-    needs = task.needs(model)
+    needs, n_processes = task.needs(model), launch.n_processes()
+    part = (launch.number(), n_processes)
     settings = replace(recipe.measuring, exclude_modules=without_adapter(recipe, needs))
     if plan is not None:
         targets = {target.name for target in find_targets(model, settings.part(TargetRules))}
@@ -104,9 +108,10 @@ def measure_recipe(
             )
     return measure(
         model,
-        measured_batches(recipe, task),
+        measured_batches(recipe, task, part=part),
         row_mask=needs.row_mask,
         settings=settings,
+        max_batches=math.ceil(recipe.measure.max_batches / n_processes),
         progress=progress and sys.stderr.isatty(),
     )
 

@@ -111,7 +111,7 @@ def measure_in_lockstep(
         max_batches: the most batches that one process passes.
         bar: the progress bar.
         together: whether each pass needs all processes.
-        interrupted: returns whether Ctrl-C was pressed; needed if it does not raise by itself.
+        interrupted: returns whether Ctrl-C was pressed, which does not raise by itself.
 
     Returns:
         What all have learned together, the same in every process, and why measuring ended.
@@ -122,10 +122,11 @@ def measure_in_lockstep(
     member = _Member(passes, max_batches=max_batches)
     n_steps, n_met = 0, 0
     while True:
-        if together:
-            if member.running:
-                member.attempt(member.load)
-            member.interrupted |= interrupted()
+        if together and member.running:
+            member.attempt(member.load)
+        if interrupted():
+            member.interrupted = True
+            member.running &= together
         if together or is_check(n_steps, per_doubling=1) or n_steps >= max_batches:
             everyone = [_Facts(*numbers) for numbers in processes.gather_numbers(*member.facts())]
             _raise_failure(member.failure, [facts.failed for facts in everyone])
@@ -137,6 +138,8 @@ def measure_in_lockstep(
                 n_met = n_steps
                 _check(run, processes)
                 all_done = all(is_done for (is_done,) in processes.gather_numbers(run.is_done))
+            if is_interrupted and not any(facts.n_passed for facts in everyone):
+                raise KeyboardInterrupt
             if is_interrupted:
                 stopped = Reason.INTERRUPTED
             elif n_steps >= max_batches or all_done:
