@@ -35,7 +35,7 @@ from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
 from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_product
-from evatune.pca.subspace import complete_basis, orthonormal, solver_copy
+from evatune.pca.subspace import complete_basis, solver_copy, told_apart
 from evatune.pca.together import Host, Steps, alone
 from evatune.pca.widths import N_PROBES, is_narrow, sketch_width, wider_sketch, widest_sketch
 
@@ -126,7 +126,7 @@ class SketchState(State):
         if is_first:
             test_dl = self.columns_dm[:, : self.width]
             for _ in range(FIRST_BATCH_ITERATIONS):
-                test_dl = _rounded(orthonormal(shifted_nd.T @ (shifted_nd @ test_dl)))
+                test_dl = _rounded(told_apart(shifted_nd.T @ (shifted_nd @ test_dl)))
             self.columns_dm[:, : self.width] = test_dl
         self._known = None
         self._first = (shifted_nd, product_dtype) if is_first and self._may_turn_exact else None

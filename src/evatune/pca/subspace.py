@@ -14,6 +14,9 @@ from evatune.pca.threads import one_thread
 ZERO = 1e-13
 """Eigenvalues of a Gram matrix in float64 below this share of the largest are rounding errors: some 500 times 2⁻⁵²."""
 
+TELLS_APART = 1e-7
+"""Differences between columns in float32 below this share of their length are rounding errors: 2⁻²³."""
+
 
 def solver_copy(matrix: Tensor) -> Tensor:
     """Return a float64 copy for a factorization, on the CPU where the device has no float64; callers write into it."""
@@ -25,6 +28,21 @@ def orthonormal(columns_dl: Tensor) -> Tensor:
     on_solver_dl = columns_dl.cpu() if columns_dl.device.type == "mps" else columns_dl
     with one_thread():
         return torch.linalg.qr(on_solver_dl).Q.to(columns_dl)
+
+
+def told_apart(columns_dl: Tensor) -> Tensor:
+    """Return columns with the same span, orthonormal as far as float32 tells the given ones apart, (d, l).
+
+    By a Cholesky factor of their Gram matrix in float64 (CholeskyQR): products and one small factorization, where a QR
+    decomposition of a tall matrix would be many small steps, and nothing that an accelerator must wait for. Directions
+    along which the given columns have less than `TELLS_APART` of their length become shorter than one, or rounding
+    errors. Cost O(d l²).
+    """
+    wide_dl = solver_copy(columns_dl)
+    gram_ll = wide_dl.T @ wide_dl
+    gram_ll.diagonal().add_(gram_ll.diagonal().sum() * TELLS_APART**2 + torch.finfo(gram_ll.dtype).tiny)
+    lower_ll, _ = torch.linalg.cholesky_ex(gram_ll)
+    return torch.linalg.solve_triangular(lower_ll, wide_dl.T, upper=False).T.to(columns_dl)
 
 
 def fix_signs(components_kd: Tensor) -> Tensor:
