@@ -57,4 +57,5 @@ def run(args: argparse.Namespace) -> None:
         say(f"saved     {args.save}")
     counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
     table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")
-    answer(args, text=f"{table}\n\n{counts}, {math.ceil(scores.seconds)} s", content=content)
+    notes = "".join(f"\n{note}" for note in scores.notes)
+    answer(args, text=f"{table}\n\n{counts}, {math.ceil(scores.seconds)} s{notes}", content=content)

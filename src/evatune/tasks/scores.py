@@ -54,6 +54,8 @@ class Scores:
     """Examples, tokens, what was dropped, what could not be parsed, ..."""
     seconds: float
     """Time that it took."""
+    notes: Sequence[str] = ()
+    """Sentences on how it was scored that a reader of the numbers must know."""
     examples: Sequence[Mapping[str, Any]] = ()
     """Of each example what was asked, `question`, and where the task can tell `expected`, `given` and `right`."""
 
@@ -120,6 +122,7 @@ class Scores:
             "standard_errors": {name: error for name, error in errors.items() if error is not None},
             "counts": dict(self.counts),
             "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
         }
 
     def _bootstrap(self, name: str, *, confidence: float, seed: int) -> Any:

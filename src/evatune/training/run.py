@@ -378,6 +378,8 @@ class _Run:
         if launch.is_first():
             write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
         self.say(f"{when:<10}{score_line(content)}")
+        for note in scores.notes:
+            self.say(f"{'':<10}{note}")
         return content
 
     def _evaluate(self, model: Any) -> Scores:

@@ -76,7 +76,7 @@ JUDGES: dict[str, Callable[[str, Example], Verdict]] = {
     "number": judge_number,
     "mathematics": judge_mathematics,
 }
-"""Ways of judging by name; programs are judged by `evatune.tasks.generation.programs`, which runs them."""
+"""Ways of judging by name; programs are judged by `evatune.tasks.generation.programming`, which runs them."""
 
 
 def final_number(text: str) -> str | None:

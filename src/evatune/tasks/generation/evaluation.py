@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ import torch
 from tqdm import tqdm
 
 from evatune.errors import EvaError
-from evatune.tasks.generation.answers import JUDGES, Verdict
+from evatune.tasks.generation.answers import JUDGES
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.likelihood import Likelihood, score
+from evatune.tasks.generation.programming import judge_programs
+from evatune.tasks.generation.sandbox import report
 from evatune.tasks.generation.writing import Sampling, write_answers
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Metric, Scores
@@ -64,7 +67,7 @@ def evaluate(
 
     Returns:
         By likelihood `loss`, `exact`, and `accuracy` if there are questions with choices; by written answers
-        `generated`; with several tasks these also for each of them, and the mean over them.
+        `generated`, of programs `pass@1` and so on; with several tasks also for each of them, and their mean.
 
     Raises:
         EvaError: answers are to be written, and no example says how one is judged.
@@ -105,7 +108,7 @@ def evaluate(
             )
             with _bar("write", len(written), journal, part="written", progress=progress) as bar:
                 for texts in answers:
-                    journal.add("written", [(index, _judged(examples[index], found)) for index, found in texts])
+                    journal.add("written", _judged([(index, examples[index], found) for index, found in texts]))
                     bar.update(len(texts))
     return _scores(
         examples,
@@ -116,10 +119,15 @@ def evaluate(
     )
 
 
-def _judged(example: Example, texts: Sequence[str]) -> dict[str, Any]:
-    """Return written answers with what each gives and whether it is right."""
-    verdicts: list[Verdict] = [JUDGES[example.judge](text, example) for text in texts]
-    return {"texts": list(texts), "verdicts": [asdict(verdict) for verdict in verdicts]}
+def _judged(batch: Sequence[tuple[int, Example, Sequence[str]]]) -> list[tuple[int, dict[str, Any]]]:
+    """Return written answers with what each gives and whether it is right; programs run side by side."""
+    programs = [(text, example) for _, example, texts in batch if example.program for text in texts]
+    ran = iter(judge_programs(programs))
+    found = []
+    for index, example, texts in batch:
+        verdicts = [next(ran) if example.program else JUDGES[example.judge](text, example) for text in texts]
+        found.append((index, {"texts": list(texts), "verdicts": [asdict(verdict) for verdict in verdicts]}))
+    return found
 
 
 def _scores(
@@ -155,7 +163,12 @@ def _scores(
         counts["questions"] = len(picked)
     if answers:
         shares = {index: _share_right(found) for index, found in sorted(answers.items())}
-        _add("generated", "written", shares, examples, metrics=metrics, outcomes=outcomes)
+        said = {index: share for index, share in shares.items() if not examples[index].program}
+        _add("generated", "written", said, examples, metrics=metrics, outcomes=outcomes)
+        ran = {index: answers[index]["verdicts"] for index in shares if examples[index].program}
+        for k in _sizes(ran):
+            passed = {index: pass_at(k, verdicts) for index, verdicts in ran.items()}
+            _add(f"pass@{k}", f"passed@{k}", passed, examples, metrics=metrics, outcomes=outcomes)
         counts |= {
             "answers": sum(len(found["texts"]) for found in answers.values()),
             "unparsed": sum(verdict["given"] is None for found in answers.values() for verdict in found["verdicts"]),
@@ -167,13 +180,29 @@ def _scores(
             first = found["verdicts"][0]
             details[index] |= {"given": first["given"], "right": shares[index] == 1.0}
     return Scores(
-        headline="loss" if likelihoods else "generated",
+        headline=next(iter(metrics)),
         metrics=metrics,
         outcomes=outcomes,
         counts=counts | {"dropped": dropped},
         seconds=seconds,
         examples=details,
+        notes=(report(),) if any(examples[index].program for index in answers) else (),
     )
+
+
+def pass_at(k: int, verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """Return the probability that one of k programs drawn from those written is right, without bias.
+
+    Chen et al., 2021, Evaluating Large Language Models Trained on Code, equation 1.
+    """
+    n, right = len(verdicts), sum(verdict["right"] for verdict in verdicts)
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def _sizes(ran: Mapping[int, Sequence[Any]]) -> list[int]:
+    """Return the k of pass@k: 1, 10 and 100 as far as there are so many answers, and how many there are."""
+    n = min((len(verdicts) for verdicts in ran.values()), default=0)
+    return sorted({k for k in (1, 10, 100, n) if 0 < k <= n})
 
 
 def _add(

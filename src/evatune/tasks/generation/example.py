@@ -13,6 +13,20 @@ PLAIN = "{prompt}"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Program:
+    """What makes a program of a written answer, and tests it."""
+
+    after: str
+    """The tests; they raise where the program is wrong."""
+    before: str = ""
+    """Imports and helpers that come before it."""
+    prompt: str = ""
+    """What an answer continues that does not define the function itself."""
+    function: str = ""
+    """The function that is tested; empty for any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One training string, in pieces that are learned and pieces that are only read."""
 
@@ -34,6 +48,8 @@ class Example:
     """How a written answer is judged, see `evatune.tasks.generation.answers`; empty where none can be."""
     stops: tuple[str, ...] = ()
     """Strings that end a written answer."""
+    program: Program | None = None
+    """For a programming problem, what a written answer is tested with."""
     task: str = ""
     """Name of the task or of the file that it comes from; scores are also given for each."""
 

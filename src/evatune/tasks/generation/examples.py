@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evatune.tasks.examples import Examples, gather, short_names
 from evatune.tasks.generation.example import Example
-from evatune.tasks.generation.formats import find_format
+from evatune.tasks.generation.formats import find_format, in_chat
 from evatune.tasks.generation.named import expanded, places
 from evatune.tasks.rows import Row
 
@@ -24,6 +24,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     folder: str | None = None,
     held_out: bool = False,
+    chat: bool = False,
     **options: Any,
 ) -> Examples[Example]:
     """Read prompts and completions.
@@ -34,6 +35,7 @@ def load_examples(
         format: a key of `FORMATS`, or `auto`: what the fields of each source's first row fit.
         tokenizer: writes conversations (`messages`) with its chat template.
         folder: holds copies of the named tasks; None takes them from the hub.
+        chat: write every format with the chat template.
         held_out: of named tasks take the rows to score on, not those to learn from.
         options: `limit`, `seed`, `split`, `hub_config` and `columns` of `evatune.tasks.examples.gather`.
 
@@ -52,6 +54,8 @@ def load_examples(
 
         def converted(row: Row) -> Example | None:
             example = convert(row)
+            if example is not None and chat and tokenizer is not None:
+                example = in_chat(example, tokenizer)
             return example and replace(example, task=titles[name])
 
         return converted

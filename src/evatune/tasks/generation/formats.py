@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evatune.errors import EvaError, near_misses
-from evatune.tasks.generation import commonsense, mathematics
+from evatune.tasks.generation import commonsense, mathematics, programming
 from evatune.tasks.generation.conversations import is_conversation, read_messages, written
 from evatune.tasks.generation.example import PLAIN, Example, prompted, text_of
 from evatune.tasks.rows import Row
@@ -127,6 +127,15 @@ FORMATS: dict[str, Format] = {
     "gsm8k": Format(fields=("question", "answer"), convert=mathematics.gsm8k, question="question"),
     "metamath": Format(fields=("query", "response"), convert=mathematics.metamath, question="query"),
     "math": Format(fields=("problem", "solution"), convert=mathematics.math, question="problem"),
+    "humaneval": Format(
+        fields=("prompt", "entry_point", "canonical_solution", "test"), convert=programming.humaneval, question="prompt"
+    ),
+    "evalplus": Format(
+        fields=("prompt", "entry_point", "canonical_solution", "base_input", "plus_input"),
+        convert=programming.evalplus,
+        question="prompt",
+    ),
+    "mbpp": Format(fields=("code", "test_list"), convert=programming.mbpp),
     "completion": Format(fields=("prompt", "completion"), convert=_completion),
     "messages": Format(fields=("messages",), convert=_messages, is_chat=True),
     "sharegpt": Format(fields=("conversations",), convert=_conversations, is_chat=True),
@@ -134,6 +143,21 @@ FORMATS: dict[str, Format] = {
 }
 """All formats; `auto` takes the first whose fields are there."""
 _COMPLETION_OF_TURNS = Format(fields=("prompt", "completion"), convert=_completion_of_turns, is_chat=True)
+
+
+def in_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return an example whose prompt and completion are written with the tokenizer's chat template.
+
+    Raises:
+        EvaError: the tokenizer has none.
+    """
+    if example.template is CHAT:
+        return example
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaError("data.chat needs a tokenizer with a chat template, and this one has none.")
+    turns = [("user", example.question or example.prompt), ("assistant", example.completion)]
+    pieces = written([{"role": role, "content": content} for role, content in turns], tokenizer)
+    return replace(example, pieces=tuple(pieces), special_tokens=False, template=CHAT, stops=())
 
 
 def find_format(

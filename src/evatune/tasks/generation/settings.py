@@ -36,6 +36,9 @@ class GenerationData(RowSettings):
         "gsm8k",
         "metamath",
         "math",
+        "humaneval",
+        "evalplus",
+        "mbpp",
         "completion",
         "messages",
         "sharegpt",
@@ -59,6 +62,10 @@ class GenerationData(RowSettings):
     """Written answers take the most probable tokens that have this share together."""
     samples: int = number(1, low=1)
     """Written answers to each held-out prompt; more than one needs a temperature above 0."""
+    chat: bool = False
+    """Put prompts and completions of every format into the tokenizer's chat template."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes for programming problems, under limits, in processes of their own."""
     eval_batch_tokens: int = number(2048, low=1)
     """Tokens that are scored or written at a time, padding included."""
 

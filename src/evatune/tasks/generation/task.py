@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples
@@ -69,7 +70,13 @@ class Generation:
         data = self.data
         if not data.eval:
             return Examples()
-        return self._load(data.eval, limit=data.max_eval_examples, split=data.eval_split, held_out=True)
+        examples = self._load(data.eval, limit=data.max_eval_examples, split=data.eval_split, held_out=True)
+        if data.scoring != "likelihood" and not data.allow_code_execution and any(e.program for e in examples):
+            raise EvaError(
+                "the held-out examples are programming problems, whose score needs programs of the model to be run on "
+                "this machine; allow it with --allow-code-execution, or set data.scoring to likelihood."
+            )
+        return examples
 
     def kinds(self) -> list[str]:
         """Return the task or the file that each training example comes from."""
@@ -162,6 +169,7 @@ class Generation:
             limit=limit,
             split=split,
             held_out=held_out,
+            chat=self.data.chat,
             folder=self.data.folder,
             format=self.data.format,
             seed=self.seed,
