@@ -21,6 +21,7 @@ def test_scores_have_mean_and_deviation_and_mark_best_and_second(results):
     found = scores.scores(View(folders=(str(results()),)))
     assert found.headers == ["method", "parameters", "sst2 (accuracy)", "cola (accuracy)", "mean"]
     cells = rows(found)
+    assert cells["untuned"] == [None, "0.5000", "0.5000", None]
     assert cells["eva ρ=1"][1] == Marked("0.8200 ± 0.0200", "best")
     assert cells["eva ρ=2"][1] == Marked("0.8000 ± 0.0200", "second")
     assert cells["lora"][1] == "0.7200 ± 0.0200"

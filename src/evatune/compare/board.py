@@ -81,11 +81,17 @@ class Board:
         """Whether tasks have different metrics, so that scores are scaled before they are averaged."""
         return len({self.metric(task) for task in self.tasks}) > 1
 
+    def untuned(self, task: str) -> float | None:
+        """Return the score before training, mean over all test runs of a task; new heads are random."""
+        metric = self.metric(task)
+        scored = [r["before"] for row in self.rows if title_of(row) == task for r in row.records if r.get("before")]
+        values = [scores["metrics"][metric] for scores in scored if metric in scores["metrics"]]
+        return float(np.mean(values)) if values else None
+
     def _ends(self, task: str) -> tuple[float, float]:
         rows = [row for method in self.complete if (row := self.at(method, task))]
-        sign, metric = self.sign(task), self.metric(task)
-        untuned = [r["before"]["metrics"][metric] for row in rows for r in row.records if r.get("before")]
-        low, high = sign * float(np.mean(untuned)), max(sign * row.mean for row in rows if row.mean is not None)
+        sign = self.sign(task)
+        low, high = sign * (self.untuned(task) or 0.0), max(sign * row.mean for row in rows if row.mean is not None)
         return (low, high) if high > low else (low, low + 1.0)
 
     def reference(self, name: str | None = None) -> str:

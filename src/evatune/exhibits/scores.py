@@ -30,7 +30,9 @@ def scores(view: View) -> Table:
     if averaged:
         means = {m: float(np.mean([task.mean() for task in board.values(m)])) for m in board.complete}
         columns["mean"] = marked({m: f"{value:.4f}" for m, value in means.items()}, means)
-    rows = []
+    before = [board.untuned(task) for task in board.tasks]
+    shown = [None if value is None else f"{value:.4f}" for value in before]
+    rows: list[list[object]] = [["untuned", None, *shown, *[None] * averaged]]
     for method in board.methods:
         standing = [row for task in board.tasks if (row := board.at(method, task))]
         trainable = next((row.trainable for row in standing if row.trainable is not None), None)
