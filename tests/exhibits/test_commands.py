@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evatune.cli.main import main
 from evatune.exhibits import ADAPTERS, FIGURES, RESULTS, SPECTRA, TABLES
@@ -78,3 +79,26 @@ def test_a_table_is_saved(folders, tmp_path, capsys):
     file = tmp_path / "scores.tex"
     assert main(["table", "scores", *folders[RESULTS], "--format", "latex", "--save", str(file)]) == 0
     assert r"\textbf{0.8200 $\pm$ 0.0200}" in file.read_text()
+
+
+def test_adapters_that_a_sweep_kept_are_compared(results, tmp_path, capsys):
+    """Adapters as PEFT writes them; training moved every A of `eva` by a rank-one step of norm 2."""
+    folder = results({"sst2": "accuracy"}, seeds=1)
+    generator = torch.Generator().manual_seed(0)
+    for method in ("lora", "eva ρ=1"):
+        start = torch.randn(2, 5, generator=generator)
+        step = torch.zeros(2, 5)
+        step[0, 0] = 2.0 if method != "lora" else 1.0
+        for part, matrix in (("initial_adapter", start), ("adapter", start + step)):
+            target = folder / "runs" / "sst2" / method / "lr0.01-seed0" / part
+            target.mkdir(parents=True)
+            name = "base_model.model.layers.0.q.lora_{}.weight"
+            tensors = {name.format("A"): matrix, name.format("B"): torch.ones(3, 2)}
+            save_file(tensors, target / "adapter_model.safetensors")
+    assert main(["table", "movement", str(folder), "--json"]) == 0
+    cells = {row["method"]: row["q"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert cells["lora"].endswith("/ 1") and cells["eva ρ=1"].endswith("/ 2")
+    for name in [name for name, row in TABLES.items() if row.of == ADAPTERS]:
+        assert main(["table", name, str(folder)]) == 0
+    for name in [name for name, row in FIGURES.items() if row.of == ADAPTERS]:
+        assert main(["figure", name, str(folder), "--save", str(tmp_path / f"{name}.png")]) == 0

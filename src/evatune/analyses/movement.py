@@ -1,4 +1,4 @@
-"""How far training moved an adapter: spectral norm and cosine of its matrices before and after (Tables 7 and 8).
+"""How far adapters are from each other: before and after training, and between methods (Tables 7 and 8).
 
 Letters: k rank, d input features, m output features. The saved adapter of a method that changes the base weights is
 converted: the first half of its rows is what was trained.
@@ -22,15 +22,13 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(.*)\.lora_(A|B)(?:\.default)?\.w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Movement:
-    """Means over the targets of an adapter."""
+class Distance:
+    """How far two matrices A of one target are from each other."""
 
     spectral_norm: float
-    """Largest singular value of the difference of A before and after."""
+    """Largest singular value of their difference."""
     cosine: float
-    """Cosine of A before with A after, as vectors."""
-    product_norm: float
-    """Largest singular value of B A after training; it was 0 before where B starts at 0."""
+    """Cosine of the two as vectors."""
 
 
 def read_factors(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -54,26 +52,31 @@ def read_factors(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     return factors
 
 
-def movement(before: str | Path, after: str | Path) -> Movement:
-    """Return how far training moved an adapter.
+def distances(first: str | Path, last: str | Path) -> dict[str, Distance]:
+    """Return how far the matrices A of two adapters are from each other, for each target of the same rank.
 
     Args:
-        before: folder of the initial adapter.
-        after: folder of the trained one.
+        first: folder of an adapter, such as the initial one.
+        last: folder of another one, such as the same after training.
 
     Raises:
-        EvaError: one is no LoRA adapter, or they have no target in common.
+        EvaError: one is no LoRA adapter, or they have no target of the same shape in common.
     """
-    first, last = read_factors(before), read_factors(after)
-    pairs = [(first[name][0], last[name][0][: len(first[name][0])], last[name]) for name in first if name in last]
-    pairs = [pair for pair in pairs if pair[0].shape == pair[1].shape]
-    if not pairs:
-        raise EvaError(f"the adapters in {before} and {after} have no target of the same shape in common.")
-    return Movement(
-        spectral_norm=_mean(float(torch.linalg.matrix_norm(new - old, ord=2)) for old, new, _ in pairs),
-        cosine=_mean(float(torch.cosine_similarity(old.flatten(), new.flatten(), dim=0)) for old, new, _ in pairs),
-        product_norm=_mean(float(torch.linalg.matrix_norm(b @ a, ord=2)) for *_, (a, b) in pairs),
-    )
+    old, new = read_factors(first), read_factors(last)
+    found = {}
+    for name in old:
+        before, after = old[name][0], new[name][0] if name in new else None
+        if after is not None and len(after) >= len(before) and after.shape[1] == before.shape[1]:
+            if len(after) == 2 * len(before):  # converted
+                after = after[: len(before)]
+            if after.shape == before.shape:
+                found[name] = Distance(
+                    spectral_norm=float(torch.linalg.matrix_norm(after - before, ord=2)),
+                    cosine=float(torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)),
+                )
+    if not found:
+        raise EvaError(f"the adapters in {first} and {last} have no target of the same shape in common.")
+    return found
 
 
 def update_cosines(adapters: Mapping[str, str | Path]) -> Tensor:
@@ -105,8 +108,3 @@ def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
 
     size = (inner(first, first) * inner(second, second)) ** 0.5
     return inner(first, second) / size if size else 0.0
-
-
-def _mean(values: object) -> float:
-    listed = list(values)  # type: ignore[call-overload]
-    return sum(listed) / len(listed)

@@ -36,7 +36,12 @@ def _row(idea: str, of: str, home: str, paper: str = "") -> Exhibit:
 
 
 TABLES: dict[str, Exhibit] = {
-    "scores": _row("mean and deviation of the test scores, methods × tasks", RESULTS, "scores:scores", "Tables 2 to 4"),
+    "scores": _row(
+        "mean and deviation of the test scores, methods × tasks",
+        RESULTS,
+        "scores:scores",
+        "Tables 2 to 4, 9 to 12, ...",
+    ),
     "settings": _row("what was chosen on validation data, and grids that ended early", RESULTS, "scores:settings"),
     "intervals": _row("interquartile means with bootstrap intervals", RESULTS, "scores:intervals"),
     "improvement": _row("probability that a run beats one of the reference", RESULTS, "scores:improvement"),
@@ -45,9 +50,10 @@ TABLES: dict[str, Exhibit] = {
     "wins": _row("wins, ties and losses against the reference", RESULTS, "scores:wins"),
     "costs": _row("time to start and to train, peak memory", RESULTS, "scores:costs", "Table 25"),
     "steps": _row("steps to reach the reference's final training loss", RESULTS, "curves:steps_saved"),
-    "budget": _row("rank and parameters of each kind of matrix over ρ", SPECTRA, "ranks:budget", "Tables 11, 19, 24"),
-    "metrics": _row("ranks by metric of explained variance", SPECTRA, "ranks:metrics", "Table 20"),
-    "movement": _row("how far training moved A", ADAPTERS, "adapters:moved", "Tables 7, 8"),
+    "budget": _row("rank and parameters of each kind of matrix over ρ", SPECTRA, "ranks:budget"),
+    "metrics": _row("ranks by metric of explained variance", SPECTRA, "ranks:metrics"),
+    "movement": _row("how far training moved A, by matrix", ADAPTERS, "adapters:moved", "Table 8"),
+    "distance": _row("how far apart methods end, by matrix", ADAPTERS, "adapters:apart", "Table 7"),
 }
 """All tables by name."""
 
@@ -57,7 +63,7 @@ FIGURES: dict[str, Exhibit] = {
     "first-gradient": _row("gradient norm of the first step", RESULTS, "curves:first_gradient", "Theorem 3.2"),
     "rates": _row("validation score over the learning rate", RESULTS, "curves:rates"),
     "parameters": _row(
-        "score over trainable parameters, with the Pareto front", RESULTS, "curves:parameters", "Figures 3, 4"
+        "score over trainable parameters, with the Pareto front", RESULTS, "curves:parameters", "Figures 3, 4, Table 13"
     ),
     "rho": _row("score over ρ", RESULTS, "curves:rho", "Figure 14"),
     "critical-difference": _row("mean ranks, and which cannot be told apart", RESULTS, "curves:critical_difference"),
@@ -66,8 +72,8 @@ FIGURES: dict[str, Exhibit] = {
     "variance": _row("variance that the first components explain", SPECTRA, "ranks:variance"),
     "convergence": _row("share of inputs that converged over time", SPECTRA, "ranks:convergence", "Figure 5 left"),
     "similarity": _row("overlap of components between measurements", SPECTRA, "ranks:similar", "Figures 5 right, 11"),
-    "movement": _row("cosine of A before and after training", ADAPTERS, "adapters:moved_figure", "Figure 2 right"),
-    "updates": _row("cosines of trained updates between methods", ADAPTERS, "adapters:updates", "Figure 2 right"),
+    "movement": _row("how far training moved A", ADAPTERS, "adapters:moved_figure", "Figure 2 right"),
+    "updates": _row("cosines of trained updates between methods", ADAPTERS, "adapters:updates"),
 }
 """All figures by name."""
 

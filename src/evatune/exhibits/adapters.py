@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from evatune.analyses.movement import Movement, movement, update_cosines
+from evatune.analyses.movement import Distance, distances, update_cosines
 from evatune.exhibits.view import View
 from evatune.report import comparisons
+from evatune.report.grid import locate
 from evatune.report.style import Figure
 from evatune.tables import Table
 
+Found = Mapping[str, Sequence[Mapping[str, Distance]]]
+"""For each method, of each seed: the distance of each target."""
+
 
 def moved(view: View) -> Table:
-    """Return how far training moved the adapters of each method, means over targets and seeds."""
-    rows = [
-        [method, *(f"{np.mean([getattr(one, name) for one in found]):.4f}" for name in _COLUMNS), len(found)]
-        for method, found in _movements(view).items()
-    ]
-    caption = f"Means over targets and seeds, {view.one_task}. A after training is compared with A before."
-    return Table(name="movement", headers=["method", *_COLUMNS.values(), "seeds"], rows=rows, caption=caption)
+    """Return how far training moved A, by method and matrix (Table 8)."""
+    caption = f"Cosine of A before and after training / spectral norm of its change, on {view.one_task}."
+    return _by_matrix(_movements(view), name="movement", caption=caption)
+
+
+def apart(view: View) -> Table:
+    """Return how far the trained A of each method is from that of the reference, by matrix (Table 7)."""
+    name = view.board.reference(view.against)
+    adapters = view.adapters(view.one_task)
+    found = {
+        method: [distances(ours, theirs) for (_, ours), (_, theirs) in zip(pairs, adapters[name], strict=False)]
+        for method, pairs in adapters.items()
+        if method != name
+    }
+    caption = f"Cosine / spectral norm of the difference of the trained A from {name}'s, same seed, on {view.one_task}."
+    return _by_matrix(found, name="distance", caption=caption)
 
 
 def moved_figure(view: View) -> Figure:
-    """Draw the cosine of A before and after training of each method."""
-    means = {method: float(np.mean([one.cosine for one in found])) for method, found in _movements(view).items()}
-    return comparisons.bars(means, x="cosine of A before and after", title=f"Movement of A, {view.one_task}")
+    """Draw the spectral norm of the change of A, mean over targets and seeds, of each method."""
+    means = {
+        method: float(np.mean([one.spectral_norm for targets in seeds for one in targets.values()]))
+        for method, seeds in _movements(view).items()
+    }
+    return comparisons.bars(means, x="spectral norm of the change of A", title=f"Movement of A, {view.one_task}")
 
 
 def updates(view: View) -> Figure:
@@ -34,15 +52,27 @@ def updates(view: View) -> Figure:
     return comparisons.matrix(values, list(last), title=f"Trained updates, {view.one_task}", name="|cosine| of B A")
 
 
-_COLUMNS = {
-    "spectral_norm": "spectral norm of the change of A",
-    "cosine": "cosine of A",
-    "product_norm": "spectral norm of B A",
-}
-
-
-def _movements(view: View) -> dict[str, list[Movement]]:
+def _movements(view: View) -> Found:
     return {
-        method: [movement(before, after) for before, after in pairs]
+        method: [distances(before, after) for before, after in pairs]
         for method, pairs in view.adapters(view.one_task).items()
     }
+
+
+def _by_matrix(found: Found, *, name: str, caption: str) -> Table:
+    """Return cosine and spectral norm, means over layers and seeds, methods × matrices."""
+    targets = list(dict.fromkeys(target for seeds in found.values() for one in seeds for target in one))
+    column = {target: place.column for target, place in locate(targets).items()}
+    kinds = list(dict.fromkeys(column.values()))
+    rows: list[list[object]] = []
+    for method, seeds in found.items():
+        cells = []
+        for kind in kinds:
+            own = [one for targets_ in seeds for target, one in targets_.items() if column[target] == kind]
+            cells.append(f"{_mean(own, 'cosine'):.2f} / {_mean(own, 'spectral_norm'):.3g}" if own else None)
+        rows.append([method, *cells])
+    return Table(name=name, headers=["method", *kinds], rows=rows, caption=f"{caption} Means over layers and seeds.")
+
+
+def _mean(found: Sequence[Distance], part: str) -> float:
+    return float(np.mean([getattr(one, part) for one in found]))
