@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -27,6 +28,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     stated, counted = config.getoption("--skips"), n_skipped(terminalreporter)
     if stated is not None:
         terminalreporter.write_line(f"{counted} tests were skipped, {stated} may be (--skips)", red=counted != stated)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let garbage collection pass over what is imported by now: the Trainer collects at every end, over a second each."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
