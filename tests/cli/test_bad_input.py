@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_something_is_missing(tell, run, tmp_path):
 
 def test_empty_data(tell, run, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    assert "holds no usable example" in tell("finetune", *run, "--data", tmp_path / "empty.jsonl")
+    assert "empty.jsonl holds no rows at all" in tell("finetune", *run, "--data", tmp_path / "empty.jsonl")
     row = {"instruction": "Is it?", "input": "", "output": "", "answer": ""}
     (tmp_path / "mute.jsonl").write_text(json.dumps(row) + "\n")
     assert "1 row without a question or an answer" in tell("finetune", *run, "--data", tmp_path / "mute.jsonl")
@@ -139,8 +140,17 @@ def test_output_that_cannot_be_written(tell, run, tmp_path):
 
 
 def test_resume_of_nothing(tell, run, tmp_path):
+    assert "nowhere holds no run to resume" in tell("finetune", "--resume", "--output", tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     assert "no run to resume" in tell("finetune", *run, "--resume")
+
+
+def test_what_libraries_say_while_they_are_imported_is_not_shown(tell, run, tmp_path):
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    tell("preview", *run[:2], "--data", tmp_path / "nothing.jsonl")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
 
 
 def test_json_errors_are_json_too(tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from evatune.errors import EvaError
 from evatune.recipe import Recipe, all_settings, load_recipe
@@ -41,6 +42,34 @@ def test_the_table_of_domains_needs_no_torch():
     code = "import sys, evatune.tasks; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def write_config(folder, config):
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "fits", "others"),
+    [
+        (transformers.LlamaConfig(), ["generation", "understanding"], "generation or understanding"),
+        (transformers.BertConfig(), ["understanding"], "understanding"),
+        (transformers.BertConfig(is_decoder=True), ["generation", "understanding"], "generation or understanding"),
+        (transformers.T5Config(), ["understanding"], "understanding"),
+        (transformers.ViTConfig(), ["vision"], "vision"),
+        (transformers.DecisionTransformerConfig(), ["generation", "understanding", "vision"], ""),  # transformers'
+    ],
+    ids=["Llama", "BERT", "BERT decoder", "T5", "ViT", "one that no class of transformers tells of"],
+)
+def test_a_model_for_another_domain_is_refused_and_the_domain_named(tmp_path, config, fits, others):
+    """A masked language model loads as a causal one, and learns to copy the next token that it sees."""
+    model = ModelSettings(name=write_config(tmp_path / "model", config))
+    for name in ("generation", "understanding", "vision"):
+        if name in fits:
+            open_task(name, DOMAINS[name].settings(), model=model, seed=0)
+        else:
+            with pytest.raises(EvaError, match=rf"does not fit task '{name}', where .* is one for task {others} "):
+                open_task(name, DOMAINS[name].settings(), model=model, seed=0)
 
 
 def test_unknown_tasks_and_wrong_sections():

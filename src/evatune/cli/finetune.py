@@ -37,9 +37,16 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from pathlib import Path
 
+    from evatune.errors import EvaError
+
     recipe = recipe_from(args)
-    if args.resume and not args.recipe and (kept := Path(recipe.output) / "recipe.yaml").is_file():
-        recipe = recipe_from(args, path=str(kept))
+    if args.resume and not args.recipe and recipe.output:
+        kept = Path(recipe.output) / "recipe.yaml"
+        if kept.is_file():
+            recipe = recipe_from(args, path=str(kept))
+        elif not recipe.model.name:
+            raise EvaError(f"{recipe.output} holds no run to resume: it has no recipe.yaml.")
+    recipe.require("model", "data", "output")
 
     from evatune.training.run import finetune
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,10 @@ _MEANT = {
     "--train": "--data",
 }
 """Options of other programs, and what they are called here."""
+
+
+_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers of libraries that warn, while they are imported, of what users of this program can do nothing about."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +111,9 @@ def _main(words: list[str]) -> int:
             args.parser.error(f"unknown argument {unknown[0]!r} (did you mean {meant!r}?)")
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
         args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(option, known)}")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are not for users of this program
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     is_common = args.command in IN_EACH_PROCESS
     if not is_common:
         if launch.launched_as() > 0:

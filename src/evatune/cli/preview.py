@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.errors import EvaError
     from evatune.files import check_writable, write_bytes
-    from evatune.training.setup import open_recipe
+    from evatune.tasks import open_task
 
     recipe = recipe_from(args)
     recipe.require("model")
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         raise EvaError(f"--examples is {args.examples}, but must be at least 1.")
     if args.save:
         check_writable(args.save, overwrite=args.overwrite)
-    preview = open_recipe(recipe).preview(args.examples)
+    task = open_task(recipe.task, recipe.data, model=recipe.model, seed=recipe.train.seed)
+    preview = task.preview(args.examples)
     if args.save:
         if preview.picture is None:
             raise EvaError(f"examples of task {recipe.task!r} are not pictures; leave out --save.")

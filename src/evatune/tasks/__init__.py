@@ -44,6 +44,8 @@ class Domain:
     """Whether the home can also make training data, with a function `collect(data, *, folder, processes, say)`."""
     fresh_held_out: bool = False
     """Whether a run with another seed is scored on other held-out examples than all runs with this one."""
+    kind: str | None = None
+    """The head that transformers must know for a pretrained model (`evatune.models.kinds`), if it matters."""
     head: str | None = None
     """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
     `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
@@ -56,6 +58,7 @@ DOMAINS: dict[str, Domain] = {
         metric="loss",
         higher_is_better=False,
         home="evatune.tasks.generation.task",
+        kind="causal-lm",
         head="causal-lm",
     ),
     "understanding": Domain(
@@ -64,6 +67,7 @@ DOMAINS: dict[str, Domain] = {
         metric="accuracy",
         higher_is_better=True,
         home="evatune.tasks.understanding.task",
+        kind="sequence-classification",
         head="sequence-classification",
     ),
     "vision": Domain(
@@ -71,6 +75,7 @@ DOMAINS: dict[str, Domain] = {
         settings=VisionData,
         metric="accuracy",
         higher_is_better=True,
+        kind="image-classification",
         home="evatune.tasks.vision.task",
     ),
     "control": Domain(
@@ -115,9 +120,24 @@ def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> T
         seed: of the order of the examples, and of which are kept.
 
     Raises:
-        EvaError: there is no such domain, or no such model.
+        EvaError: there is no such domain, or no such model, or the model is one for another domain.
     """
+    _check_kind(name, model)
     return importlib.import_module(find_domain(name).home).open_task(data, model=model, seed=seed)
+
+
+def _check_kind(name: str, model: ModelSettings) -> None:
+    """Check that a model is not one for another domain, where its configuration tells."""
+    from evatune.models.kinds import fitting_heads, is_pretrained_folder_or_id
+
+    kind = find_domain(name).kind
+    if kind is None or model.gguf_file or model.trust_remote_code or not is_pretrained_folder_or_id(model.name):
+        return
+    heads = fitting_heads(model.name, revision=model.revision)
+    if heads and kind not in heads:
+        others = [other for other, domain in DOMAINS.items() if domain.kind in heads]
+        way_out = f"it is one for task {' or '.join(others)} (--task)" if others else "take another model"
+        raise EvaError(f"the model {model.name} does not fit task {name!r}, where {find_domain(name).idea}; {way_out}.")
 
 
 def collect(

@@ -91,6 +91,8 @@ def gather(
                 else:
                     items.append(example)
     if not items:
+        if not dropped:
+            raise EvaError(f"{', '.join(names) or 'the data'} holds no rows at all.")
         rows = "1 row" if dropped == 1 else f"{dropped} rows"
         raise EvaError(
             f"{', '.join(names) or 'the data'} holds no usable example ({rows} without a question or an answer)."

@@ -136,7 +136,7 @@ def test_dropped_rows_are_counted(tmp_path):
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
         ("a.txt", "hello", "its ending must be one of"),
         ("a.jsonl", '{"txt": "a"}\n', "has the fields txt, which fit no known format"),
-        ("a.jsonl", "", "holds no usable example"),
+        ("a.jsonl", "", "holds no rows at all"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, message):
