@@ -31,7 +31,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let garbage collection pass over what is imported by now: the Trainer collects at every end, over a second each."""
+    """Let garbage collection pass over what is imported by now: the Trainer collects at the end of every training."""
     gc.freeze()
 
 
