@@ -24,6 +24,12 @@ def test_numbers_go_right_and_words_left_and_columns_line_up():
     assert [len(part) for part in lines[1].split("  ")] == [6, 10, 6]
 
 
+def test_a_long_last_column_goes_on_in_further_lines():
+    table = text_table(["name", "idea"], [["eva", "one two three four five six seven"], ["lora", ""]], width=26)
+    assert table.splitlines()[2:] == ["eva   one two three four", "      five six seven", "lora"]
+    assert max(map(len, text_table(["name", "idea"], [["eva", "one " * 30]], width=3).splitlines())) <= 6 + 20
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(True, "yes"), (None, "–"), (12345, "12,345"), (math.nan, "nan"), (-math.inf, "-inf"), (1e6, "1,000,000")],

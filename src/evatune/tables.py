@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,7 +78,9 @@ def _plain_row(row: Sequence[object]) -> list[object]:
     return [cell.value if isinstance(cell, Marked) else cell for cell in row]
 
 
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None) -> str:
+def text_table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None, width: int | None = None
+) -> str:
     """Return a table with aligned columns for a terminal.
 
     Args:
@@ -85,6 +88,7 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, alig
         rows: the cells; `None` is shown as a dash, whole numbers get thousands separators, other numbers four
             significant digits. For another format, give a string.
         align: one letter a column, "l" or "r"; by default columns of numbers go right and the others left.
+        width: characters of the terminal; texts of the last column go on in further lines where they are longer.
 
     Returns:
         The lines joined by newlines, without a newline at the end.
@@ -100,6 +104,9 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, alig
         down_proj     12
     """
     titles, cells, align = _layout(headers, rows, align)
+    if width is not None:
+        columns = list(zip(titles, *cells, strict=True))
+        cells = _wrapped(cells, width=width - sum(2 + max(map(len, column)) for column in columns[:-1]))
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -243,6 +250,15 @@ def _layout(
                     before, after = marks[cell.mark]
                     shown[column] = before + shown[column] + after if after else shown[column] + before
     return [cell_text(title) for title in headers], cells, align
+
+
+def _wrapped(cells: Sequence[Sequence[str]], *, width: int) -> list[list[str]]:
+    """Return rows whose last cells are at most `width` wide, at least 20; further lines of a cell are rows too."""
+    wrapped = []
+    for *first, last in cells:
+        lines = textwrap.wrap(last, max(width, 20)) or [""]
+        wrapped += [[*(first if number == 0 else [""] * len(first)), line] for number, line in enumerate(lines)]
+    return wrapped
 
 
 def _pad(cell: str, width: int, how: str) -> str:

@@ -43,6 +43,15 @@ def test_help_of_each_command(command, capsys):
     assert "default:" in text or command == "methods"  # which has no options
 
 
+def test_no_command_and_help_show_the_help(capsys):
+    assert main([]) == 2
+    assert "COMMAND --help` explains a command" in capsys.readouterr().err
+    for words, shown in ((["help"], "explains a command"), (["help", "plan"], "usage: evatune plan SPECTRA")):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0 and shown in capsys.readouterr().out
+
+
 def test_version_and_usage_errors(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
@@ -60,7 +69,12 @@ def test_version_and_usage_errors(capsys):
 
 @pytest.mark.parametrize(
     ("words", "meant"),
-    [(["measur"], "'measure'"), (["finetune", "--lr", "1"], "'--learning-rate'"), (["plan", "x", "--r=3"], "'--rank'")],
+    [
+        (["train"], "'finetune'"),
+        (["measur"], "'measure'"),
+        (["finetune", "--lr", "1"], "'--learning-rate'"),
+        (["plan", "x", "--r=3"], "'--rank'"),
+    ],
 )
 def test_what_was_meant_is_named(capsys, words, meant):
     with pytest.raises(SystemExit, match="2"):
@@ -207,7 +221,15 @@ def test_interrupted_measurement_is_saved(tiny_model, tiny_data, tmp_path, monke
     assert {(spectrum.n_batches, spectrum.stopped) for spectrum in spectra.inputs.values()} == {(2, "interrupted")}
 
 
-def test_methods_are_listed(capsys):
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_methods_fit_the_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["methods"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= min(columns, 110)
+
+
+def test_methods_are_listed(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
     assert "pissa" in text
@@ -219,7 +241,7 @@ def test_methods_are_listed(capsys):
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert lines["eva"].split()[1:3] == ["yes", "A"] and lines["eva-grad"].split()[1:3] == ["labels", "EVA"]
     assert lines["pissa"].split()[1] == "yes" and lines["lora-ga"].split()[1:3] == ["labels", "yes"]
-    assert "without options: full, adalora, vera, boft;" in text
+    assert "without options: full, adalora, vera, boft;" in text.replace("\n", " ")
     assert set(content["options"]) == {"rslora", "dora", "lora+", "qlora"}
 
 

@@ -52,6 +52,8 @@ _MEANT = {
 """Options of other programs, and what they are called here."""
 
 
+_MEANT_COMMANDS = {"train": "finetune", "tune": "finetune", "eval": "evaluate", "run": "finetune", "chat": "generate"}
+"""Commands of other programs, and what they are called here."""
 _NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """Loggers of libraries that warn, while they are imported, of what users of this program can do nothing about."""
 
@@ -100,10 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     parser = build_parser()
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        parser.error(
-            f"unknown command {words[0]!r}{near_misses(words[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
-        )
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if words[0] == "help":
+        words = [*words[1:2], "--help"]
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        meant = _MEANT_COMMANDS.get(words[0])
+        hint = f" (did you mean {meant!r}?)" if meant else near_misses(words[0], COMMANDS)
+        parser.error(f"unknown command {words[0]!r}{hint}; commands are {', '.join(COMMANDS)}")
     args, unknown = parser.parse_known_args(words)
     if unknown:
         option = unknown[0].partition("=")[0]

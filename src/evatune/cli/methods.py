@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 
 from evatune.cli.options import answer
 from evatune.methods import EXAMPLES as COMBINATIONS
@@ -28,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    width = min(shutil.get_terminal_size().columns, 110)
     rows = [[name, _data(row), "yes" if row.changes_base else "", row.idea] for name, row in METHODS.items()]
-    table = text_table(["method", "data", "changes base", "idea"], rows)
-    options = text_table(["option", "what it does"], [[name, row.idea] for name, row in OPTIONS.items()])
+    table = text_table(["method", "data", "changes base", "idea"], rows, width=width)
+    options = text_table(["option", "what it does"], [[name, row.idea] for name, row in OPTIONS.items()], width=width)
     alone = [name for name, row in METHODS.items() if len(row.refuses) == len(OPTIONS)]
-    text = (
-        f"{table}\n\n{options}\n\nfor example {', '.join(COMBINATIONS)}\n"
-        f"without options: {', '.join(alone)}; without qlora also what changes the base or needs its gradient"
-    )
+    notes = [
+        f"for example {', '.join(COMBINATIONS)}",
+        f"without options: {', '.join(alone)}; without qlora also what changes the base or needs its gradient",
+    ]
+    text = "\n\n".join([table, options, "\n".join(textwrap.fill(note, width) for note in notes)])
     content = {
         "methods": {
             name: {
