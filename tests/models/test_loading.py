@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import evatune
 from evatune.errors import EvaError
@@ -77,6 +78,12 @@ def stock_model(gguf_file: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+
+
+def test_a_model_without_tokenizer_is_named(tmp_path):
+    transformers.ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(EvaError, match=r"the model '.*vit' has no tokenizer, so it reads no text"):
+        load_tokenizer(tmp_path / "vit")
 
 
 def test_gguf_is_converted_once_and_equals_the_stock_model(gguf_file, cache, monkeypatch):

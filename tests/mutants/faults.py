@@ -362,7 +362,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ("tests/training/test_folder.py",),
         [
             ("key=checkpoint_step, reverse=True)", "reverse=True)"),
-            ("if key not in FREE and", "if 'data.eval' not in key and key not in FREE and"),
+            ("if key not in FREE | LENGTH and", "if 'data.eval' not in key and key not in FREE | LENGTH and"),
         ],
     ),
     "training/schedule.py": (

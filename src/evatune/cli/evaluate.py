@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.folder and (args.recipe or args.adapter):
         raise EvaError("RUN has a recipe and an adapter of its own; leave out --recipe and --adapter, or RUN.")
+    if not (args.folder or args.recipe or "model.name" in given_options(args)):
+        raise EvaError("nothing to score was named: give the folder of a run, or --model and --recipe.")
     if args.save:
         check_writable(args.save, overwrite=args.overwrite)
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)

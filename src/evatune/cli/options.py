@@ -59,7 +59,10 @@ def add_recipe_options(
                 title += f" of task {' and '.join(setting.tasks)}"
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
-            _add(groups[title], setting)
+            # Where two sections have a name, its short form means the one of training, or the only one here.
+            short = "--" + setting.path.rpartition(".")[2].replace("_", "-")
+            is_meant = "." in setting.option and (section == "train" or "train" not in wanted)
+            _add(groups[title], setting, *([short] if is_meant else []))
 
 
 def add_options(group: argparse._ArgumentGroup, section: type[Section]) -> None:
@@ -81,7 +84,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def _add(group: argparse._ArgumentGroup, setting: Setting, *short: str) -> None:
     options: dict[str, Any] = {"dest": f"setting:{setting.path}", "default": argparse.SUPPRESS}
     text = re.sub(r"`(\w+)`", r"\1", setting.help).rstrip(".").replace("%", "%%")
     text = text[0].lower() + text[1:] if text[1].islower() else text
@@ -96,7 +99,7 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         )
         text += f" (default: {shown})"
     if setting.kind is bool:
-        group.add_argument(setting.option, action=argparse.BooleanOptionalAction, help=text, **options)
+        group.add_argument(*short, setting.option, action=argparse.BooleanOptionalAction, help=text, **options)
         return
     kinds = _kinds(setting)
     if any(typing.get_origin(kind) is Literal for kind in kinds):
@@ -114,7 +117,7 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         options["metavar"] = "FOLDER"
     elif setting.path == "task":
         options["metavar"] = "{" + ",".join(DOMAINS) + "}"
-    group.add_argument(setting.option, help=text, **options)
+    group.add_argument(*short, setting.option, help=text, **options)
 
 
 def recipe_from(args: argparse.Namespace, *, path: str | None = None) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,15 @@ def explained(name: str | os.PathLike[str], what: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file fails in any way: KeyError, SafetensorError, tokenizers' own Exception
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EvaError(f"cannot load the {what} of {os.fspath(name)!r}: {reason.rstrip('.')}.") from error
+        if "instantiate the backend tokenizer" in reason:
+            raise EvaError(f"the model {os.fspath(name)!r} has no tokenizer, so it reads no text.") from error
+        where = "" if _is_here(name) else "it is no folder here, and the hub says: "
+        raise EvaError(f"cannot load the {what} of {os.fspath(name)!r}: {where}{reason.rstrip('.')}.") from error
+
+
+def _is_here(name: str | os.PathLike[str]) -> bool:
+    """Return whether a model's name means files on this machine."""
+    return os.fspath(name).startswith("package:") or Path(name).expanduser().exists()
 
 
 @contextlib.contextmanager

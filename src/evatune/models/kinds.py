@@ -27,7 +27,7 @@ def fitting_heads(name: str, *, revision: str | None = None) -> list[str]:
     from transformers.models.auto import modeling_auto as auto
 
     config: Any = load_config(name, revision=revision)
-    classes = {
+    classes: dict[str, Any] = {
         "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "sequence-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

@@ -19,6 +19,7 @@ from evatune.settings.measuring import (
 )
 from evatune.settings.reasons import Reason
 from evatune.settings.section import Section, convert, describe_kind, field_docs, number, same_as, takes
+from evatune.settings.training import TrainSettings
 
 __all__ = [
     "IGNORED_LABEL",
@@ -34,6 +35,7 @@ __all__ = [
     "Section",
     "Stopping",
     "Targets",
+    "TrainSettings",
     "check_kept",
     "convert",
     "describe_kind",

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from evatune import launch
 from evatune.errors import EvaError
 from evatune.hardware import best_device
-from evatune.recipe import TrainSettings
+from evatune.settings import TrainSettings
 from evatune.training.schedule import rate_factor
 from evatune.training.setup import uses_bf16
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evatune.errors import EvaError
-from evatune.recipe import TrainSettings
+from evatune.settings import TrainSettings
 from evatune.tasks.scores import Scores
 from evatune.training.arguments import warmup_steps
 from evatune.training.schedule import scheduler

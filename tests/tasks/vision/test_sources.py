@@ -62,6 +62,16 @@ def test_hidden_folders_and_other_files_are_no_pictures(tmp_path):
     assert source.classes == ("a", "b")
 
 
+def test_pictures_outside_of_a_class_are_named(tmp_path):
+    """They were left out in silence."""
+    for name in ("a/1.jpg", "b/2.jpg", "7.jpg", "8.PNG", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    with pytest.raises(EvaError, match=r"^2 pictures lie in .* itself, outside of a class, the first is 7\.jpg; put"):
+        read_source(str(tmp_path))
+
+
 def test_an_empty_class_folder_is_named(tmp_path, photos):
     (tmp_path / "red").symlink_to(photos / "red")
     (tmp_path / "green").mkdir()

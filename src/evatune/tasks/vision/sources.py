@@ -128,6 +128,12 @@ def _split_folder(path: Path, split: str) -> Path | None:
 
 def _class_folders(path: Path) -> Source:
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    strays = sorted(child for child in path.iterdir() if child.is_file() and child.suffix.lower() in SUFFIXES)
+    if strays:
+        raise EvaError(
+            f"{len(strays)} pictures lie in {path} itself, outside of a class, the first is {strays[0].name}; put each "
+            "into the folder of its class, or remove them."
+        )
     pictures: list[Picture] = []
     for folder in folders:
         files = sorted(child for child in folder.rglob("*") if child.suffix.lower() in SUFFIXES)
