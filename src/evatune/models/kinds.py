@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from evatune.models.loading import load_config
@@ -39,10 +38,3 @@ def fitting_heads(name: str, *, revision: str | None = None) -> list[str]:
         heads.remove("causal-lm")
     return heads
 
-
-def is_pretrained_folder_or_id(name: str) -> bool:
-    """Return whether a name means what transformers itself can load: a hub id, or a folder with `config.json`."""
-    folder = Path(name).expanduser()
-    if not name or name.startswith(("package:", "timm", "hf-hub:")) or name.endswith(".gguf"):
-        return False
-    return (folder / "config.json").is_file() or not folder.exists()

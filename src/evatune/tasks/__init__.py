@@ -128,16 +128,21 @@ def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> T
 
 def _check_kind(name: str, model: ModelSettings) -> None:
     """Check that a model is not one for another domain, where its configuration tells."""
-    from evatune.models.kinds import fitting_heads, is_pretrained_folder_or_id
+    from evatune.models.kinds import fitting_heads
 
-    kind = find_domain(name).kind
-    if kind is None or model.gguf_file or model.trust_remote_code or not is_pretrained_folder_or_id(model.name):
+    domain = find_domain(name)
+    kind, folder = domain.kind, Path(model.name).expanduser()
+    is_elsewhere = model.name.startswith("package:") or model.name.endswith(".gguf") or model.trust_remote_code
+    if kind is None or model.gguf_file or is_elsewhere:
+        return
+    is_hub_id = domain.head is not None and not folder.exists()  # timm's models have no such configuration
+    if not is_hub_id and not (folder / "config.json").is_file():
         return
     heads = fitting_heads(model.name, revision=model.revision)
     if heads and kind not in heads:
         others = [other for other, domain in DOMAINS.items() if domain.kind in heads]
         way_out = f"it is one for task {' or '.join(others)} (--task)" if others else "take another model"
-        raise EvaError(f"the model {model.name} does not fit task {name!r}, where {find_domain(name).idea}; {way_out}.")
+        raise EvaError(f"the model {model.name} does not fit task {name!r}, where {domain.idea}; {way_out}.")
 
 
 def collect(
