@@ -37,4 +37,3 @@ def fitting_heads(name: str, *, revision: str | None = None) -> list[str]:
     if is_masked and "causal-lm" in heads and not getattr(config, "is_decoder", False):
         heads.remove("causal-lm")
     return heads
-
