@@ -37,6 +37,20 @@ def test_runs_have_names_recipes_and_seeds_of_their_own(sweep):
     assert recipe.data.eval == ("test.jsonl",) and validation[0].recipe.data.eval == ("validation.jsonl",)
 
 
+def test_files_are_found_beside_the_sweep(sweep, tmp_path, monkeypatch):
+    (tmp_path / "validation.jsonl").write_text("")
+    monkeypatch.chdir("/")
+    cell = cells(
+        sweep(
+            recipes={"a": {"recipe": "task.yaml", "test": {"data.eval": ["validation.jsonl", "hub/id"]}}},
+            validation={"eval": "other.jsonl"},
+        )
+    )[0]
+    recipe = runs_of(cell, "test", {})[0].recipe
+    assert recipe.data.eval == (str(tmp_path / "validation.jsonl"), "hub/id")
+    assert runs_of(cell, "validation", {})[0].recipe.data.eval == ("other.jsonl",)
+
+
 def test_methods_have_settings_and_grids_of_their_own(sweep):
     methods = {"full": {"learning_rate": ["1e-5", 1e-4]}, "twice": {"method": "lora", "lora_alpha": 8}, "eva": None}
     content = sweep(methods=methods, search={"weight_decay": [0, 0.1]})

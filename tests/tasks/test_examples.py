@@ -32,6 +32,19 @@ def test_rows_without_an_answer_are_dropped_with_a_count(tmp_path):
         gather(tmp_path / "a.jsonl", converter)
 
 
+def test_a_share_to_choose_by_is_the_same_for_every_seed_and_never_trained_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(50)))
+    parts = {
+        (part, seed): gather(tmp_path / "a.jsonl", converter, part=part, share=0.3, seed=seed).items
+        for part in ("training", "validation")
+        for seed in (0, 1)
+    }
+    assert len(parts["validation", 0]) == 15
+    assert sorted(parts["training", 0] + parts["validation", 0]) == list(range(50))
+    for part in ("training", "validation"):
+        assert parts[part, 0] != parts[part, 1] and sorted(parts[part, 0]) == sorted(parts[part, 1])
+
+
 def test_files_of_one_name_are_told_apart():
     found = Examples(items=(1, 2), sources=("data/easy/train.json", "data/hard/train.json", "more.json"))
     assert found.summary() == "2 examples from easy/train.json, hard/train.json, more.json"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from evatune.errors import EvaError, near_misses
 from evatune.methods import Choice, parse_method
-from evatune.recipe import find_setting, read_yaml
+from evatune.recipe import all_settings, find_setting, read_yaml
 from evatune.settings import Section, convert, number
 
 Values = Mapping[str, Any]
@@ -115,6 +115,8 @@ class Sweep(Section):
                 name: _located(path.parent, given) for name, given in _named(content.get("recipes"), "recipes").items()
             }
             content["methods"] = _named(content.get("methods"), "methods")
+            for key in ("recipes", "methods", "settings", "validation", "test"):
+                content[key] = _rooted(path.parent, content.get(key) or {})
             output = str(content.get("output") or path.with_suffix("").name)
             sweep = cls(**content | {"output": os.path.normpath(path.parent / Path(output).expanduser())})
             sweep = replace(sweep, models=tuple(_local(path.parent, name) for name in sweep.models))
@@ -237,6 +239,22 @@ def _located(folder: Path, given: Any) -> Any:
 def _local(folder: Path, name: str) -> str:
     """Return a model's name; one that is a path from the folder of the sweep gets that folder before it."""
     return os.path.normpath(folder / name) if (folder / name).exists() else name
+
+
+def _rooted(folder: Path, given: Any) -> Any:
+    """Return settings, in mappings of mappings, whose files have the folder of the sweep before them."""
+    if not isinstance(given, Mapping):
+        return given
+    rooted = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            value = _rooted(folder, value)
+        elif any(name in (s.path, s.path.rpartition(".")[2]) and s.is_path for s in all_settings()):
+            each = value if isinstance(value, list) else [value]
+            local = [_local(folder, item) if isinstance(item, str) else item for item in each]
+            value = local if isinstance(value, list) else local[0]
+        rooted[name] = value
+    return rooted
 
 
 def _listed(names: Any) -> str:

@@ -7,12 +7,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from evatune.errors import EvaError
 from evatune.tasks.rows import Row, read_rows
 
 Item = TypeVar("Item")
+Part = Literal["all", "training", "validation"]
+_PART_SEED = 20241010
 Convert = Callable[[Row], Item | None]
 """Makes an example of a row, or None if the row has no answer."""
 
@@ -54,6 +56,8 @@ def gather(
     hub_config: str | None = None,
     columns: Mapping[str, str] | None = None,
     places: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    part: Part = "all",
+    share: float = 0.2,
 ) -> Examples[Item]:
     """Read examples and shuffle them in an order that depends only on the seed.
 
@@ -67,6 +71,8 @@ def gather(
         columns: see `read_rows`.
         places: for sources that are no files or hub ids themselves: the arguments of `read_rows` for each of their
             files.
+        part: of the examples, the same for every seed: `validation` are a share of them, `training` the others.
+        share: this share.
 
     Returns:
         The examples; rows without a question or an answer are dropped and counted.
@@ -97,6 +103,9 @@ def gather(
         raise EvaError(
             f"{', '.join(names) or 'the data'} holds no usable example ({rows} without a question or an answer)."
         )
+    if part != "all":
+        chosen = set(random.Random(_PART_SEED).sample(range(len(items)), max(1, round(share * len(items)))))
+        items = [item for number, item in enumerate(items) if (number in chosen) == (part == "validation")]
     random.Random(seed).shuffle(items)
     return Examples(items=tuple(items[:limit]), sources=tuple(names), dropped=dropped)
 

@@ -61,6 +61,11 @@ class DataSettings(Section):
 class RowSettings(DataSettings):
     """Data that are rows of text in tables."""
 
+    validate: bool = False
+    """Score on a share of the training examples, which are not trained on then, instead of `eval`: for a search, which
+    must not use what is reported."""
+    held_out: float = number(0.2, above=0, high=0.9)
+    """This share."""
     columns: Mapping[str, str] | None = None
     """Names of the columns in the source, for example `prompt: question`; in a .csv or .tsv file without
     header a column is a number, from 1 on."""

@@ -41,6 +41,13 @@ def test_the_order_of_the_examples_is_the_seeds(tiny_model, tiny_data):
     assert len(first) == 7
 
 
+def test_a_search_is_scored_on_a_share_of_the_training_examples(tiny_model, tiny_data):
+    files = {"train": (str(tiny_data / "train.jsonl"),), "eval": (str(tiny_data / "test.jsonl"),)}
+    task, whole = opened(tiny_model, validate=True, **files), opened(tiny_model, **files)
+    assert (len(task.train), len(task.held_out), len(whole.train)) == (48, 12, 60)
+    assert {e.prompt for e in task.held_out}.isdisjoint(e.prompt for e in whole.held_out)
+
+
 def test_a_limit_scores_the_first_examples(tiny_model, tiny_data):
     task = opened(tiny_model, eval=(str(tiny_data / "test.jsonl"),))
     model = task.load_model()

@@ -180,3 +180,10 @@ def test_any_encoder_trains_its_head_whole_and_measures_the_rest(recipe, opened,
     ranks = json.loads((Path(wanted.output) / "plan.json").read_text())["ranks"]
     assert ranks
     assert not any(target.startswith(ENCODERS[name]) for target in ranks)
+
+
+def test_a_search_is_scored_on_a_share_of_the_training_texts(texts, opened):
+    files = {"train": (str(texts / "train.jsonl"),), "eval": (str(texts / "test.jsonl"),)}
+    task, whole = opened(validate=True, held_out=0.25, **files), opened(**files)
+    assert len(task.held_out) == round(0.25 * len(whole.train))
+    assert len(task.train) + len(task.held_out) == len(whole.train)

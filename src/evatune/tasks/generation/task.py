@@ -13,7 +13,7 @@ from torch import Tensor
 from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
-from evatune.tasks.examples import Examples
+from evatune.tasks.examples import Examples, Part
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
@@ -57,7 +57,9 @@ class Generation:
     def examples(self) -> Examples[Example]:
         """The training examples as text."""
         data = self.data
-        return self._load(data.train, limit=data.max_train_examples, split=data.train_split, held_out=False)
+        part: Part = "training" if data.validate else "all"
+        limit = data.max_train_examples
+        return self._load(data.train, limit=limit, split=data.train_split, held_out=False, part=part)
 
     @cached_property
     def train(self) -> EncodedExamples:
@@ -68,9 +70,13 @@ class Generation:
     def held_out(self) -> Examples[Example]:
         """The held-out examples as text."""
         data = self.data
-        if not data.eval:
+        limit = data.max_eval_examples
+        if data.validate:
+            examples = self._load(data.train, limit=limit, split=data.train_split, held_out=False, part="validation")
+        elif data.eval:
+            examples = self._load(data.eval, limit=limit, split=data.eval_split, held_out=True)
+        else:
             return Examples()
-        examples = self._load(data.eval, limit=data.max_eval_examples, split=data.eval_split, held_out=True)
         if data.scoring != "likelihood" and not data.allow_code_execution and any(e.program for e in examples):
             raise EvaError(
                 "the held-out examples are programming problems, whose score needs programs of the model to be run on "
@@ -163,12 +169,16 @@ class Generation:
             truncation=data.truncation,
         )
 
-    def _load(self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool) -> Examples[Example]:
+    def _load(
+        self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool, part: Part = "all"
+    ) -> Examples[Example]:
         return load_examples(
             sources,
             limit=limit,
             split=split,
             held_out=held_out,
+            part=part,
+            share=self.data.held_out,
             chat=self.data.chat,
             folder=self.data.folder,
             format=self.data.format,

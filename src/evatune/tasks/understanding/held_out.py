@@ -35,6 +35,19 @@ def read_held_out(data: UnderstandingData, converter: Callable[[Row, str], Conve
     Raises:
         EvaError: see `gather`.
     """
+    if data.validate:
+        examples = gather(
+            data.train,
+            converter,
+            limit=data.max_eval_examples,
+            seed=seed,
+            split=data.train_split,
+            hub_config=data.hub_config,
+            columns=data.columns,
+            part="validation",
+            share=data.held_out,
+        )
+        return HeldOut(examples=examples, sets=("validation",) * len(examples))
     if not data.eval:
         return HeldOut()
     places = [

@@ -93,6 +93,8 @@ class Understanding:
             split=self.data.train_split,
             hub_config=self.data.hub_config,
             columns=self.data.columns,
+            part="training" if self.data.validate else "all",
+            share=self.data.held_out,
         )
 
     @cached_property
