@@ -108,9 +108,15 @@ def test_rows_are_found_by_our_own_rules(llama, batches, arguments):
 # -- what PEFT saves --------------------------------------------------------------------------------------------------
 
 
+_saved = {}
+
+
 @pytest.fixture
 def saved(llama, batches):
-    return get_eva_state_dict(wrapped(llama(), low_cpu_mem_usage=False), batches, show_progress_bar=False)
+    """What PEFT measures, which takes it a second; measured once."""
+    if not _saved:
+        _saved.update(get_eva_state_dict(wrapped(llama(), low_cpu_mem_usage=False), batches, show_progress_bar=False))
+    return {name: matrix.clone() for name, matrix in _saved.items()}
 
 
 @pytest.mark.parametrize("suffix", ["", ".pt", ".safetensors"])
