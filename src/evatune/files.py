@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
 def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> Path:
     """Write plain values as a JSON file; see `json_text` and `write_bytes`."""
     return write_text(path, json_text(content, indent=indent) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> Path:
+    """Write plain values as a file of JSON lines; see `json_text` and `write_bytes`."""
+    return write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
 def _finite(content: Any) -> Any:

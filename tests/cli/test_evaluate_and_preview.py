@@ -101,3 +101,55 @@ def test_preview_shows_three_examples(tiny_model, tiny_data, tmp_path, capsys):
     assert "examples of task 'generation' are not pictures; leave out --save" in capsys.readouterr().err
     assert main([*arguments, "--examples", "0"]) == 1
     assert "--examples is 0" in capsys.readouterr().err
+
+
+def test_outcomes_and_page(run, tmp_path, capsys):
+    outcomes, page = tmp_path / "outcomes.jsonl", tmp_path / "page.html"
+    scores = told(capsys, run, "--outcomes", outcomes, "--page", page)
+    rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    assert len(rows) == 16
+    assert set(rows[0]) >= {"question", "expected", "given", "right"}
+    assert sum(row["right"] for row in rows) / 16 == pytest.approx(scores["metrics"]["accuracy"])
+    assert rows == [json.loads(line) for line in (run / "after.jsonl").read_text().splitlines()]
+    assert f"of {len(rows)}" in page.read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+    assert main(["evaluate", str(run), "--outcomes", str(outcomes)]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_stopped_evaluation_goes_on(run, tmp_path, capsys, monkeypatch):
+    from evatune.tasks.generation import evaluation
+
+    outcomes, part = tmp_path / "outcomes.jsonl", tmp_path / "outcomes.jsonl.part"
+    batches, real = ["--eval-batch-tokens", "200"], evaluation.score
+
+    def stopped(*args, **options):
+        yield next(real(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "score", stopped)
+    assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes)]) == 130
+    assert f"what was scored is in {part}; go on with --resume" in capsys.readouterr().err
+    assert not outcomes.exists()
+    monkeypatch.setattr(evaluation, "score", real)
+    assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes)]) == 1
+    assert "go on with --resume, or replace it: --overwrite" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes), "--resume", "--limit", "3"]) == 1
+    assert "is of another evaluation" in capsys.readouterr().err
+
+    skipped: list[int] = []
+
+    def counting(*args, **options):
+        skipped.extend(options["skip"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "score", counting)
+    scores = told(capsys, run, *batches, "--outcomes", outcomes, "--resume")
+    assert skipped
+    assert scores["metrics"] == pytest.approx(told(capsys, run)["metrics"], rel=1e-5)
+    assert not part.exists()
+
+
+def test_resume_needs_outcomes(run, capsys):
+    assert main(["evaluate", str(run), "--resume"]) == 1
+    assert "--resume needs --outcomes" in capsys.readouterr().err

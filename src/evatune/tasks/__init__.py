@@ -46,6 +46,8 @@ class Domain:
     """Whether a run with another seed is scored on other held-out examples than all runs with this one."""
     kind: str | None = None
     """The head that transformers must know for a pretrained model (`evatune.models.kinds`), if it matters."""
+    keeps_journal: bool = False
+    """Whether the task's `evaluate` takes a `journal`, so that a stopped evaluation can go on."""
     head: str | None = None
     """For domains whose rows are token ids: the head of the model (see `evatune.models.load_model`), by which
     `evatune measure --from-disk` and `--dry-run` build it; its `data:` section has `max_length` then."""
@@ -59,6 +61,7 @@ DOMAINS: dict[str, Domain] = {
         higher_is_better=False,
         home="evatune.tasks.generation.task",
         kind="causal-lm",
+        keeps_journal=True,
         head="causal-lm",
     ),
     "understanding": Domain(

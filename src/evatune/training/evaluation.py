@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evatune import launch
 from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
+from evatune.files import check_writable, write_json_lines
 from evatune.recipe import Recipe, load_recipe
+from evatune.tasks import find_domain
+from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
 from evatune.training.folder import ADAPTER, MODEL, RECIPE
-from evatune.training.origin import check_model
+from evatune.training.origin import check_model, data_of
 from evatune.training.setup import load_base, open_recipe, quantize_as_asked, use_threads, uses_bf16
 
 
@@ -48,6 +54,9 @@ def evaluate(
     adapter: str | Path | None = None,
     limit: int | None = None,
     force: bool = False,
+    outcomes: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Score a model on a recipe's held-out data.
@@ -57,16 +66,25 @@ def evaluate(
         adapter: folder of an adapter that is put on the model; None scores the model as it is.
         limit: score the first so many held-out examples.
         force: put the adapter also on another model than the one that it was made for.
-        progress: show a bar, if standard error is a terminal.
+        outcomes: file of JSON lines for what each example was: question, expected, given, right. While the evaluation
+            is on its way, what is known so far is in a file beside it that ends in `.part`.
+        resume: go on with this file, if there is one.
+        overwrite: replace `outcomes` if it exists.
+        progress: show a bar with the time left, if standard error is a terminal.
 
     Raises:
-        EvaError: there are no held-out data, no such model, or the adapter does not fit.
+        EvaError: there are no held-out data, no such model, the adapter does not fit, or the task keeps no outcomes.
     """
     recipe.require("model")
     if limit is not None and limit < 1:
         raise EvaError(f"limit is {limit}, but must be at least 1.")
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise EvaError(f"{adapter} holds no adapter: it has no adapter_config.json.")
+    if resume and (outcomes is None or not find_domain(recipe.task).keeps_journal):
+        raise EvaError("--resume needs --outcomes and a task that keeps what it scored so far; leave out --resume.")
+    if outcomes is not None:
+        check_writable(outcomes, overwrite=overwrite)
+        _check_part(_part(outcomes), resume=resume or overwrite)
     task = open_recipe(recipe)
     if not len(task.held_out):
         raise EvaError("the recipe names no held-out data; set `eval` in its section `data`, or pass --eval.")
@@ -77,4 +95,51 @@ def evaluate(
             check_model(adapter, model)
         quantize_as_asked(recipe, model, task.needs(model))
         model = load_adapter(model, adapter)
-    return task.evaluate(model, limit=limit, bf16=uses_bf16(recipe.train), progress=progress)
+    options: dict[str, Any] = {"limit": limit, "bf16": uses_bf16(recipe.train), "progress": progress}
+    if outcomes is None or not launch.is_first():
+        return task.evaluate(model, **options)
+    if not find_domain(recipe.task).keeps_journal:
+        return _with_outcomes(task.evaluate(model, **options), outcomes)
+    part, about = _part(outcomes), _about(recipe, adapter=adapter, limit=limit)
+    try:
+        with Journal.open(part, about=about, resume=resume) as journal:
+            scores = task.evaluate(model, **options | {"journal": journal})
+    except KeyboardInterrupt:
+        if progress:
+            print(f"stopped   what was scored is in {part}; go on with --resume", file=sys.stderr)
+        raise
+    _with_outcomes(scores, outcomes)
+    part.unlink()
+    return scores
+
+
+def _with_outcomes(scores: Scores, path: str | Path) -> Scores:
+    if not scores.examples:
+        raise EvaError(f"this task does not tell what each example was, so {path} is not written; leave it out.")
+    write_json_lines(path, scores.examples)
+    return scores
+
+
+def _part(outcomes: str | Path) -> Path:
+    """Return the file of what is known so far."""
+    path = Path(outcomes).expanduser()
+    return path.with_name(path.name + ".part")
+
+
+def _check_part(part: Path, *, resume: bool) -> None:
+    if part.exists() and not resume:
+        raise EvaError(f"{part} is of an evaluation that was stopped; go on with --resume, or replace it: --overwrite.")
+
+
+def _about(recipe: Recipe, *, adapter: str | Path | None, limit: int | None) -> dict[str, Any]:
+    """Return what tells one evaluation from another."""
+    weights = sorted(Path(adapter).glob("adapter_model.*")) if adapter is not None else []
+    return {
+        "task": recipe.task,
+        "model": recipe.model.to_json(),
+        "data": recipe.data.to_json(),
+        "files": data_of(recipe),
+        "seed": recipe.train.seed,
+        "limit": limit,
+        "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights],
+    }

@@ -7,6 +7,7 @@ A run is a folder:
     plan.json          the ranks (EVA); `adapter.plan` of another run takes it
     initial_adapter/   the adapter before training (not converted, where the method changed the base weights)
     before.json        the evaluation before training, with the outcome of every example; after.json the one after it
+    before.jsonl       what each of these examples was (question, expected, given, right); after.jsonl the same
     checkpoints/       what resuming needs
     adapter/           the trained adapter, an ordinary PEFT folder; after full fine-tuning `model/` instead
     log.jsonl          one line a logged step
@@ -38,7 +39,7 @@ from evatune import launch
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
-from evatune.files import write_json, write_text
+from evatune.files import write_json, write_json_lines, write_text
 from evatune.fingerprint import sampled_weights, with_weights
 from evatune.hardware import describe_machine, peak_memory_gib, reset_peak_memory
 from evatune.methods import at_home
@@ -377,6 +378,8 @@ class _Run:
         launch.wait()  # all have looked whether there is such a file
         if launch.is_first():
             write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
+        if scores.examples:
+            write_json_lines(self.folder / f"{when}.jsonl", scores.examples)
         self.say(f"{when:<10}{score_line(content)}")
         for note in scores.notes:
             self.say(f"{'':<10}{note}")

@@ -21,6 +21,7 @@ from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.generation.writing import Sampling
+from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -107,8 +108,16 @@ class Generation:
         """Return rows of tokens as a padded batch."""
         return self._collator(rows)
 
-    def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
-        """Score a model on held-out completions."""
+    def evaluate(
+        self,
+        model: Any,
+        *,
+        limit: int | None = None,
+        bf16: bool = False,
+        progress: bool = True,
+        journal: Journal | None = None,
+    ) -> Scores:
+        """Score a model on held-out completions; a journal knows what was scored before."""
         data = self.data
         return evaluate(
             model,
@@ -127,6 +136,7 @@ class Generation:
             bf16=bf16,
             progress=progress,
             dropped=self.held_out.dropped,
+            journal=journal,
         )
 
     def preview(self, n: int) -> Preview:
