@@ -17,6 +17,8 @@ __all__ = ["Marked", "Table", "bar", "duration", "latex_table", "markdown_table"
 
 _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
+CAPTION_WIDTH = 100
+"""Characters of a line of a caption in a terminal."""
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -52,7 +54,8 @@ class Table:
         """Return it for a terminal."""
         marks = {cell.mark for row in self.rows for cell in row if isinstance(cell, Marked)}
         legend = ", ".join(f"{sign} {mark}" for mark, (sign, _) in _PLAIN.items() if mark in marks)
-        return "\n".join(filter(None, [text_table(self.headers, self.rows), self.caption, legend]))
+        caption = textwrap.fill(self.caption, CAPTION_WIDTH)
+        return "\n".join(filter(None, [text_table(self.headers, self.rows), caption, legend]))
 
     def markdown(self) -> str:
         """Return it in Markdown."""

@@ -45,6 +45,15 @@ def test_runs_whose_record_is_there_are_not_repeated(sweep, fake_engine):
     assert len(results.records) == 15
 
 
+def test_settings_that_have_come_since_do_not_make_it_another_sweep(sweep, fake_engine):
+    results = compare(sweep(), fake_engine(best_in_the_middle))
+    path = results.folder / "records.jsonl"
+    path.write_text(path.read_text().replace('"gradient_accumulation": 1, ', ""))
+    again = fake_engine(best_in_the_middle)
+    compare(sweep(), again)
+    assert again.names == []
+
+
 def test_a_limit_stops_early_and_the_next_call_goes_on(sweep, fake_engine):
     first, second = fake_engine(best_in_the_middle), fake_engine(best_in_the_middle)
     compare(sweep(methods=["lora"]), first, limit=4)

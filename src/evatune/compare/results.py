@@ -19,6 +19,7 @@ from typing import Any
 from evatune.compare.runs import Run
 from evatune.errors import EvaError
 from evatune.files import json_text, user_cache, write_json, write_text
+from evatune.recipe import Recipe
 from evatune.training.folder import changed_settings
 from evatune.training.record import library_versions
 
@@ -60,7 +61,7 @@ class Results:
         record = self.records.get(run.name)
         if record is None:
             return None
-        if changed := changed_settings(record["recipe"], portable(run.recipe.to_dict())):
+        if changed := changed_settings(_with_new_settings(record["recipe"]), portable(run.recipe.to_dict())):
             raise EvaError(
                 f"{self.folder} holds {run.name} of another sweep: {'; '.join(changed)}; choose another output, or "
                 f"remove the line from {RECORDS}."
@@ -165,6 +166,14 @@ def portable(value: Any) -> Any:
     if os.path.isabs(value) and os.path.exists(value):
         return os.path.relpath(value)
     return value
+
+
+def _with_new_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the defaults of settings that have come since; as it was if some have gone."""
+    try:
+        return Recipe.from_dict(content).to_dict()
+    except EvaError:
+        return content
 
 
 def _read(path: Path) -> Iterator[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,23 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE
     if not path.is_file():
         raise EvaError(f"{folder} holds no run to resume: it has no {RECIPE}.")
-    if changed := changed_settings(load_recipe(path).to_dict(), recipe.to_dict()):
+    if changed := changed_settings(load_recipe(path).to_dict(), recipe.to_dict(), free=FREE | LENGTH):
         raise EvaError(f"cannot resume {folder} with another recipe: {'; '.join(changed)}.")
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return a phrase for each setting in which two recipes differ, but for those that may: see `FREE`.
+def changed_settings(old: dict[str, Any], new: dict[str, Any], *, free: Collection[str] = FREE) -> list[str]:
+    """Return a phrase for each setting in which two recipes differ, but for those that may.
 
     Args:
         old: what `Recipe.to_dict` returned.
         new: the same of the other.
+        free: settings that may differ.
     """
     old, new = _flat(old), _flat(new)
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in old | new
-        if key not in FREE | LENGTH and old.get(key) != new.get(key)
+        if key not in free and old.get(key) != new.get(key)
     ]
 
 
