@@ -231,3 +231,27 @@ def test_smollm2_is_coherent(smollm2):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(written[0])
+
+
+def test_a_decoder_keeps_its_weights_under_a_head_that_renames_them(tiny_model):
+    """Transformers alone would answer questions with random weights: `model.layers` is `transformer.layers` there."""
+    decoder = load_model(tiny_model)
+    reader = load_model(tiny_model, head="question-answering")
+    assert reader.new_weights == ("qa_outputs.bias", "qa_outputs.weight")
+    theirs = dict(reader.named_parameters())
+    for name, weight in decoder.model.named_parameters():
+        assert torch.equal(weight, theirs[f"{reader.base_model_prefix}.{name}"])
+
+
+def test_a_checkpoint_that_does_not_fit_the_head_is_refused(tmp_path):
+    """A decoder's folder whose weights have other names."""
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=20, **shape)).save_pretrained(tmp_path)
+    save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        EvaError, match="no weights for most of a BertForTokenClassification, which would be random"
+    ):
+        load_model(tmp_path, head="token-classification")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evatune.errors import EvaError
 from evatune.models.calls import check_choice, explained, no_progress_bars
 from evatune.models.sources import DTYPES, find_source
 
@@ -53,10 +54,11 @@ def load_model(
             as many classes.
 
     Returns:
-        A transformers model whose `name_or_path` is `name_or_path` as given.
+        A transformers model whose `name_or_path` is `name_or_path` as given. Its `new_weights` are the names of the
+        parameters that the checkpoint does not have: those of a new head, or of a pooler.
 
     Raises:
-        EvaError: there is no such model, or an argument is not one of the known values.
+        EvaError: there is no such model, it does not fit the head, or an argument is not one of the known values.
     """
     import transformers
 
@@ -69,12 +71,27 @@ def load_model(
         classes["id2label"] = dict(enumerate(labels))
         classes["label2id"] = {label: number for number, label in enumerate(labels)}
         classes["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
+    options = {"dtype": DTYPES[dtype], "revision": revision, "trust_remote_code": trust_remote_code, **classes}
     with explained(name_or_path, "model"), no_progress_bars():
-        model = loader.from_pretrained(
-            source, dtype=DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code, **classes
+        model, found = loader.from_pretrained(source, output_loading_info=True, **options)
+        if _is_mostly_new(model, found["missing_keys"]):
+            # Under some heads transformers gives the pretrained part a name that checkpoints do not have.
+            renamed = {r"^model\.": f"{model.base_model_prefix}."}
+            model, found = loader.from_pretrained(source, output_loading_info=True, key_mapping=renamed, **options)
+    if _is_mostly_new(model, found["missing_keys"]):
+        raise EvaError(
+            f"{os.fspath(name_or_path)!r} has no weights for most of a {type(model).__name__}, which would be random; "
+            "choose another model or another head."
         )
+    model.new_weights = tuple(sorted(found["missing_keys"]))
     model.name_or_path = model.config._name_or_path = os.fspath(name_or_path)
     return model.eval()
+
+
+def _is_mostly_new(model: Any, missing: Iterable[str]) -> bool:
+    """Return whether a checkpoint lacks most weights of the pretrained part of a model."""
+    own = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
+    return 2 * len(set(own) & set(missing)) > len(own) > 0
 
 
 def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from evatune.errors import EvaError
 from evatune.models import load_tokenizer
 from evatune.spectra import Spectra
 from evatune.training import finetune
+from evatune.training.evaluation import evaluate
 
 
 @pytest.mark.parametrize("method", ["eva", "lora", "pissa", "eva+dora"])
@@ -144,6 +146,24 @@ def test_texts_without_words_are_dropped_and_counted(opened, write_rows):
     path = write_rows("train.jsonl", *rows, {"text": "b", "label": "bad"})
     facts = opened(train=(path,)).facts()
     assert (facts["train"], facts["train_dropped"]) == (2, 2)
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_a_part_of_the_head(recipe, opened, encoder, texts, tmp_path):
+    """Checkpoints of masked language models have no pooler, which then is random and must be trained whole."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(encoder, tmp_path / "model")
+    weights = load_file(encoder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    task = opened(tmp_path / "model", train=(str(texts / "train.jsonl"),), eval=(str(texts / "test.jsonl"),))
+    assert task.needs(task.load_model()).heads == ("bert.pooler", "classifier")
+    wanted = recipe(model={"name": str(tmp_path / "model")})
+    record = finetune(wanted, progress=False)
+    assert not any("pooler" in name for name in json.loads((Path(wanted.output) / "plan.json").read_text())["ranks"])
+    again = evaluate(wanted, adapter=Path(wanted.output) / "adapter", progress=False)
+    assert again["accuracy"] == record.after["metrics"]["accuracy"]
 
 
 ENCODERS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
@@ -132,13 +132,15 @@ class Understanding:
         return model
 
     def needs(self, model: Any) -> Needs:
-        """Return what the model needs: the modules outside the pretrained part are its head."""
-        heads = [
-            name
-            for name, module in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in module.parameters())
+        """Return what the model needs: its head are the modules outside the pretrained part, and new ones inside."""
+        base, new = model.base_model_prefix, set(getattr(model, "new_weights", ()))
+        outside = [name for name, module in model.named_children() if name != base and _has_weights(module)]
+        inside = [
+            f"{base}.{name}"
+            for name, module in getattr(model, base).named_children()
+            if _has_weights(module) and new >= {f"{base}.{name}.{key}" for key, _ in module.named_parameters()}
         ]
-        return Needs(task_type=self.kind.task_type, heads=tuple(heads))
+        return Needs(task_type=self.kind.task_type, heads=(*inside, *outside))
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return rows as a padded batch; targets are (rows,), or (rows, tokens) with -100 where none is learned."""
@@ -205,6 +207,10 @@ class Understanding:
 
     def _encoded(self, examples: Sequence[Any]) -> Encoded:
         return self.kind.encode(examples, self.tokenizer, labels=self.labels, max_length=self.data.max_length)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _padded(target: Any, length: int) -> Any:
