@@ -251,7 +251,5 @@ def test_a_checkpoint_that_does_not_fit_the_head_is_refused(tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=20, **shape)).save_pretrained(tmp_path)
     save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        EvaError, match="no weights for most of a BertForTokenClassification, which would be random"
-    ):
+    with pytest.raises(EvaError, match="no weights for most of a BertForTokenClassification, which would be random"):
         load_model(tmp_path, head="token-classification")

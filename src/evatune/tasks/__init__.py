@@ -70,6 +70,7 @@ DOMAINS: dict[str, Domain] = {
         metric="accuracy",
         higher_is_better=True,
         home="evatune.tasks.understanding.task",
+        keeps_journal=True,
         kind="sequence-classification",
         head="sequence-classification",
     ),

@@ -12,8 +12,12 @@ from tqdm import tqdm
 
 from evatune.errors import EvaError, near_misses
 from evatune.hardware import autocast
+from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
 from evatune.tasks.understanding.kind import Kind, Outcomes
+
+PART = "outputs"
+"""What a journal calls the outputs of the head."""
 
 
 @torch.inference_mode()
@@ -26,6 +30,7 @@ def predict(
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool = True,
+    journal: Journal | None = None,
 ) -> list[Tensor]:
     """Return the outputs of the head for each row, without padding, in float32 on the processor.
 
@@ -37,14 +42,22 @@ def predict(
         batch_size: rows in a forward pass; rows of like length share one.
         bf16: compute in bfloat16 autocast.
         progress: show a bar on a terminal.
+        journal: keeps what each batch gave, and knows what was computed before.
     """
     device = next(model.parameters()).device
-    outputs: list[Tensor] = [torch.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    outputs = {index: torch.tensor(values) for index, values in (journal.known(PART) if journal else {}).items()}
+    order = sorted(set(range(len(rows))) - set(outputs), key=lambda index: (-len(rows[index]["input_ids"]), index))
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(rows), desc="evaluate", unit="row", leave=False, disable=None if progress else True) as bar:
+        with tqdm(
+            total=len(rows),
+            initial=len(outputs),
+            desc="evaluate",
+            unit="row",
+            leave=False,
+            disable=None if progress else True,
+        ) as bar:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
@@ -54,10 +67,12 @@ def predict(
                 kept = batch["attention_mask"].bool().cpu()
                 for index, output, mask in zip(chosen, found, kept, strict=True):
                     outputs[index] = output[mask] if found.ndim > 2 else output
+                if journal is not None:
+                    journal.add(PART, [(index, outputs[index].tolist()) for index in chosen])
                 bar.update(len(chosen))
     finally:
         model.train(was_training)
-    return outputs
+    return [outputs[index] for index in range(len(rows))]
 
 
 def scores_of(

@@ -16,6 +16,7 @@ from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
 from evatune.models.loading import load_config
 from evatune.tasks.examples import Examples, gather
+from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -150,12 +151,21 @@ class Understanding:
             batch[name] = torch.tensor([_padded(row[name], batch["input_ids"].shape[1]) for row in rows])
         return batch
 
-    def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
-        """Score a model on held-out texts."""
+    def evaluate(
+        self,
+        model: Any,
+        *,
+        limit: int | None = None,
+        bf16: bool = False,
+        progress: bool = True,
+        journal: Journal | None = None,
+    ) -> Scores:
+        """Score a model on held-out texts; a journal knows what was computed before."""
         started = time.perf_counter()
         examples = self._held_out.examples[:limit]
         encoded = self.held_out if limit is None else self._encoded(examples)
-        outputs = predict(model, encoded.rows, self.collate, kind=self.kind, bf16=bf16, progress=progress)
+        options: dict[str, Any] = {"bf16": bf16, "progress": progress, "journal": journal}
+        outputs = predict(model, encoded.rows, self.collate, kind=self.kind, **options)
         return scores_of(
             self.kind.outcomes(outputs, encoded, examples, self.labels),
             headline=self.data.headline or (TASKS[self.data.glue].headline if self.data.glue else None),
