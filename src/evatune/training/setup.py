@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -96,8 +97,7 @@ def measure_recipe(
     Raises:
         EvaError: the plan is of another model, or what `measure` raises.
     """
-    needs, n_processes = task.needs(model), launch.n_processes()
-    part = (launch.number(), n_processes)
+    needs, number, n_processes = task.needs(model), launch.number(), launch.n_processes()
     settings = replace(recipe.measuring, exclude_modules=without_adapter(recipe, needs))
     if plan is not None:
         targets = {target.name for target in find_targets(model, settings.part(TargetRules))}
@@ -106,12 +106,13 @@ def measure_recipe(
                 f"the plan {recipe.adapter.plan} has layers that the adapter has not ({len(strangers)}, the first "
                 f"{strangers[0]!r}); plan again with spectra of this model and these target_modules."
             )
+    share = range(number, settings.max_batches, n_processes)
     return measure(
         model,
-        measured_batches(recipe, task, part=part),
+        itertools.islice(measured_batches(recipe, task, part=(number, n_processes)), len(share)),
         row_mask=needs.row_mask,
         settings=settings,
-        max_batches=math.ceil(recipe.measure.max_batches / n_processes),
+        max_batches=math.ceil(settings.max_batches / n_processes),
         progress=progress and sys.stderr.isatty(),
     )
 
