@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evatune import EvaError, files
 from evatune.files import check_writable, replace_folder, write_text
@@ -118,7 +120,7 @@ def test_a_failure_while_writing_text_leaves_the_old_text(tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(EvaError, match="disk full; make room"):
         write_text(path, "new")
     assert path.read_text() == "old" and listing(tmp_path) == ["a.txt"]
 
@@ -209,3 +211,46 @@ def test_checksums_tell_what_is_missing_or_changed(tmp_path):
 
 def test_json_has_no_word_for_what_is_not_finite():
     assert files.json_text({"a": [float("nan"), 1.0, (float("inf"),)]}) == '{"a": [null, 1.0, [null]]}'
+
+
+@pytest.fixture
+def full_disk():
+    """Return a function after whose call no file can grow beyond so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def by_safetensors(folder):
+    save_file({"a": torch.zeros(3000)}, folder / "x.safetensors")
+
+
+def by_torch(folder):
+    torch.save(torch.zeros(3000), folder / "x.pt")
+
+
+def by_python(folder):
+    (folder / "x").write_bytes(b"x" * 9000)
+
+
+@pytest.mark.parametrize("write", [by_safetensors, by_torch, by_python])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, full_disk, write, capsys):
+    full_disk(4000)
+    message = rf"cannot write {tmp_path / 'out'}: (File too large|a file ends early, .*); make room, or choose"
+    with pytest.raises(EvaError, match=message), replace_folder(tmp_path / "out", holds="x") as folder:
+        write(folder)
+    with pytest.raises(EvaError, match=r"cannot write .*file: File too large; make room"):
+        write_text(tmp_path / "file", "x" * 9000)
+    assert listing(tmp_path) == []
+
+
+def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(EvaError, match=r"cannot write .*file/x/y: (Not a directory|File exists); make room"):
+        write_text(tmp_path / "file" / "x" / "y", "2")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "/data/of/another"), RuntimeError("a bug")])
+def test_errors_that_are_not_of_writing_pass(tmp_path, error):
+    with pytest.raises(type(error), match=r"No such file|a bug"), files.writing(tmp_path / "out"):
+        raise error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -50,6 +52,44 @@ def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | No
 
 
 @contextmanager
+def writing(path: str | Path, *, way_out: str = "make room, or choose another output") -> Iterator[None]:
+    """Turn failures of writing inside the block into one sentence; all other errors pass.
+
+    Args:
+        path: the file or folder that is written.
+        way_out: what the user can do.
+
+    Raises:
+        EvaError: the disk is full, read-only or gone.
+    """
+    try:
+        yield
+    except EvaError:
+        raise
+    except Exception as error:
+        reason = write_failure(error, Path(path))
+        if reason is None:
+            raise
+        raise EvaError(f"cannot write {path}: {reason}; {way_out}.") from error
+
+
+_OF_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def write_failure(error: BaseException, path: Path) -> str | None:
+    """Return why a file or folder could not be written, in the system's words; None for an error of another kind."""
+    if isinstance(error, OSError):
+        name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+        related = path in (name, *name.parents) or name in path.parents or name.name.startswith(f".{path.name}-")
+        return error.strerror or str(error) if related or error.errno in _OF_DISK else None
+    # safetensors and torch write with code of their own.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(number[1]))
+    of_torch = re.search(r"inline_container|iostream error|PytorchStreamWriter", str(error))
+    return "a file ends early, as on a full disk" if of_torch else None
+
+
+@contextmanager
 def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
 
@@ -64,23 +104,35 @@ def replace_folder(path: str | Path, *, holds: str, overwrite: bool = False) -> 
         EvaError: see `check_writable`.
     """
     path = check_writable(path, overwrite=overwrite, holds=holds)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path) as temporary:
+            yield temporary
+            _take_place(temporary, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield temporary
-        for tensors in temporary.rglob("*.safetensors"):
-            seal_tensors(tensors)
-        # mkdtemp makes a private folder; the folder at `path` gets the permissions of any other new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
-        temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to its place."""
+    for tensors in temporary.rglob("*.safetensors"):
+        seal_tensors(tensors)
+    # mkdtemp makes a private folder; the folder at `path` gets the permissions of any other new folder.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+    temporary.rename(path)
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
@@ -120,20 +172,24 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        EvaError: it cannot be written.
     """
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return path
 
 

@@ -61,9 +61,13 @@ def run(args: argparse.Namespace) -> None:
     for path in filter(None, (args.save, args.page)):
         check_writable(path, overwrite=args.overwrite)
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
-    files = {name: getattr(args, name) for name in ("outcomes", "resume", "overwrite")}
+    files = {name: getattr(args, name) for name in ("outcomes", "resume", "overwrite")} if launch.is_first() else {}
     scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force, **files)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
+    counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
+    table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")
+    notes = "".join(f"\n{note}" for note in scores.notes)
+    answer(args, text=f"{table}\n\n{counts}, {math.ceil(scores.seconds)} s{notes}", content=content)
     launch.wait()  # all have found that the file may be written
     if args.save and launch.is_first():
         write_json(args.save, content | {"outcomes": scores.outcomes})
@@ -75,7 +79,3 @@ def run(args: argparse.Namespace) -> None:
         rows = score_rows(content)
         write_outcomes_page(args.page, title=title, scores=rows, examples=scores.examples, lead=lead)
         say(f"saved     {args.page}")
-    counts = ", ".join(f"{count:,} {name}" for name, count in scores.counts.items())
-    table = text_table(["metric", "score", "95% interval"], score_rows(content), align="lrr")
-    notes = "".join(f"\n{note}" for note in scores.notes)
-    answer(args, text=f"{table}\n\n{counts}, {math.ceil(scores.seconds)} s{notes}", content=content)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     spectra = Spectra.load(args.spectra)
     measured = {name: spectra.settings[name] for name in ("rank", "rho") if spectra.settings.get(name) is not None}
     plan = spectra.plan(settings=Planning(**measured | given))
+    answer(args, text=plan.table(), content=plan.to_json())
     if args.save:
         say(f"saved     {write_json(args.save, plan.to_json(), indent=2)}")
     if args.plot:
@@ -51,4 +52,3 @@ def run(args: argparse.Namespace) -> None:
 
         rank_heatmap(plan, path=args.plot)
         say(f"drew      {args.plot}")
-    answer(args, text=plan.table(), content=plan.to_json())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
-from evatune.files import check_writable, damaged_files, write_text
+from evatune.files import check_writable, damaged_files, write_failure, write_text, writing
 from evatune.recipe import Recipe, TrainSettings, load_recipe
 
 RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
@@ -31,8 +33,50 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 def start_folder(folder: Path, recipe: Recipe) -> None:
     """Make the folder anew, with the recipe in it."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # a disk that is mounted here stays
     write_text(folder / RECIPE, recipe.to_yaml())
+
+
+def check_still_there(folder: Path) -> None:
+    """Check that the folder of a run that goes on was not removed or moved meanwhile.
+
+    Raises:
+        EvaError: it was, so that what would be written into it now is not a whole run.
+    """
+    if not (folder / RECIPE).is_file():
+        raise EvaError(
+            f"{folder} was removed or moved while the run went on, so its results have no place; put it back and go "
+            "on with --resume, or start again."
+        )
+
+
+@contextmanager
+def writing_run(folder: Path) -> Iterator[None]:
+    """Turn failures of writing into a run's folder into one sentence, and leave no half-written checkpoint.
+
+    Raises:
+        EvaError: the disk is full, read-only or gone.
+    """
+    said_in_threads = threading.excepthook
+
+    def say_in_thread(args: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread of its own, whose failures it raises in this one too.
+        if args.exc_value is None or not write_failure(args.exc_value, folder):
+            said_in_threads(args)
+
+    threading.excepthook = say_in_thread
+    try:
+        with writing(folder, way_out="make room there, then go on with --resume"):
+            yield
+    except EvaError:
+        check_still_there(folder)
+        for checkpoint in (folder / CHECKPOINTS).glob("checkpoint-*"):
+            if damaged_files(checkpoint) is None:  # not written to its end, so it only takes room
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+    finally:
+        threading.excepthook = said_in_threads
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:

@@ -39,6 +39,7 @@ from evatune import launch
 from evatune.adapters.attach import quiet_peft, save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
+from evatune.errors import EvaError
 from evatune.files import write_json, write_json_lines, write_text
 from evatune.fingerprint import sampled_weights, with_weights
 from evatune.hardware import describe_machine, peak_memory_gib, reset_peak_memory
@@ -69,12 +70,15 @@ from evatune.training.folder import (
     check_length,
     check_output,
     check_same_recipe,
+    check_still_there,
     checkpoint_step,
     go_on,
     kept_training,
     last_checkpoint,
     start_folder,
+    writing_run,
 )
+from evatune.training.keeping import kept_elsewhere
 from evatune.training.layerwise import layerwise_optimizer
 from evatune.training.origin import check_data, check_model, data_of, fingerprints, write_origin
 from evatune.training.record import RunRecord, library_versions
@@ -195,7 +199,9 @@ class _Run:
         before = self._before(adapted)
         trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
         if launch.is_first():
-            self._save(adapted)
+            check_still_there(self.folder)
+            with writing_run(self.folder):
+                self._save(adapted)
         after = self._evaluated("after", adapted)
         record = RunRecord(
             recipe=recipe.to_dict(),
@@ -215,6 +221,7 @@ class _Run:
             peak_memory_gib=peak_memory_gib(),
         )
         if launch.is_first():
+            check_still_there(self.folder)
             if not self._is_full():
                 write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
             record.save(self.folder)
@@ -292,10 +299,15 @@ class _Run:
         return spectra
 
     def _start_folder(self, spectra: Spectra | None) -> None:
-        start_folder(self.folder, self.recipe)
-        self._write_origin(self.folder)
-        if spectra is not None:
-            spectra.save(self.folder / SPECTRA)
+        try:
+            start_folder(self.folder, self.recipe)
+            self._write_origin(self.folder)
+            if spectra is not None:
+                spectra.save(self.folder / SPECTRA)
+        except EvaError as error:
+            if spectra is None or self.recipe.measure.spectra:
+                raise
+            raise kept_elsewhere(spectra, error) from error
 
     def _write_origin(self, folder: Path) -> None:
         write_origin(folder, weights=self.weights, data=data_of(self.recipe))
@@ -348,7 +360,8 @@ class _Run:
             + (f", from step {step}" if step else "")
         )
         set_seed(settings.seed)
-        with self._timed("train"), interrupt.listening(), quiet_peft():
+        check_still_there(self.folder)
+        with self._timed("train"), writing_run(self.folder), interrupt.listening(), quiet_peft():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted and trainer.state.global_step < self.n_steps:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
@@ -377,8 +390,9 @@ class _Run:
         content = scores.to_json()
         launch.wait()  # all have looked whether there is such a file
         if launch.is_first():
+            check_still_there(self.folder)
             write_json(self.folder / f"{when}.json", content | {"outcomes": scores.outcomes})
-        if scores.examples:
+        if scores.examples and launch.is_first():
             write_json_lines(self.folder / f"{when}.jsonl", scores.examples)
         self.say(f"{when:<10}{score_line(content)}")
         for note in scores.notes:

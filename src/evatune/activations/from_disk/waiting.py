@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evatune.files import writing
+
 
 @dataclass(frozen=True, kw_only=True)
 class _OnDisk:
@@ -68,7 +70,8 @@ class WaitingTensors:
             self._folder = tempfile.TemporaryDirectory(prefix="evatune-", dir=self._parent)
         path = previous.path if isinstance(previous, _OnDisk) else Path(self._folder.name) / str(next(self._numbers))
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        flat.view(torch.uint8).numpy().tofile(path)
+        with writing(path, way_out="make room, or name another folder with scratch= or in TMPDIR"):
+            flat.view(torch.uint8).numpy().tofile(path)
         self.on_disk += tensor.nbytes
         self._kept[key] = _OnDisk(path=path, shape=tensor.shape, dtype=tensor.dtype)
 
