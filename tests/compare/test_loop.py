@@ -134,6 +134,9 @@ def test_refused_and_failed_runs_are_recorded_and_the_rest_goes_on(sweep, fake_e
     again = fake_engine(fails)
     compare(sweep(), again)
     assert again.names == []
+    results = compare(sweep(), fake_engine(best_in_the_middle), again=True)
+    assert {record["state"] for record in results.records.values()} == {"done"}
+    assert standings(results).rows[0].mean is not None
 
 
 def test_a_worker_that_dies_is_started_again_and_given_up_in_the_end(sweep, fake_engine):

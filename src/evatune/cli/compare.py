@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus", type=int, default=0, metavar="N", help="GPUs that local workers share; ray: of each run"
     )
     group.add_argument("--limit", type=int, metavar="N", help="do at most N runs now; the same command goes on")
+    group.add_argument("--again", action="store_true", help="repeat the runs that were refused or failed")
     group.add_argument("--dry-run", action="store_true", help="say how many runs there are, and how long they take")
     group.add_argument("--force", action="store_true", help="add to the results of another version of evatune")
 
@@ -53,6 +54,6 @@ def run(args: argparse.Namespace) -> None:
         answer(args, text=expected.text(), content=expected.to_json())
         return
     engine = open_engine(sweep, engine=args.engine, workers=args.workers, threads=args.threads, gpus=args.gpus)
-    results = compare(sweep, engine, limit=args.limit, force=args.force, say=say)
+    results = compare(sweep, engine, limit=args.limit, again=args.again, force=args.force, say=say)
     standing = standings(results)
     answer(args, text=standing.text(), content=standing.to_json())

@@ -49,6 +49,7 @@ def compare(
     engine: Engine,
     *,
     limit: int | None = None,
+    again: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Results:
@@ -61,6 +62,7 @@ def compare(
         sweep: what to compare.
         engine: what does the runs; it is closed in the end.
         limit: do at most so many runs; the next call goes on.
+        again: repeat the runs that were refused or failed.
         force: add to the results of another version of evatune.
         say: gets a line for each finished run.
 
@@ -72,6 +74,8 @@ def compare(
         KeyboardInterrupt: Ctrl-C; finished runs are kept, and the next call goes on.
     """
     results = Results(sweep.output)
+    if again:
+        results.records = {name: record for name, record in results.records.items() if record["state"] == "done"}
     compared = cells(sweep)
     progress = Progress(say=say, slots=engine.slots)
     try:

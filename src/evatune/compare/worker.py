@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -50,7 +51,7 @@ def attempt(content: dict[str, Any]) -> tuple[str, str]:
         recipe = Recipe.from_dict(content)
         folder = Path(recipe.output)
         print(f"\n{folder}", file=sys.stderr, flush=True)
-        if (folder / "checkpoints").is_dir():
+        if (folder / "checkpoints").is_dir() or (folder / "run.json").is_file():
             try:
                 finetune(recipe, resume=True)
                 return "done", ""
@@ -65,7 +66,18 @@ def attempt(content: dict[str, Any]) -> tuple[str, str]:
     except Exception as error:
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        _free_memory()
     return "done", ""
+
+
+def _free_memory() -> None:
+    """Free what the last run left: a model and its trainer refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
