@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from evatune.errors import EvaError
 
-__all__ = ["Marked", "Table", "bar", "duration", "latex_table", "markdown_table", "text_table"]
+__all__ = ["Marked", "Table", "bar", "byte_size", "duration", "latex_table", "markdown_table", "text_table"]
 
 _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
@@ -268,7 +268,18 @@ def _pad(cell: str, width: int, how: str) -> str:
     return cell.rjust(width) if how == "r" else cell.ljust(width)
 
 
+def byte_size(n_bytes: float) -> str:
+    """Return a number of bytes for people: `12 MiB`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"
+
+
 def duration(seconds: float) -> str:
-    """Return a time for people: `45 s`, `3 min 05 s`."""
+    """Return a time for people: `45 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds >= 7200:
+        return f"{round(seconds) // 3600} h {round(seconds) % 3600 // 60:02d} min"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

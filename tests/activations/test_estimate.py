@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from evatune import EvaError, estimate, measure
-from evatune.activations.estimate import _size
 from evatune.activations.run import Run
+from evatune.tables import byte_size
 
 SETTINGS = {"batch_size": 6, "length": 12}
 
@@ -87,7 +87,7 @@ def test_the_bound_holds_for_wide_inputs_embeddings_and_convolutions(states):
     assert [kind.width for kind in told.kinds if kind.backend == "sketch"] == [104]
     assert told.initial_bytes <= 1.05 * sum(largest.values()) + 256 * 3
     assert sum(largest.values()) <= told.state_bytes < 5 * told.initial_bytes
-    assert f"{_size(told.initial_bytes)} at first, {_size(told.state_bytes)} at most" in told.table()
+    assert f"{byte_size(told.initial_bytes)} at first, {byte_size(told.state_bytes)} at most" in told.table()
 
     images = ViTForImageClassification(
         ViTConfig(

@@ -13,7 +13,7 @@ import evatune
 from evatune import EvaError
 from evatune.adapters import save_adapter, unload
 from evatune.adapters.attach import load_adapter
-from evatune.adapters.four_bits import dequantize_targets, quantize_targets
+from evatune.adapters.four_bits import dequantize_targets, quantize_targets, quantized_bytes
 from evatune.adapters.lora import find_adapter
 
 bnb = pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
@@ -131,3 +131,12 @@ def test_what_cannot_be_dequantized_is_refused(llama, trained):
 def test_layers_that_are_not_linear_cannot_be_held_in_4_bits(gpt2):
     with pytest.raises(EvaError, match=r"is a Conv1D; qlora holds nn\.Linear weights in 4 bits only"):
         evatune.prepare(gpt2(), method="qlora", rank=4)
+
+
+def test_bytes_in_four_bits_are_those_of_bitsandbytes():
+    model = nn.Sequential(nn.Linear(320, 192, bias=False))
+    quantize_targets(model, target_modules=["0"])
+    weight = model[0].weight
+    state = weight.quant_state
+    held = [weight.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    assert quantized_bytes(320 * 192) == pytest.approx(sum(tensor.nbytes for tensor in held), abs=8)

@@ -26,7 +26,7 @@ from evatune.activations.measure import pca_maker, with_ranks_of
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA
 from evatune.settings import Measuring, takes
-from evatune.tables import text_table
+from evatune.tables import byte_size, text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Estimate:
                 kind.backend,
                 kind.width,
                 f"{kind.n_rows:,}",
-                _size(kind.state_bytes),
-                _size(kind.count * kind.state_bytes),
+                byte_size(kind.state_bytes),
+                byte_size(kind.count * kind.state_bytes),
             ]
             for kind in self.kinds
         ]
@@ -118,13 +118,12 @@ class Estimate:
         lines = [
             text_table(titles, rows),
             "",
-            f"states    {self._states()}, and {_size(self.cached_bytes)} kept from check to check",
-            f"weights   {_size(self.weights_bytes)}",
+            f"states    {self._states()}, and {byte_size(self.cached_bytes)} kept from check to check",
+            f"weights   {byte_size(self.weights_bytes)}",
         ]
         if self.block_bytes is not None and self.hidden_bytes is not None:
-            lines.append(
-                f"from disk largest block {_size(self.block_bytes)}, waiting hidden states {_size(self.hidden_bytes)}"
-            )
+            block, hidden = byte_size(self.block_bytes), byte_size(self.hidden_bytes)
+            lines.append(f"from disk largest block {block}, waiting hidden states {hidden}")
         if not self.traced:
             lines.append(
                 "this model cannot run without its weights, so a shared input is counted once for each of its targets"
@@ -133,8 +132,8 @@ class Estimate:
 
     def _states(self) -> str:
         if self.initial_bytes == self.state_bytes:
-            return f"{_size(self.state_bytes)} at most"
-        return f"{_size(self.initial_bytes)} at first, {_size(self.state_bytes)} at most"
+            return f"{byte_size(self.state_bytes)} at most"
+        return f"{byte_size(self.initial_bytes)} at first, {byte_size(self.state_bytes)} at most"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, for programs."""
@@ -271,11 +270,3 @@ def _kind(name: str, members: Sequence[TargetModule], *, n_targets: int, n_rows:
         initial_bytes=cost.initial_bytes,
         cached_bytes=cost.cached_bytes,
     )
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} GiB"

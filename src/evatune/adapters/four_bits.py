@@ -62,6 +62,16 @@ def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
+def quantized_bytes(n_weights: int) -> int:
+    """Return the bytes of a weight that `quantize` holds in 4 bits.
+
+    Each number takes half a byte, each block of 64 a scale in 8 bits, each 256 blocks a scale of these in float32; two
+    tables explain the codes.
+    """
+    n_blocks = -(-n_weights // 64)
+    return n_weights // 2 + n_blocks + 4 * -(-n_blocks // 256) + 4 * (16 + 256)
+
+
 def dequantize_targets(model: nn.Module) -> None:
     """Replace every layer in 4 bits by an ordinary one that computes the same, with the rounded weight.
 

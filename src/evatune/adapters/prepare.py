@@ -158,6 +158,54 @@ def prepare(
     return peft_model
 
 
+@takes(Preparing)
+def adapter_shapes(
+    model: Any,
+    *,
+    total_steps: int | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    task_type: str | None = None,
+    **options: Any,
+) -> tuple[Any, list[TargetModule]]:
+    """Return the model that `prepare` would give, without a start, for a model without values; and the targets.
+
+    All ranks are the recipe's, no weight is computed and none is held in 4 bits.
+
+    Args:
+        model: on the meta device; it is changed in place.
+        total_steps: as in `prepare`.
+        modules_to_save: as in `prepare`.
+        task_type: as in `prepare`.
+        options: see the list below.
+
+    Raises:
+        EvaError: what `prepare` would raise before it looks at data.
+    """
+    settings = Preparing.of(options, call="evatune.adapters.adapter_shapes")
+    choice, rules = parse_method(settings.method), settings.part(TargetRules)
+    check_train_a(choice, train_a=settings.train_a)
+    if not choice.method.has_adapter:
+        return model.requires_grad_(True), []
+    targets = find_targets(model, rules)
+    whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
+    targets = _without(targets, whole)
+    _check_targets(choice, targets, settings)
+    with _peft_errors(choice), _quiet_corrections(), preserved_random_state():
+        config = at_home(choice.method.config)(
+            settings.part(Adapter),
+            settings={name: value for name, value in choice.settings.items() if name != "init_lora_weights"},
+            common={"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias},
+            total_steps=total_steps,
+            seed=settings.seed,
+        )
+        peft_model: Any = wrap(model, config, targets)
+    for name, parameter in peft_model.named_parameters():
+        # PEFT loses that AdaLoRA's count of ranks is not trained where it moves it to another device.
+        if ".ranknum." in name or (not settings.train_a and ".lora_A." in name):
+            parameter.requires_grad_(False)
+    return peft_model, targets
+
+
 def freeze_a(peft_model: Any, adapter_name: str = "default") -> None:
     """Train `B` only; `A` stays as it started. A saved adapter does not record this: freeze again after loading.
 

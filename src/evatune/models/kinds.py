@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from evatune.models.loading import load_config
 
-
-def fitting_heads(name: str, *, revision: str | None = None) -> list[str]:
+def fitting_heads(config: Any) -> list[str]:
     """Return the heads that a pretrained model may get, by their names in `evatune.models.load_model`.
 
     An encoder with a masked language model's head can be loaded as a causal language model, but each of its positions
     sees the next ones: it would learn to copy its labels. So `causal-lm` is not among its heads.
 
     Args:
-        name: hub id or local folder.
-        revision: branch, tag or commit of a hub model.
+        config: its configuration.
 
     Returns:
         Names of heads; none for a model that transformers has no such classes for.
-
-    Raises:
-        EvaError: there is no such model.
     """
     from transformers.models.auto import modeling_auto as auto
 
-    config: Any = load_config(name, revision=revision)
     classes: dict[str, Any] = {
         "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 from evatune.models.calls import check_choice, explained, no_progress_bars
-from evatune.models.sources import DTYPES, find_source
+from evatune.models.sources import DTYPES, find_source, locate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +105,39 @@ def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = 
     source = find_source(name_or_path, None, dtype=None, revision=revision)
     with explained(name_or_path, "configuration"):
         return AutoConfig.from_pretrained(source, revision=revision)
+
+
+def local_config(
+    name_or_path: str | os.PathLike[str], *, gguf_file: str | None = None, revision: str | None = None
+) -> PretrainedConfig | None:
+    """Return the configuration of a model without asking a hub, or None if it is not here.
+
+    Args:
+        name_or_path: see `load_model`; or a file with a configuration.
+        gguf_file: see `load_model`.
+        revision: see `load_model`.
+
+    Raises:
+        EvaError: there is no such folder or file, or it holds no configuration.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            siblings = [child.name for child in path.parent.glob("*.json")]
+            raise EvaError(f"there is no configuration file {path}{near_misses(path.name, siblings)}.")
+        with explained(path, "configuration"):
+            return AutoConfig.from_pretrained(path)
+    found = locate(name_or_path, gguf_file)
+    if isinstance(found, Path):
+        where: dict[str, Any] = {} if found.is_dir() else {"gguf_file": found.name}
+        with explained(name_or_path, "configuration"):
+            return AutoConfig.from_pretrained(found if found.is_dir() else found.parent, **where)
+    try:
+        return AutoConfig.from_pretrained(found, revision=revision, local_files_only=True)
+    except (OSError, ValueError):  # not in the hub's cache
+        return None
 
 
 def load_tokenizer(

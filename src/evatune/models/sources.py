@@ -62,15 +62,34 @@ def find_source(
     Raises:
         EvaError: there is no such model.
     """
+    found = locate(name_or_path, gguf_file)
+    if gguf_file is not None and isinstance(found, str):
+        found = _from_hub(found, gguf_file, revision)
+    if isinstance(found, Path) and not found.is_dir():
+        return _Gguf(path=found).converted(dtype)
+    if isinstance(found, Path) and dtype is not None:  # weights are wanted
+        check_tensors(found)
+    return found
+
+
+def locate(name_or_path: str | os.PathLike[str], gguf_file: str | None) -> str | Path:
+    """Return the folder or the GGUF file of a model on this machine, or its hub id.
+
+    Args:
+        name_or_path: see `load_model`.
+        gguf_file: name of a GGUF file inside the folder or hub repository.
+
+    Raises:
+        EvaError: there is no such model.
+    """
     name = os.fspath(name_or_path)
     if not name:
         raise EvaError("no model was named; give a hub id, a local folder or a GGUF file.")
     if name.startswith(_PACKAGE):
-        inside = _in_package(name.removeprefix(_PACKAGE), gguf_file)
-        return inside if inside.is_dir() else _Gguf(path=inside).converted(dtype)
+        return _in_package(name.removeprefix(_PACKAGE), gguf_file)
     path = Path(name).expanduser()
     if gguf_file is not None and not path.exists() and not _looks_local(name):
-        return _Gguf(path=_from_hub(name, gguf_file, revision)).converted(dtype)
+        return name
     if gguf_file is not None:
         path = path / gguf_file
     if path.suffix == ".gguf":
@@ -78,14 +97,12 @@ def find_source(
             near = near_misses(path.name, [p.name for p in path.parent.glob("*.gguf")])
             raise EvaError(f"there is no GGUF file {path}{near}.")
         _require_gguf()
-        return _Gguf(path=path).converted(dtype)
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file():
             found = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files with gguf_file: {', '.join(found)}" if found else ""
             raise EvaError(f"the folder {path} holds no model: it has no config.json{hint}.")
-        if dtype is not None:  # weights are wanted
-            check_tensors(path)
         return path
     if path.exists() or _looks_local(name):
         raise EvaError(f"there is no model folder {path}; give a hub id, a local folder or a .gguf file.")

@@ -114,7 +114,7 @@ def find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
-def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> Task:
+def open_task(name: str, data: Section, *, model: ModelSettings, seed: int, offline: bool = False) -> Task:
     """Return a task; neither weights nor rows are read yet.
 
     Args:
@@ -122,17 +122,20 @@ def open_task(name: str, data: Section, *, model: ModelSettings, seed: int) -> T
         data: the settings of its `data:` section.
         model: which pretrained model.
         seed: of the order of the examples, and of which are kept.
+        offline: ask no hub.
 
     Raises:
         EvaError: there is no such domain, or no such model, or the model is one for another domain.
     """
-    _check_kind(name, model)
+    _check_kind(name, model, offline=offline)
     return importlib.import_module(find_domain(name).home).open_task(data, model=model, seed=seed)
 
 
-def _check_kind(name: str, model: ModelSettings) -> None:
+def _check_kind(name: str, model: ModelSettings, *, offline: bool) -> None:
     """Check that a model is not one for another domain, where its configuration tells."""
     from evatune.models.kinds import fitting_heads
+    from evatune.models.loading import load_config
+    from evatune.tasks.outline import read_shape
 
     domain = find_domain(name)
     kind, folder = domain.kind, Path(model.name).expanduser()
@@ -142,7 +145,8 @@ def _check_kind(name: str, model: ModelSettings) -> None:
     is_hub_id = domain.head is not None and not folder.exists()  # timm's models have no such configuration
     if not is_hub_id and not (folder / "config.json").is_file():
         return
-    heads = fitting_heads(model.name, revision=model.revision)
+    config = read_shape(model)[0] if offline else load_config(model.name, revision=model.revision)
+    heads = fitting_heads(config) if config is not None else []
     if heads and kind not in heads:
         others = [other for other, domain in DOMAINS.items() if domain.kind in heads]
         way_out = f"it is one for task {' or '.join(others)} (--task)" if others else "take another model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,18 @@ def read_rows(
         yield where, row
 
 
+def may_be_hub_id(name: str, *, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    """Return whether a name can mean a data set on a hub: it is neither a file here, nor can it only be meant as one.
+
+    Args:
+        name: of a source.
+        suffixes: endings of data files.
+    """
+    path = Path(name).expanduser()
+    only_a_path = path.suffix in suffixes or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not only_a_path and not path.exists()
+
+
 def _source(name: str, *, split: str, hub_config: str | None, has_header: bool) -> Iterator[tuple[str, Row]]:
     path = Path(name).expanduser()
     if path.is_file():
@@ -54,7 +66,7 @@ def _source(name: str, *, split: str, hub_config: str | None, has_header: bool) 
     elif path.is_dir():
         found = sorted(child.name for child in path.iterdir() if child.suffix in SUFFIXES)
         raise EvaError(f"{path} is a folder; name its files one by one (there are: {_listed(found) or 'none'}).")
-    elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif not may_be_hub_id(name):
         siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EvaError(f"there is no data file {path}{near_misses(path.name, siblings)}.")
     else:

@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+    config: str | None = path_setting(None)
+    """File with the model's configuration (`config.json`), which `--dry-run` reads where the model is not here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class DataSettings(Section):
     """Keep this many training examples, drawn with the seed."""
     max_eval_examples: int | None = number(200, low=1)
     """Keep this many held-out examples, drawn with the seed."""
+    train_size: int | None = number(None, low=1)
+    """Number of training examples, which `--dry-run` takes where it cannot count them; a run does not look at it."""
 
 
 @dataclass(frozen=True, kw_only=True)

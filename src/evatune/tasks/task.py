@@ -16,6 +16,8 @@ from evatune.tasks.scores import Scores
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from evatune.tasks.outline import Outline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -62,6 +64,9 @@ class Task(Protocol):
 
     def kinds(self) -> Sequence[str]:
         """Return the kind of each training example (its task, its class, its environment), for stratified batches."""
+
+    def outline(self) -> Outline:
+        """Return what is known without weights and without a hub; data on this machine are read."""
 
     def load_model(self) -> Any:
         """Return the base model: a `torch.nn.Module` whose `forward(**batch)` returns an output with `.loss`."""

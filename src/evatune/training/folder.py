@@ -16,7 +16,7 @@ from evatune.recipe import Recipe, TrainSettings, load_recipe
 RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
 INITIAL, CHECKPOINTS, ADAPTER, MODEL = "initial_adapter", "checkpoints", "adapter", "model"
 
-FREE = {"output", "measure.spectra", "train.threads"}
+FREE = {"output", "measure.spectra", "train.threads", "model.config", "data.train_size"}
 FREE |= {f"train.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "keep_checkpoints")}
 """Settings that may change when a run is resumed: they change neither weights nor scores."""
 LENGTH = {"train.steps", "train.epochs"}

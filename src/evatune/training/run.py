@@ -83,6 +83,7 @@ from evatune.training.layerwise import layerwise_optimizer
 from evatune.training.origin import check_data, check_model, data_of, fingerprints, write_origin
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
+    checkpoint_gradients,
     is_interrupted,
     load_base,
     measure_recipe,
@@ -316,10 +317,7 @@ class _Run:
         settings, task = self.recipe.train, self.task
         n_examples = len(task.train)
         if settings.gradient_checkpointing:
-            with quiet_peft():
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()  # without it, no gradient reaches the adapters through frozen embeddings
-            model.config.use_cache = False
+            checkpoint_gradients(model)
         interrupt = InterruptCallback()
         callbacks: list[TrainerCallback] = [
             FiniteGradientCallback(skip=settings.allow_nonfinite),

@@ -19,7 +19,7 @@ from evatune.activations import measure
 from evatune.activations.gradients import batch_loss
 from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import initialized_plan, prepare
-from evatune.adapters.attach import load_adapter
+from evatune.adapters.attach import load_adapter, quiet_peft
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a
 from evatune.allocation import RankPlan
@@ -44,9 +44,9 @@ def use_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.train.threads)
 
 
-def open_recipe(recipe: Recipe) -> Task:
-    """Return the recipe's task."""
-    return open_task(recipe.task, recipe.data, model=recipe.model, seed=recipe.train.seed)
+def open_recipe(recipe: Recipe, *, offline: bool = False) -> Task:
+    """Return the recipe's task; `offline` asks no hub."""
+    return open_task(recipe.task, recipe.data, model=recipe.model, seed=recipe.train.seed, offline=offline)
 
 
 def load_base(recipe: Recipe, task: Task) -> Any:
@@ -200,6 +200,14 @@ def new_adapter(
         **options,
     )
     return adapted, initialized_plan(adapted) if method.needs_spectra else None
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Let a model compute its activations twice, which saves memory."""
+    with quiet_peft():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()  # without it, no gradient reaches the adapters through frozen embeddings
+    model.config.use_cache = False
 
 
 def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: Task) -> Any:

@@ -25,10 +25,12 @@ from evatune.tasks.control.episodes import Episode, load_episodes
 from evatune.tasks.control.filmstrip import write_video
 from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
 from evatune.tasks.control.names import environment_names
+from evatune.tasks.control.outline import outline
 from evatune.tasks.control.preview import preview
 from evatune.tasks.control.rollout import Outcome, roll_out
 from evatune.tasks.control.settings import ControlData
 from evatune.tasks.control.windows import Windows, padded, state_statistics
+from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Metric, Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -174,6 +176,10 @@ class Control:
     def kinds(self) -> list[str]:
         """Return the environment of each training window."""
         return [self.train.episode(index).environment for index in range(len(self.train))]
+
+    def outline(self) -> Outline:
+        """Return what is known without weights and without a hub."""
+        return outline(self)
 
     def load_model(self) -> DecisionTransformer:
         """Return the pretrained model, or a new one, which standardizes states as the training episodes need it."""

@@ -166,13 +166,34 @@ def find_format(
     """Return what makes an example of each row of a source.
 
     Args:
-        name: a key of `FORMATS`, or `auto`: the first format whose fields are there.
+        name: see `fitting_format`.
         row: the data set's first row.
         source: what errors call the data set.
         tokenizer: writes conversations.
 
     Raises:
         EvaError: the fields fit no format, or not this one, or a chat template is needed and missing.
+    """
+    form = fitting_format(name, row, source=source)
+    if not form.is_chat:
+        return lambda row: None if form.question and not text_of(row, form.question).strip() else form.convert(row)
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise EvaError(
+            f"{source} holds conversations, which need a tokenizer with a chat template, and this one has none."
+        )
+    return lambda row: form.convert(row, tokenizer)
+
+
+def fitting_format(name: str, row: Row, *, source: str) -> Format:
+    """Return the format of a source.
+
+    Args:
+        name: a key of `FORMATS`, or `auto`: the first format whose fields are there.
+        row: the data set's first row.
+        source: what errors call the data set.
+
+    Raises:
+        EvaError: the fields fit no format, or not this one.
     """
     fitting = [known for known, form in FORMATS.items() if set(form.fields) <= set(row)]
     if name == "auto":
@@ -190,13 +211,6 @@ def find_format(
     if name not in fitting:
         missing = [field for field in FORMATS[name].fields if field not in row]
         raise EvaError(f"{source} lacks {', '.join(missing)} of format {name!r}; it has {', '.join(map(str, row))}.")
-    form = FORMATS[name]
     if name == "completion" and (is_conversation(row["prompt"]) or is_conversation(row["completion"])):
-        form = _COMPLETION_OF_TURNS
-    if not form.is_chat:
-        return lambda row: None if form.question and not text_of(row, form.question).strip() else form.convert(row)
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise EvaError(
-            f"{source} holds conversations, which need a tokenizer with a chat template, and this one has none."
-        )
-    return lambda row: form.convert(row, tokenizer)
+        return _COMPLETION_OF_TURNS
+    return FORMATS[name]

@@ -28,21 +28,33 @@ class NamedTask:
     """Split to score on; None for a task that is for training only."""
     folder: str = ""
     """Its folder on disk, where that is not its name."""
+    train_size: int | None = None
+    """Rows to learn from on the hub."""
 
 
 _MATH = "EleutherAI/hendrycks_math"
 
 NAMED: dict[str, NamedTask] = {
-    "commonsense/boolq": NamedTask(hub="google/boolq", held_out="validation"),
-    "commonsense/piqa": NamedTask(hub="baber/piqa", held_out="validation"),
-    "commonsense/siqa": NamedTask(hub="lighteval/siqa", held_out="validation", folder="commonsense/social_i_qa"),
-    "commonsense/hellaswag": NamedTask(hub="Rowan/hellaswag", held_out="validation"),
-    "commonsense/winogrande": NamedTask(hub="allenai/winogrande", config="winogrande_xl", held_out="validation"),
-    "commonsense/arc-e": NamedTask(hub="allenai/ai2_arc", config="ARC-Easy", folder="commonsense/ARC-Easy"),
-    "commonsense/arc-c": NamedTask(hub="allenai/ai2_arc", config="ARC-Challenge", folder="commonsense/ARC-Challenge"),
-    "commonsense/obqa": NamedTask(hub="allenai/openbookqa", config="main", folder="commonsense/openbookqa"),
-    "metamath": NamedTask(hub="meta-math/MetaMathQA", held_out=None),
-    "gsm8k": NamedTask(hub="openai/gsm8k", config="main"),
+    "commonsense/boolq": NamedTask(hub="google/boolq", held_out="validation", train_size=9_427),
+    "commonsense/piqa": NamedTask(hub="baber/piqa", held_out="validation", train_size=16_113),
+    "commonsense/siqa": NamedTask(
+        hub="lighteval/siqa", held_out="validation", folder="commonsense/social_i_qa", train_size=33_410
+    ),
+    "commonsense/hellaswag": NamedTask(hub="Rowan/hellaswag", held_out="validation", train_size=39_905),
+    "commonsense/winogrande": NamedTask(
+        hub="allenai/winogrande", config="winogrande_xl", held_out="validation", train_size=40_398
+    ),
+    "commonsense/arc-e": NamedTask(
+        hub="allenai/ai2_arc", config="ARC-Easy", folder="commonsense/ARC-Easy", train_size=2_251
+    ),
+    "commonsense/arc-c": NamedTask(
+        hub="allenai/ai2_arc", config="ARC-Challenge", folder="commonsense/ARC-Challenge", train_size=1_119
+    ),
+    "commonsense/obqa": NamedTask(
+        hub="allenai/openbookqa", config="main", folder="commonsense/openbookqa", train_size=4_957
+    ),
+    "metamath": NamedTask(hub="meta-math/MetaMathQA", held_out=None, train_size=395_000),
+    "gsm8k": NamedTask(hub="openai/gsm8k", config="main", train_size=7_473),
     "math/algebra": NamedTask(hub=_MATH, config="algebra"),
     "math/counting": NamedTask(hub=_MATH, config="counting_and_probability"),
     "math/geometry": NamedTask(hub=_MATH, config="geometry"),
@@ -51,7 +63,7 @@ NAMED: dict[str, NamedTask] = {
     "math/prealgebra": NamedTask(hub=_MATH, config="prealgebra"),
     "math/precalculus": NamedTask(hub=_MATH, config="precalculus"),
     "math-500": NamedTask(hub="HuggingFaceH4/MATH-500", train=None),
-    "code-feedback": NamedTask(hub="m-a-p/Code-Feedback", held_out=None),
+    "code-feedback": NamedTask(hub="m-a-p/Code-Feedback", held_out=None, train_size=66_383),
     "humaneval": NamedTask(hub="openai/openai_humaneval", train=None),
     "mbpp": NamedTask(hub="google-research-datasets/mbpp", config="full"),
     "humaneval+": NamedTask(hub="evalplus/humanevalplus", train=None),
@@ -120,6 +132,12 @@ def places(names: Sequence[str], *, folder: str | None, held_out: bool) -> dict[
                 )
             found[name] = [{"name": str(file)} for file in files]
     return found
+
+
+def stated_size(sources: Sequence[str]) -> int | None:
+    """Return the number of rows to learn from, if all sources are tasks of which it is known."""
+    sizes = [NAMED[name].train_size if name in NAMED else None for name in expanded(sources)]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def _files(home: Path, *, split: str, held_out: bool) -> list[Path]:

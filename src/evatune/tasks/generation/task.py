@@ -18,10 +18,12 @@ from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_
 from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
+from evatune.tasks.generation.outline import outline
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.generation.writing import Sampling
 from evatune.tasks.journal import Journal
+from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -88,6 +90,10 @@ class Generation:
     def kinds(self) -> list[str]:
         """Return the task or the file that each training example comes from."""
         return [example.task for example in self.examples]
+
+    def outline(self) -> Outline:
+        """Return what is known without weights and without a hub."""
+        return outline(self)
 
     def load_model(self) -> Any:
         """Return the causal language model."""

@@ -22,6 +22,8 @@ class GlueTask:
     """Lowest and highest label of a regression."""
     headline: str = "accuracy"
     """The metric that is reported first."""
+    train_size: int
+    """Rows to learn from on the hub."""
     held_out: str = "validation"
     """Split on the hub that is scored, since the labels of the test split are hidden; several are joined by a plus."""
 
@@ -29,28 +31,37 @@ class GlueTask:
 _ENTAILS = ("entailment", "not_entailment")
 
 TASKS: dict[str, GlueTask] = {
-    "cola": GlueTask(texts=(("sentence",),), classes=("unacceptable", "acceptable"), headline="matthews"),
-    "sst2": GlueTask(texts=(("sentence",),), classes=("negative", "positive")),
+    "cola": GlueTask(
+        train_size=8_551, texts=(("sentence",),), classes=("unacceptable", "acceptable"), headline="matthews"
+    ),
+    "sst2": GlueTask(train_size=67_349, texts=(("sentence",),), classes=("negative", "positive")),
     "mrpc": GlueTask(
+        train_size=3_668,
         texts=(("sentence1", "sentence2"), ("#1 String", "#2 String")),
         labels=("label", "Quality"),
         classes=("not_equivalent", "equivalent"),
     ),
     "qqp": GlueTask(
+        train_size=363_846,
         texts=(("question1", "question2"),),
         labels=("label", "is_duplicate"),
         classes=("not_duplicate", "duplicate"),
     ),
     "stsb": GlueTask(
-        texts=(("sentence1", "sentence2"),), labels=("label", "score"), label_range=(0, 5), headline="pearson"
+        train_size=5_749,
+        texts=(("sentence1", "sentence2"),),
+        labels=("label", "score"),
+        label_range=(0, 5),
+        headline="pearson",
     ),
     "mnli": GlueTask(
+        train_size=392_702,
         texts=(("premise", "hypothesis"), ("sentence1", "sentence2")),
         labels=("label", "gold_label"),
         classes=("entailment", "neutral", "contradiction"),
         held_out="validation_matched+validation_mismatched",
     ),
-    "qnli": GlueTask(texts=(("question", "sentence"),), classes=_ENTAILS),
-    "rte": GlueTask(texts=(("sentence1", "sentence2"),), classes=_ENTAILS),
+    "qnli": GlueTask(train_size=104_743, texts=(("question", "sentence"),), classes=_ENTAILS),
+    "rte": GlueTask(train_size=2_490, texts=(("sentence1", "sentence2"),), classes=_ENTAILS),
 }
 """All tasks by name."""

@@ -17,6 +17,7 @@ from evatune.models import load_model, load_tokenizer
 from evatune.models.loading import load_config
 from evatune.tasks.examples import Examples, gather
 from evatune.tasks.journal import Journal
+from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -25,6 +26,7 @@ from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.held_out import HeldOut, read_held_out
 from evatune.tasks.understanding.kind import IGNORED, Encoded, Kind
 from evatune.tasks.understanding.kinds import kind_of
+from evatune.tasks.understanding.outline import outline
 from evatune.tasks.understanding.settings import UnderstandingData
 
 if TYPE_CHECKING:
@@ -116,6 +118,10 @@ class Understanding:
     def kinds(self) -> list[str]:
         """Return what is learned of each training row."""
         return [self.kind.learned(row, self.labels) for row in self.train.rows]
+
+    def outline(self) -> Outline:
+        """Return what is known without weights and without a hub."""
+        return outline(self)
 
     def load_model(self) -> Any:
         """Return the language model with a head for what is learned."""

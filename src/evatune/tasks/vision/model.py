@@ -173,8 +173,8 @@ def load_classifier(settings: ModelSettings, *, n_classes: int, size: int) -> Im
     Raises:
         EvaError: there is no such model, it takes no pictures, or it was saved with another number of classes.
     """
-    if settings.name.startswith(_TIMM):
-        return ImageClassifier(_timm_model(settings, size), n_classes=n_classes, size=size)
+    if is_timm(settings):
+        return ImageClassifier(timm_model(settings, size=size), n_classes=n_classes, size=size)
     model: Any = load_model(
         settings.name,
         dtype=settings.dtype,
@@ -197,7 +197,7 @@ def load_classifier(settings: ModelSettings, *, n_classes: int, size: int) -> Im
 
 def normalization(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation that a model's own processor subtracts and divides by, else ImageNet's."""
-    if settings.name.startswith(_TIMM):
+    if is_timm(settings):
         config = _timm().get_pretrained_cfg(_timm_name(settings.name))
         return (tuple(config.mean), tuple(config.std)) if config is not None else IMAGENET
     from transformers.utils import cached_file
@@ -210,13 +210,28 @@ def normalization(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[flo
         return IMAGENET
 
 
-def _timm_model(settings: ModelSettings, size: int) -> Any:
+def is_timm(settings: ModelSettings) -> bool:
+    """Return whether a model is one of timm's."""
+    return settings.name.startswith(_TIMM)
+
+
+def timm_model(settings: ModelSettings, *, size: int, pretrained: bool = True) -> Any:
+    """Return a model of timm without its head.
+
+    Args:
+        settings: which model.
+        size: S in pixels.
+        pretrained: load its weights.
+
+    Raises:
+        EvaError: timm is not installed, or cannot make it.
+    """
     timm, name = _timm(), _timm_name(settings.name)
     try:
         try:
-            model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
         except TypeError:  # convolutional models take every size, and no such argument
-            model = timm.create_model(name, pretrained=True, num_classes=0)
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub client raises errors of many libraries
         raise EvaError(f"timm cannot make {name!r}: {str(error).splitlines()[0].rstrip('.')}.") from error
     model.name_or_path = settings.name

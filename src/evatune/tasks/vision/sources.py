@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 
 from evatune.errors import EvaError, near_misses
+from evatune.tasks.rows import may_be_hub_id
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """Endings of the files in a folder that are pictures."""
 _TABLES = (".parquet", ".arrow")
 _LISTS = (".txt", ".csv", ".tsv")
+FILES = _TABLES + _LISTS
+"""Endings of the files that can be read."""
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "file_name", "path")
 _LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 _SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
 """Names of folders that mean a split."""
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
-_DIGITS = "sklearn:digits"
+DIGITS = "sklearn:digits"
+"""The digits that come with scikit-learn."""
 
 Content = Path | bytes | np.ndarray
 """A file, an encoded picture, or pixels: (height, width) or (height, width, channels), 8 bits."""
@@ -85,13 +89,13 @@ def read_source(
         EvaError: there is no such source, it holds no picture, a class folder is empty, or a column is missing.
     """
     path, columns = Path(name).expanduser(), columns or Columns()
-    if name == _DIGITS:
+    if name == DIGITS:
         source = _digits()
     elif path.is_dir():
         source = _folder(path, split=split, columns=columns)
     elif path.is_file():
         source = _file(path, columns)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in _TABLES + _LISTS:
+    elif not may_be_hub_id(name, suffixes=FILES):
         siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EvaError(f"there is no folder or file {path}{near_misses(path.name, siblings)}.")
     else:
@@ -333,9 +337,9 @@ def _digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise EvaError(f"{_DIGITS} needs the Python package scikit-learn; run: pip install scikit-learn.") from None
+        raise EvaError(f"{DIGITS} needs the Python package scikit-learn; run: pip install scikit-learn.") from None
     bunch = load_digits()
-    return _arrays((bunch.images * (255 / 16)).round().astype(np.uint8), bunch.target, where=_DIGITS)
+    return _arrays((bunch.images * (255 / 16)).round().astype(np.uint8), bunch.target, where=DIGITS)
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray, *, where: str) -> Source:

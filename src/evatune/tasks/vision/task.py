@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from evatune.files import write_text
+from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
@@ -21,6 +22,7 @@ from evatune.tasks.vision.dataset import Found, Pictures, check_pictures, collat
 from evatune.tasks.vision.evaluation import evaluate
 from evatune.tasks.vision.images import IMAGENET, Preprocessing
 from evatune.tasks.vision.model import HEAD, ImageClassifier, load_classifier, normalization
+from evatune.tasks.vision.outline import outline
 from evatune.tasks.vision.settings import VisionData
 from evatune.tasks.vision.sheet import contact_sheet
 from evatune.tasks.vision.sources import Picture
@@ -66,6 +68,10 @@ class Vision:
     def kinds(self) -> list[str]:
         """Return the class of each training picture."""
         return [self.train.classes[label] for label in self.train.labels]
+
+    def outline(self) -> Outline:
+        """Return what is known without weights and without a hub."""
+        return outline(self)
 
     def load_model(self) -> ImageClassifier:
         """Return the pretrained model with a head for the classes of the training pictures."""

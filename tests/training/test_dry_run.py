@@ -1,0 +1,160 @@
+"""`evatune finetune --dry-run`: what it tells, what it refuses, and that no weight is loaded and no hub is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from evatune.cli.main import main
+from evatune.errors import EvaError
+from evatune.recipe import load_recipe
+from evatune.training.accelerators import ACCELERATORS, find_accelerator
+from evatune.training.dry_run import dry_run
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+LARGE = {"deberta-v3-base", "dinov2-giant", "llama-2-7b", "roberta-large"}
+"""Shapes with so many layers that following a batch takes seconds."""
+ROWS = {
+    "commonsense": {"instruction": "Is it? Answer format: a/b", "input": "", "output": "it is a", "answer": "a"},
+    "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder in place of `EVATUNE_DATA`: the files that recipes name, with the right columns and a few rows."""
+    folder = tmp_path_factory.mktemp("data")
+    for recipe in SHIPPED:
+        for line in (RECIPES / recipe).read_text().splitlines():
+            if line.startswith("#") or "${EVATUNE_DATA}/" not in line:
+                continue
+            path = folder / line.partition("${EVATUNE_DATA}/")[2].strip()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = ROWS.get(path.relative_to(folder).parts[0])
+            if path.suffix == ".json":
+                path.write_text(json.dumps([row] * 3))
+            elif path.suffix == ".jsonl":
+                path.write_text("\n".join([json.dumps(row)] * 3))
+            elif path.suffix == ".tsv":
+                path.write_text("good\t1\nbad\t0\nfine\t1\n")
+            else:
+                pictures(path)
+    return folder
+
+
+def pictures(path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "png")
+    names = ["cat", "dog"] * 5
+    rows = {"img": [{"bytes": buffer.getvalue()}] * len(names), "label_name": names}
+    parquet.write_table(pyarrow.table(rows), path)
+
+
+def shape_of(recipe: str) -> str:
+    lines = (RECIPES / recipe).read_text().splitlines()
+    return next((Path(line.partition(":")[2]).stem for line in lines if line.startswith("  config:")), "")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if shape_of(name) in LARGE else []) for name in SHIPPED]
+)
+def test_every_shipped_recipe_passes(name, data, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVATUNE_DATA", str(data))
+    monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
+    overrides = {}
+    if (path := "/usr/share/datasets/fashion-mnist") in (RECIPES / name).read_text() and not Path(path).exists():
+        overrides = {"data": str(data / "cifar10/train_1000.parquet"), "label_column": "label_name"}
+    told = dry_run(load_recipe(RECIPES / name, overrides), accelerator=find_accelerator("h100-80gb"))
+    assert told.n_trainable and told.n_parameters and told.memory is not None
+    assert told.steps or any("data" in note for note in told.unchecked)
+    assert "no mistake found" in told.text()
+    json.dumps(told.to_json())
+
+
+def test_it_tells_what_a_run_then_does(tiny_model, tiny_data, capsys):
+    arguments = ["finetune", "--model", str(tiny_model), "--data", str(tiny_data / "train.jsonl"), "--rank", "2"]
+    arguments += ["--method", "lora", "--train.batch-size", "7", "--epochs", "2", "--precision", "bf16"]
+    assert main([*arguments, "--dry-run", "--on", "a100-40gb", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["columns"] == "instruction, output, answer"
+    assert (told["n_examples"], told["steps"]) == (60, 18)
+    assert told["model"] == "LlamaForCausalLM" and told["n_targets"] == 14
+    assert told["fits"] and told["least_seconds"] > 0 and told["unchecked"] == []
+    assert told["memory"]["total"] == sum(told["memory"][name] for name in ("weights", "optimizer", "step"))
+    assert told["memory"]["optimizer"] == 8 * told["n_trainable"]
+
+
+def test_without_a_configuration_it_says_what_is_unknown():
+    recipe = load_recipe(None, {"model": "some/model", "data": "some/data", "format": "gsm8k"})
+    told = dry_run(recipe)
+    assert told.model is None and told.memory is None and told.steps is None
+    assert "the model some/model is not on this machine and model.config names no file" in told.unchecked[0]
+    assert "the rows of some/data are on a hub" in told.unchecked[1]
+    assert "unknown number of steps" in told.text()
+
+
+def test_the_stated_number_of_examples_gives_the_steps():
+    recipe = load_recipe(None, {"model": "some/model", "data": "some/data", "train_size": 1000})
+    assert dry_run(recipe).steps == 125
+    recipe = load_recipe(None, {"model": "a/b", "data": "c/d", "train_size": 9, "max_train_examples": 8})
+    assert dry_run(recipe).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data": "no_such.jsonl"}, "there is no data file no_such.jsonl"),
+        ({"format": "gsm8k"}, "lacks question of format 'gsm8k'; it has instruction, input, output, answer"),
+        ({"target_modules": "q_prj"}, "q_prj"),
+        ({"method": "pissa", "rank": 40, "rho": 1}, "rank 40 is too large for method 'pissa'"),
+        ({"model.config": "no_such.json", "model": "some/model"}, "there is no configuration file no_such.json"),
+        ({"model": "./no/such/folder"}, "there is no model folder"),
+        ({"model": ""}, "no model was given"),
+    ],
+)
+def test_mistakes_that_would_end_a_run_end_it(overrides, message, tiny_model, tiny_data):
+    settings = {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl")} | overrides
+    with pytest.raises(EvaError, match=message):
+        dry_run(load_recipe(None, settings))
+
+
+def test_an_unknown_card_is_named_with_its_near_misses(tiny_model, capsys):
+    assert main(["finetune", "--model", str(tiny_model), "--dry-run", "--on", "h100-80"]) == 1
+    assert "there is no accelerator 'h100-80' (did you mean 'h100-80gb'" in capsys.readouterr().err
+    assert all(card.source and card.name.endswith(f"-{card.gigabytes}gb") for card in ACCELERATORS.values())
+
+
+def test_what_does_not_fit_is_said(tiny_model, tiny_data):
+    recipe = load_recipe(None, {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl")})
+    card = replace(find_accelerator("l4-24gb"), gigabytes=0)
+    told = dry_run(recipe, accelerator=card)
+    assert told.fits is False
+    assert "does not fit on l4-24gb" in told.text()
+
+
+@pytest.mark.parametrize("glue", ["cola", "stsb"])
+@pytest.mark.parametrize("kind", ["auto", "token-classification", "question-answering"])
+def test_every_kind_of_understanding(kind, glue):
+    settings = {"task": "understanding", "model": "some/model", "data.train_size": 100, "data": "some/data"}
+    settings |= {"data.kind": kind} if kind != "auto" else {"data.glue": glue}
+    settings |= {"model.config": str(RECIPES / "shapes/minilm-l6.json"), "max_length": 16}
+    told = dry_run(load_recipe(None, settings))
+    assert told.memory is not None and told.flops_a_step, told.unchecked
+    assert told.steps == 13 and told.model.startswith("BertFor")
