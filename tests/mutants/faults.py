@@ -362,7 +362,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ("tests/training/test_folder.py",),
         [
             ("key=checkpoint_step, reverse=True)", "reverse=True)"),
-            ("if key not in FREE | LENGTH and", "if 'data.eval' not in key and key not in FREE | LENGTH and"),
+            ("if key not in free and", "if 'data.eval' not in key and key not in free and"),
         ],
     ),
     "training/schedule.py": (
@@ -434,6 +434,52 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             ('"below": (operator.lt, "less than")', '"below": (operator.le, "less than")'),
             ('return value.lower() in ("true", "yes")', 'return value.lower() == "true"'),
             ("if not math.isfinite(read) or", "if"),
+        ],
+    ),
+    "compare/statistics.py": (
+        ("tests/compare/test_statistics.py",),
+        [
+            ("for task in scores]), 0.25))", "for task in scores]), 0.1))"),
+            ("if any(len(task) < 2 for method", "if any(len(task) < 1 for method"),
+            ("[rng.choice(task, len(task)) for task in method]", "[rng.permutation(task) for task in method]"),
+            (" / 2 + 0.5) for ours", " / 2 + 0.4) for ours"),
+            ("chosen = rng.integers(len(pairs), size=len(pairs))", "chosen = range(len(pairs))"),
+            ("p=min(1.0, 2 * (float(tail)", "p=min(1.0, (float(tail)"),
+            ("(len(p_values) - place) * p_values[index]", "len(p_values) * p_values[index]"),
+            ("largest = max(largest, min(", "largest = max(0.0, min("),
+            ("stats.rankdata(-table, axis=0)", "stats.rankdata(table, axis=0)"),
+            ("/ (6 * n_blocks)", "/ (3 * n_blocks)"),
+        ],
+    ),
+    "compare/choosing.py": (
+        ("tests/compare/test_loop.py",),
+        [
+            ("sign = 1 if is_better_higher", "sign = -1 if is_better_higher"),
+            ("if not ends or grown == widen:", "if True:"),
+            ("open=tuple(ends)", "open=()"),
+            ("if known and len(known) == len(scores)", "if known"),
+            ("beyond = best * best / ordered[-2]", "beyond = best + ordered[-2]"),
+        ],
+    ),
+    "compare/loop.py": (
+        ("tests/compare/test_loop.py",),
+        [
+            ('if outcome.state == "died" and job.tries < sweep.tries:', 'if outcome.state == "died":'),
+            ("if item[0].spectra_key not in measuring", "if True"),
+            ("if free < LEAST_DISK:", "if False:"),
+            ("left = None if limit is None else", "left = None if True else"),
+        ],
+    ),
+    "compare/runs.py": (
+        ("tests/compare/test_sweep.py",),
+        [
+            ("if validation.data == test.data and not", "if False and not"),
+            ('"batch": recipe.measure.batch_size,', '"batch": recipe.train.learning_rate,'),
+            ('"measuring": recipe.measuring.to_json(),', ""),
+            (
+                "if twice := next((folder for folder in folders if folders.count(folder) > 1), None):",
+                "if twice := None:",
+            ),
         ],
     ),
 }
