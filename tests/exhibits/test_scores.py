@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -90,3 +91,21 @@ def test_what_cannot_be_compared_is_told(results, tmp_path):
     with pytest.raises(EvaError, match=r"it has no records\.jsonl"):
         scores.scores(View(folders=(str(tmp_path),)))
     assert math.isnan(scores.ranking_of(View(folders=(folder,)).board)[0].p) is False
+
+
+def test_a_single_method_is_not_compared(results):
+    folder = results({"sst2": "accuracy"})
+    for name in ("choices.json", "records.jsonl"):
+        lines = (folder / name).read_text()
+        if name == "choices.json":
+            lines = json.dumps([one for one in json.loads(lines) if one["method"] in ("lora", "corda")])
+        (folder / name).write_text(lines)
+    view = View(folders=(str(folder),))
+    assert rows(scores.scores(view))["lora"][1] == "0.7200 ± 0.0200"
+    for table in (scores.improvement, scores.wins):
+        with pytest.raises(EvaError, match="lora and one more method need scores on every task"):
+            table(view)
+    with pytest.raises(EvaError, match="ranks need two methods"):
+        scores.ranks(view)
+    with pytest.raises(EvaError, match="nothing to pair: no other method shares a seed with lora"):
+        scores.paired(view)

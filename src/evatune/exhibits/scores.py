@@ -128,6 +128,10 @@ def paired(view: View) -> Table:
             if pairs:
                 sign = board.sign(task)
                 found.append((task, method, paired_difference([sign * one for one in pairs])))
+    if not found:
+        raise EvaError(
+            f"there is nothing to pair: no other method shares a seed with {name}, or its metric is no mean."
+        )
     corrected = holm([difference.p for *_, difference in found])
     rows = [
         [
@@ -186,8 +190,8 @@ def ranking_of(board: Board) -> tuple[Any, str]:
         ]
         for m in board.complete
     }
-    if not by_block or not any(by_block.values()):
-        raise EvaError("no seed was run with every method, so methods cannot be ranked.")
+    if len(by_block) < 2 or not any(by_block.values()):
+        raise EvaError("ranks need two methods with scores on every task, and a seed that was run with all of them.")
     return mean_ranks(by_block), "pairs of task and seed"
 
 
@@ -195,6 +199,7 @@ def wins(view: View) -> Table:
     """Return how often each method scores higher than, as high as and lower than the reference, by task and seed."""
     board = view.board
     name = board.reference(view.against)
+    _check_complete(board, name)
     rows = []
     for method in board.methods:
         counts = [0, 0, 0]
@@ -284,11 +289,14 @@ def _orientation(board: Board) -> str:
 
 def _missing(board: Board) -> str:
     left = [method for method in board.methods if method not in board.complete]
+    if len(left) > 5:
+        return f" {len(left)} methods have no score on every task and are left out."
     return f" Without a score on every task: {', '.join(left)}." if left else ""
 
 
 def _check_complete(board: Board, name: str) -> None:
-    if name not in board.complete:
+    """Check that there is something to compare with a method."""
+    if name not in board.complete or len(board.complete) < 2:
         raise EvaError(
-            f"{name} has no scores on every task yet, so nothing can be compared with it; see table settings."
+            f"{name} and one more method need scores on every task to be compared; see `evatune table settings`."
         )
