@@ -23,6 +23,14 @@ def test_everything_has_a_default_and_a_help():
     assert len({setting.option for setting in all_settings()}) == len(all_settings())
 
 
+def test_the_help_says_what_a_setting_means_in_each_task():
+    helps = {setting.path: setting.help for setting in all_settings()}
+    found = [helps["data.train"].find(start) for start in ("generation: Tr", "understanding: Tr", "vision: A folder")]
+    assert -1 < found[0] < found[1] < found[2] < helps["data.train"].find("control: Environments")
+    assert helps["data.max_train_examples"].startswith("generation and understanding: Keep")
+    assert helps["adapter.rho"].startswith("No target") and helps["data.image_size"].startswith("Side")
+
+
 def test_yaml_round_trip(tmp_path):
     recipe = load_recipe(None, {"rank": 8, "target-modules": "q_proj,v_proj", "tau": "none", "data": ["a.jsonl", "b"]})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())

@@ -238,12 +238,24 @@ def all_settings() -> tuple[Setting, ...]:
                 option="--" + short.replace("_", "-"),
                 kind=kind,
                 default=leaf.default,
-                help=field_docs(typing.cast(Any, section))[leaf.name],
+                help=_help(section, leaf.name),
                 is_path=bool(leaf.metadata.get("path")),
                 tasks=having if section.section == "data" and len(having) < len(DOMAINS) else (),
             )
         )
     return tuple(settings)
+
+
+def _help(section: type[Section], name: str) -> str:
+    """Return the text of a setting; where it means something else in each task, what it means in which."""
+    texts: dict[str, list[str]] = {}
+    for task, domain in DOMAINS.items():
+        kind = domain.settings if section.section == "data" else section
+        if name in kind.field_names():
+            texts.setdefault(field_docs(kind)[name], []).append(task)
+    if len(texts) == 1:
+        return next(iter(texts))
+    return " ".join(f"{' and '.join(tasks)}: {text}" for text, tasks in texts.items())
 
 
 def find_setting(name: str) -> Setting:
