@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from evatune.compare.runs import cells, points, runs_of
+from evatune.compare.sweep import Sweep
 from evatune.recipe import load_recipe
 from evatune.tasks.vision import vtab
 from evatune.training import finetune
 from evatune.training.setup import open_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
+RATES, RANKS = (2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4), (2, 4, 8, 16)
 PAPER, SMALL = ROOT / "recipes" / "paper", ROOT / "recipes" / "small"
 
 
@@ -24,19 +28,27 @@ def test_appendix_d(name):
     assert train.batch_size * train.gradient_accumulation == 64
     assert (train.epochs, train.schedule, train.weight_decay, train.precision) == (30, "cosine", 0.05, "bf16")
     assert train.warmup_ratio * train.epochs == pytest.approx(3)
-    assert train.learning_rate in vtab.LEARNING_RATES
+    assert train.learning_rate in RATES
     if recipe.adapter.method == "full":
         assert train.layer_decay == 0.75
     else:
-        assert recipe.adapter.rank in vtab.RANKS
+        assert recipe.adapter.rank in RANKS
         assert (recipe.adapter.target_modules, recipe.adapter.bias) == ("all-linear", "all")
 
 
-def test_every_run_of_the_plan_fits_the_recipe():
-    for run in vtab.plan_search(["dtd"])[:3] + vtab.plan_report({"pets": {"learning_rate": 1e-3, "rank": 2}}):
-        recipe = load_recipe(PAPER / "dinov2-g14-vtab1k.yaml", run)
-        assert recipe.data.validate is ("data.validate" in run)
-        assert recipe.adapter.rank == run["adapter.rank"]
+def test_the_sweep_is_the_protocol():
+    compared = cells(Sweep.load(ROOT / "sweeps" / "vtab1k.yaml"))
+    assert {cell.task.name for cell in compared} == set(vtab.TASKS)
+    of_eva = [cell for cell in compared if cell.label == "eva"]
+    pairs = [(cell, point) for cell in of_eva for point in points(cell.contender.grid)]
+    search = [run for cell, point in pairs for run in runs_of(cell, "validation", point)]
+    report = [run for cell in of_eva for run in runs_of(cell, "test", {})]
+    assert (len(search), len(report)) == (1140, 95)
+    assert {(run.recipe.train.learning_rate, run.recipe.adapter.rank) for run in search} == {*product(RATES, RANKS)}
+    assert all(run.recipe.data.train == (f"vtab:{run.name.split('/')[0]}",) for run in search + report)
+    assert all(run.recipe.data.validate for run in search) and not any(run.recipe.data.validate for run in report)
+    full = [runs_of(cell, "test", {})[0].recipe for cell in compared if cell.label == "full"]
+    assert {recipe.train.layer_decay for recipe in full} == {0.75}
 
 
 def test_the_real_pictures_of_cifar10(real_data):

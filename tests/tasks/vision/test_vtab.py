@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
 
 from evatune.errors import EvaError
-from evatune.recipe import load_recipe
 from evatune.tasks import open_task
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision import vtab
@@ -147,30 +145,6 @@ def test_a_task_stands_alone(photos):
         load(train="vtab:dtd", eval=str(photos))
 
 
-def test_the_plan_of_the_paper():
-    search = vtab.plan_search()
-    assert len(search) == 1140
-    assert len({json.dumps(run) for run in search}) == 1140
-    best = {task: {"learning_rate": 1e-3, "rank": 8} for task in vtab.TASKS}
-    report = vtab.plan_report(best)
-    assert len(report) == 95
-    assert not any("data.validate" in run for run in report)
-    # Every run is a set of overrides that a recipe takes.
-    recipe = load_recipe(None, {"task": "vision"} | search[-1])
-    assert (recipe.data.train, recipe.data.validate) == (("vtab:kitti-dist",), True)
-    assert (recipe.adapter.rank, recipe.train.learning_rate, recipe.train.seed) == (16, 2.5e-4, 2)
-
-
-def test_the_best_mean_over_seeds_is_chosen():
-    scores = {(1e-3, 2): [0.9, 0.1, 0.1], (5e-4, 8): [0.5, 0.5, 0.5]}
-    runs = [
-        ({"data.train": "vtab:dtd", "train.learning_rate": rate, "adapter.rank": rank, "train.seed": seed}, score)
-        for (rate, rank), found in scores.items()
-        for seed, score in enumerate(found)
-    ]
-    assert vtab.choose(runs) == {"dtd": {"learning_rate": 5e-4, "rank": 8}}
-
-
 def test_means_by_group_of_groups_and_of_tasks():
     # LoRA in the paper's Table 26: groups 83.2, 88.8, 69.0; All 78.4 is the mean over tasks.
     by_group = {"natural": 83.2, "specialized": 88.8, "structured": 69.0}
@@ -179,14 +153,3 @@ def test_means_by_group_of_groups_and_of_tasks():
     assert found["groups"] == pytest.approx((83.2 + 88.8 + 69.0) / 3)
     assert found["tasks"] == pytest.approx(78.4, abs=0.05)
     assert vtab.means({"dtd": 0.5}) == {"natural": 0.5, "groups": 0.5, "tasks": 0.5}
-
-
-def test_the_command_prints_a_line_a_run(tmp_path, capsys):
-    vtab.main(["search", "--tasks", "dtd", "pets"])
-    assert len(capsys.readouterr().out.splitlines()) == 120
-    (tmp_path / "best.json").write_text(json.dumps({"dtd": {"learning_rate": 0.001, "rank": 8}}))
-    vtab.main(["report", "--best", str(tmp_path / "best.json")])
-    assert len(capsys.readouterr().out.splitlines()) == 5
-    with pytest.raises(SystemExit):
-        vtab.main(["search", "--tasks", "dtt"])
-    assert "did you mean 'dtd'" in capsys.readouterr().err

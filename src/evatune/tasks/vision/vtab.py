@@ -1,20 +1,13 @@
-"""VTAB-1K as data: the 19 tasks, the plan of runs of the paper's Appendix D, and the means that it reports.
-
-    python -m evatune.tasks.vision.vtab search                     one line of JSON a run: the settings that differ
-    python -m evatune.tasks.vision.vtab report --best best.json    {"dtd": {"learning_rate": 0.001, "rank": 8}, ...}
+"""VTAB-1K as data: the 19 tasks, and the means that are reported. `sweeps/vtab1k.yaml` runs the protocol.
 
 Zhai et al., 2019: A Large-scale Study of Representation Learning with the Visual Task Adaptation Benchmark.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -26,10 +19,6 @@ PREFIX = "vtab:"
 """What a source's name begins with if it is a task of VTAB-1K."""
 N_EXAMPLES = 1000
 """Training examples of a task, of which 200 are for validation during the search."""
-LEARNING_RATES = (2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)
-RANKS = (2, 4, 8, 16)
-SEARCH_SEEDS = (0, 1, 2)
-REPORT_SEEDS = (0, 1, 2, 3, 4)
 
 Row = Mapping[str, Any]
 
@@ -234,54 +223,6 @@ def _label(task: VtabTask, row: Row) -> int:
     return task.derive(row)
 
 
-def plan_search(tasks: Iterable[str] = TASKS) -> list[dict[str, Any]]:
-    """Return the runs that look for learning rate and rank: 60 a task, 1,140 in all.
-
-    Returns:
-        For each run the settings in which it differs from the recipe, by their dotted names.
-    """
-    return [
-        _run(task, rate=rate, rank=rank, seed=seed) | {"data.validate": True}
-        for task, rate, rank, seed in product(map(_known, tasks), LEARNING_RATES, RANKS, SEARCH_SEEDS)
-    ]
-
-
-def plan_report(best: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs on 1,000 examples that are scored on the test set: 5 a task, 95 in all.
-
-    Args:
-        best: `learning_rate` and `rank` of each task, as `choose` finds them.
-    """
-    return [
-        _run(task, rate=best[task]["learning_rate"], rank=best[task]["rank"], seed=seed)
-        for task, seed in product(map(_known, best), REPORT_SEEDS)
-    ]
-
-
-def _known(name: str) -> str:
-    find_task(name)
-    return name.removeprefix(PREFIX)
-
-
-def _run(task: str, *, rate: float, rank: int, seed: int) -> dict[str, Any]:
-    source = PREFIX + task
-    return {"data.train": source, "train.learning_rate": rate, "adapter.rank": rank, "train.seed": seed}
-
-
-def choose(runs: Iterable[tuple[Mapping[str, Any], float]]) -> dict[str, dict[str, Any]]:
-    """Return the learning rate and rank of each task with the highest mean accuracy over seeds.
-
-    Args:
-        runs: settings of a run of `plan_search`, and its accuracy on the validation set. Ties go to the earlier run.
-    """
-    scores: dict[str, dict[tuple[float, int], list[float]]] = {}
-    for settings, accuracy in runs:
-        by_choice = scores.setdefault(settings["data.train"].removeprefix(PREFIX), {})
-        by_choice.setdefault((settings["train.learning_rate"], settings["adapter.rank"]), []).append(accuracy)
-    best = {task: max(found, key=lambda choice: fmean(found[choice])) for task, found in scores.items()}
-    return {task: {"learning_rate": rate, "rank": rank} for task, (rate, rank) in best.items()}
-
-
 def means(accuracies: Mapping[str, float]) -> dict[str, float]:
     """Return the means that are reported.
 
@@ -297,28 +238,3 @@ def means(accuracies: Mapping[str, float]) -> dict[str, float]:
         by_group.setdefault(find_task(name).group, []).append(accuracy)
     found = {group: fmean(by_group[group]) for group in ("natural", "specialized", "structured") if group in by_group}
     return found | {"groups": fmean(found.values()), "tasks": fmean(accuracies.values())}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a plan, one line of JSON a run."""
-    parser = argparse.ArgumentParser(prog="python -m evatune.tasks.vision.vtab", description=main.__doc__)
-    parser.add_argument("stage", choices=("search", "report"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="by default all 19")
-    parser.add_argument("--best", type=Path, help="JSON file: learning_rate and rank of each task, for report")
-    options = parser.parse_args(arguments)
-    if options.stage == "report" and options.best is None:
-        parser.error("report needs --best: the learning rate and rank that the search found for each task")
-    try:
-        if options.stage == "search":
-            runs = plan_search(options.tasks)
-        else:
-            best = json.loads(options.best.read_text(encoding="utf-8"))
-            runs = plan_report({task: best[task] for task in best if task in options.tasks})
-    except EvaError as error:
-        parser.error(str(error))
-    for run in runs:
-        sys.stdout.write(json.dumps(run) + "\n")
-
-
-if __name__ == "__main__":
-    main()
