@@ -74,7 +74,7 @@ def test_options_override_the_runs_recipe(run, tiny_data, tmp_path, capsys):
         (["RUN", "--limit", "0"], "limit is 0, but must be at least 1"),
         (["--model", "MODEL", "--eval", "EVAL", "--adapter", "x"], "x holds no adapter"),
         (["--model", "MODEL"], "names no held-out data"),
-        ([], "no model was given"),
+        ([], "nothing to score was named"),
     ],
 )
 def test_what_cannot_be_evaluated(run, tiny_model, tiny_data, capsys, arguments, message):

@@ -6,8 +6,10 @@ read values of tensors on the way; if a model fails with both kinds of tensors, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -94,12 +96,26 @@ def follow(
     for kind, tried in (("cpu", dtype), ("meta", dtype), ("cpu", torch.bfloat16)):
         context: AbstractContextManager[Any] = FakeTensorMode() if kind == "cpu" else torch.device("meta")
         try:
-            with context:
+            with context, _failing_quietly():
                 model = build(dtype=tried, context=context).requires_grad_(False)
                 return Trace().run(model, rules, _inputs(model, kind, batch_size=batch_size, length=length))
         except Exception:  # a model can fail in any way if values are missing
             continue
     return None
+
+
+@contextmanager
+def _failing_quietly() -> Iterator[None]:
+    """Keep torch from reporting what fails without values, since another attempt follows."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _inputs(model: Any, device: str, *, batch_size: int, length: int) -> dict[str, Tensor]:
