@@ -94,7 +94,13 @@ def _is_mostly_new(model: Any, missing: Iterable[str]) -> bool:
     return 2 * len(set(own) & set(missing)) > len(own) > 0
 
 
-def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
+def load_config(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
     """Return the configuration of a pretrained model; the arguments are those of `load_model`.
 
     Raises:
@@ -102,9 +108,9 @@ def load_config(name_or_path: str | os.PathLike[str], *, revision: str | None = 
     """
     from transformers import AutoConfig
 
-    source = find_source(name_or_path, None, dtype=None, revision=revision)
+    source = find_source(name_or_path, gguf_file, dtype=None, revision=revision)
     with explained(name_or_path, "configuration"):
-        return AutoConfig.from_pretrained(source, revision=revision)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def local_config(

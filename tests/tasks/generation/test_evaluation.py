@@ -171,7 +171,7 @@ def test_written_answers(model, tokenizer, monkeypatch):
     result = evaluate(model, examples, tokenizer, scoring="both", progress=False)
     assert result["generated"] == pytest.approx((1 / 3 + 1) / 2)
     assert result.counts | {"tokens": 0} == {
-        "examples": 3, "tokens": 0, "questions": 0, "answers": 6, "unparsed": 1, "dropped": 0,
+        "examples": 3, "tokens": 0, "shortened": 0, "questions": 0, "answers": 6, "unparsed": 1, "dropped": 0,
     }  # fmt: skip
     assert set(result.metrics) == {"loss", "exact", "generated"}
     assert result.examples[0]["given"] == "7"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from evatune.errors import EvaError
@@ -77,3 +79,27 @@ def test_how_held_out_examples_are_scored(tiny_model, tiny_data):
 def test_several_equal_answers_are_refused():
     with pytest.raises(EvaError, match=r"data\.samples is 5, but with data\.temperature 0 all answers are equal"):
         GenerationData(samples=5)
+
+
+def test_nothing_is_longer_than_the_model_can_read(tiny_model, tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"question": "red " * 900, "answer": "#### 7"}, {"question": "3 + 4?", "answer": "#### 7"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = opened(tiny_model, train=(str(path),), eval=(str(path),), max_length=4096, scoring="both", max_new_tokens=5)
+    assert "1 longer than 512 tokens" in task.summary()
+    assert max(len(row["input_ids"]) for row in task.train.rows) == 512
+    scores = task.evaluate(task.load_model(), progress=False)
+    assert (scores.counts["shortened"], scores.counts["answers"]) == (1, 2)
+    greedy = opened(tiny_model, eval=(str(path),), scoring="generated", max_new_tokens=600)
+    with pytest.raises(EvaError, match=r"data\.max_new_tokens is 600, but the model reads 512 tokens in all"):
+        greedy.evaluate(greedy.load_model(), progress=False)
+
+
+def test_a_tokenizer_without_padding_token(tiny_model, tiny_data):
+    task = opened(tiny_model, eval=(str(tiny_data / "test.jsonl"),), scoring="both", max_new_tokens=4)
+    model = task.load_model()
+    expected = task.evaluate(model, progress=False)
+    task.tokenizer.pad_token = None
+    found = task.evaluate(model, progress=False)
+    assert found.outcomes["nll"] == pytest.approx(expected.outcomes["nll"], rel=1e-5)
+    assert [row["written"] for row in found.examples] == [row["written"] for row in expected.examples]

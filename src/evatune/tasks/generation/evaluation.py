@@ -44,6 +44,7 @@ def evaluate(
     scoring: str = "likelihood",
     sampling: Sampling | None = None,
     max_length: int = 512,
+    max_prompt: int | None = None,
     batch_tokens: int = 2048,
     bf16: bool = False,
     progress: bool = True,
@@ -59,6 +60,7 @@ def evaluate(
         scoring: one of `SCORINGS`.
         sampling: how answers are written; by default the most probable token each time.
         max_length: longest sequence in tokens.
+        max_prompt: longest prompt in tokens that an answer is written to; by default `max_length`.
         batch_tokens: padded tokens in a batch.
         bf16: compute in bfloat16 autocast.
         progress: show a progress bar with the time left, on a terminal.
@@ -101,7 +103,7 @@ def evaluate(
                 examples,
                 tokenizer,
                 sampling=sampling or Sampling(),
-                max_length=max_length,
+                max_length=max_prompt or max_length,
                 batch_tokens=batch_tokens,
                 bf16=bf16,
                 skip=journal.known("written").keys() | (set(range(len(examples))) - set(written)),
@@ -150,7 +152,7 @@ def _scores(
             "exact": [float(found.exact) for found in ordered],
         }
         metrics |= _LOSS
-        counts["tokens"] = sum(found.tokens for found in ordered)
+        counts |= {"tokens": sum(found.tokens for found in ordered), "shortened": sum(found.cut for found in ordered)}
         picked = {index: _largest(found.choices) for index, found in enumerate(ordered) if found.choices}
         for index, detail in enumerate(details):
             detail["loss"] = ordered[index].nll / max(1, ordered[index].tokens)

@@ -43,6 +43,8 @@ class Likelihood:
     """Whether each of them is the most probable one."""
     choices: tuple[float, ...] = ()
     """Log-likelihood of each choice, without end token."""
+    cut: bool = False
+    """Whether it was longer than the longest allowed sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class _Passage:
     """The same where they are learned, else -100."""
     answer: int = 0
     """Which of them is right."""
+    cut: bool = False
+    """Whether it was longer than it may be."""
 
     @property
     def first(self) -> int:
@@ -128,10 +132,12 @@ def _passages(
     end = tokenizer.eos_token_id
     for index, example in examples.items():
         if example.answer is None:
-            row = _cut([next(encoded)], max_length)[0]
-            yield _Passage(index=index, ids=row["input_ids"], labels=row["labels"])
+            whole = next(encoded)
+            row, cut = _cut([whole], max_length)[0], len(whole["input_ids"]) > max_length
+            yield _Passage(index=index, ids=row["input_ids"], labels=row["labels"], cut=cut)
             continue
-        rows = _cut([next(encoded) for _ in example.choices], max_length)
+        given = [next(encoded) for _ in example.choices]
+        rows = _cut(given, max_length)
         right = rows[example.answer]
         ends = int(example.special_tokens and right["input_ids"][-1] == end)
         choices = [row["input_ids"][: len(row["input_ids"]) - ends] for row in rows]
@@ -147,6 +153,7 @@ def _passages(
                 tuple(row["labels"][shared : len(choice)]) for row, choice in zip(rows, choices, strict=True)
             ),
             answer=example.answer,
+            cut=rows is not given,
         )
 
 
@@ -315,7 +322,11 @@ def _of_targets(logits_btv: Tensor, targets_bt: Tensor) -> tuple[Tensor, Tensor]
 def _likelihood(passage: _Passage, log_probs: Tensor, greedy: Tensor, choices: tuple[float, ...]) -> Likelihood:
     tokens = sum(label != IGNORED for label in passage.labels[1:])
     return Likelihood(
-        nll=-float(log_probs.sum()), tokens=tokens, exact=bool(greedy.all()), choices=tuple(map(float, choices))
+        nll=-float(log_probs.sum()),
+        tokens=tokens,
+        exact=bool(greedy.all()),
+        choices=tuple(map(float, choices)),
+        cut=passage.cut,
     )
 
 

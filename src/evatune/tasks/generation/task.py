@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.models import load_model, load_tokenizer
+from evatune.models import load_config, load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples, Part
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
@@ -55,6 +55,26 @@ class Generation:
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
         )
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many tokens the model can read; None where no configuration says it."""
+        source = self.source
+        try:
+            config = load_config(
+                source.name,
+                gguf_file=source.gguf_file,
+                revision=source.revision,
+                trust_remote_code=source.trust_remote_code,
+            )
+        except EvaError:  # a tokenizer may stand alone in its folder; a model that is missing is told when it is loaded
+            return None
+        return getattr(config, "max_position_embeddings", None)
+
+    @cached_property
+    def max_length(self) -> int:
+        """The longest sequence in tokens: that of the settings, or what the model can read."""
+        return min(self.data.max_length, self.positions or self.data.max_length)
 
     @cached_property
     def examples(self) -> Examples[Example]:
@@ -137,7 +157,8 @@ class Generation:
                 samples=data.samples,
                 seed=self.seed,
             ),
-            max_length=data.max_length,
+            max_length=self.max_length,
+            max_prompt=self._max_prompt(),
             batch_tokens=data.eval_batch_tokens,
             bf16=bf16,
             progress=progress,
@@ -153,7 +174,7 @@ class Generation:
 
     def summary(self) -> str:
         """Return how many examples, from where, how many rows were dropped or cut."""
-        return f"{self.examples.summary()}, {self.train.truncated} longer than {self.data.max_length} tokens"
+        return f"{self.examples.summary()}, {self.train.truncated} longer than {self.max_length} tokens"
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for the record."""
@@ -180,10 +201,18 @@ class Generation:
         return encode_examples(
             examples,
             self.tokenizer,
-            max_length=data.max_length,
+            max_length=self.max_length,
             train_on_prompt=data.train_on_prompt,
             truncation=data.truncation,
         )
+
+    def _max_prompt(self) -> int:
+        """Return the longest prompt after which an answer has room."""
+        new = self.data.max_new_tokens
+        room = (self.positions or self.max_length + new) - new
+        if self.data.scoring != "likelihood" and room < 1:
+            raise EvaError(f"data.max_new_tokens is {new}, but the model reads {self.positions} tokens in all.")
+        return max(1, min(self.max_length, room))
 
     def _load(
         self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool, part: Part = "all"
