@@ -21,6 +21,7 @@ from evatune.compare.sweep import Sweep
 from evatune.errors import EvaError
 
 
+@pytest.mark.slow
 def test_workers_do_the_runs_of_a_sweep_and_a_killed_one_loses_nothing(tiny_sweep, monkeypatch):
     """Two workers, one of which is killed in its first run: the run is done again, nothing is lost or doubled."""
     sweep = Sweep.load(tiny_sweep())
@@ -60,6 +61,7 @@ def test_the_command_tells_what_is_left_and_how_methods_stand(tiny_sweep, capsys
     assert content["runs"][0]["done"] == 2 and content["runs"][0]["left"] == 0 and content["seconds"] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(tiny_sweep):
     """A process of its own gets SIGTERM, as a cluster's scheduler sends it, after its first record."""
     path = tiny_sweep(methods=["lora"])
@@ -86,3 +88,19 @@ def test_ray_is_asked_for_where_it_is_missing(tiny_sweep, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EvaError, match=r"--engine ray needs the Python package ray; run: pip install 'evatune\[ray\]'"):
         open_engine(Sweep.load(tiny_sweep()), engine="ray")
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tiny_sweep, tmp_path):
+    """Ctrl-C in a terminal reaches the whole group of processes; the run in progress saves its checkpoint."""
+    path = tiny_sweep(methods=["lora"], learning_rates=[1e-3], settings={"steps": 4000})
+    folder = Path(Sweep.load(path).output)
+    command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    log = folder / "runs" / "tiny" / "lora" / "lr0.001-seed1000" / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert list(log.parent.glob("checkpoints/checkpoint-*/checksums.json"))
+    assert not (folder / "records.jsonl").exists()

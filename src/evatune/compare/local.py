@@ -67,9 +67,11 @@ class LocalEngine:
             else:
                 with suppress(BrokenPipeError):
                     connection.send(None)
-        for process, _ in self._workers.values():
-            process.join(PATIENCE)
-            if process.is_alive():
+        try:
+            for process, _ in self._workers.values():
+                process.join(PATIENCE)
+        finally:  # also if Ctrl-C is pressed again
+            for process, _ in self._workers.values():
                 process.kill()
 
     def _spawn(self, number: int) -> tuple[Any, Connection]:

@@ -23,6 +23,8 @@ def work(connection: Connection, *, log: str, environment: dict[str, str]) -> No
         environment: variables that are set before PyTorch is loaded.
     """
     os.environ.update(environment)
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C in a terminal is for the sweep, which then sends one signal, so that a checkpoint is saved
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
