@@ -253,3 +253,11 @@ def test_a_checkpoint_that_does_not_fit_the_head_is_refused(tmp_path):
     save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EvaError, match="no weights for most of a BertForTokenClassification, which would be random"):
         load_model(tmp_path, head="token-classification")
+
+
+def test_a_chat_template_of_a_file_replaces_that_of_the_tokenizer(tiny_model, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    tokenizer = load_tokenizer(tiny_model, chat_template=tmp_path / "chat.jinja")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[a]"
+    with pytest.raises(EvaError, match=r"chat.jnja with a chat template \(did you mean 'chat.jinja'"):
+        load_tokenizer(tiny_model, chat_template=tmp_path / "chat.jnja")

@@ -21,7 +21,8 @@ from evatune.training.dry_run import dry_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
-LARGE = {"deberta-v3-base", "dinov2-giant", "llama-2-7b", "roberta-large"}
+LARGE = {"deberta-v3-base", "dinov2-giant", "gemma-2-27b", "gemma-2-9b", "llama-2-7b", "llama-3.1-70b", "llama-3.1-8b"}
+LARGE |= {"roberta-large"}
 """Shapes with so many layers that following a batch takes seconds."""
 ROWS = {
     "commonsense": {"instruction": "Is it? Answer format: a/b", "input": "", "output": "it is a", "answer": "a"},
@@ -86,6 +87,39 @@ def test_every_shipped_recipe_passes(name, data, monkeypatch, tmp_path):
     assert told.steps or any("data" in note for note in told.unchecked)
     assert "no mistake found" in told.text()
     json.dumps(told.to_json())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("llama2-7b-commonsense", 40.6),
+        ("llama3.1-8b-metamath", 44.1),
+        ("gemma2-9b-commonsense", 58.2),
+        ("gemma2-27b-commonsense", 114.2),
+        ("llama3.1-70b-commonsense", 209.3),
+    ],
+)
+def test_trainable_parameters_are_those_of_table_13(name, millions):
+    assert dry_run(load_recipe(RECIPES / f"paper/{name}.yaml")).n_trainable == pytest.approx(millions * 1e6, abs=5e4)
+
+
+@pytest.mark.slow
+def test_the_largest_recipe_fits_on_the_card_of_each_process():
+    recipe = load_recipe(RECIPES / "paper/llama3.1-70b-commonsense.yaml")
+    told = dry_run(recipe, accelerator=find_accelerator("a100-80gb"), processes=4)
+    assert told.fits and told.sample == "8 x 512 tokens"
+    assert told.memory.weights < 45e9  # 141e9 in bfloat16
+    assert told.memory.optimizer == 2 * 2 * told.n_trainable  # two moments in bfloat16
+
+
+def test_processes_share_a_batch(tiny_model):
+    recipe = load_recipe(None, {"model": str(tiny_model), "train.batch-size": 8})
+    alone, shared = dry_run(recipe), dry_run(recipe, processes=4)
+    assert shared.examples_a_step == alone.examples_a_step == 8
+    assert shared.memory.step < 0.5 * alone.memory.step
+    with pytest.raises(EvaError, match="batch_size is 8, which 3 processes cannot share equally"):
+        dry_run(recipe, processes=3)
 
 
 def test_it_tells_what_a_run_then_does(tiny_model, tiny_data, capsys):

@@ -99,3 +99,16 @@ def test_shapes_have_as_many_trainable_parameters_as_the_method(name):
         return sum(parameter.numel() for parameter in one.parameters() if parameter.requires_grad)
 
     assert trainable(empty) == trainable(model)
+
+
+def test_an_adapter_in_bfloat16_is_half_as_large():
+    def trained(dtype):
+        return [p for p in shapes("eva+dora", rank=4, adapter_dtype=dtype).parameters() if p.requires_grad]
+
+    half, whole = trained("bfloat16"), trained("float32")
+    assert {parameter.dtype for parameter in half} == {torch.bfloat16}
+    assert sum(p.nbytes for p in half) * 2 == sum(p.nbytes for p in whole)
+    real = prepare(LlamaForCausalLM(CONFIG), method="eva", batches=[batch()], adapter_dtype="bfloat16", progress=False)
+    assert {p.dtype for p in real.parameters() if p.requires_grad} == {torch.bfloat16}
+    with autocast(torch.device("cpu"), "bfloat16"):
+        real(**batch()).loss.backward()

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -16,20 +17,21 @@ from evatune.settings import Targets, takes
 
 
 @takes(Targets)
-def quantize_targets(model: nn.Module, **options: Any) -> None:
+def quantize_targets(model: nn.Module, *, device: torch.device | None = None, **options: Any) -> None:
     """Hold the weights of the targets in 4 bits (NF4), as QLoRA does.
 
     Args:
         model: changed in place; targets in 4 bits already are left alone.
+        device: where the weights in 4 bits are; by default where they were.
         options: which modules are targets, as in `prepare`; see the list below.
 
     Raises:
         EvaError: bitsandbytes is not installed, or a module is not an `nn.Linear`.
     """
-    quantize(model, find_targets(model, TargetRules.of(options, call="quantize_targets")))
+    quantize(model, find_targets(model, TargetRules.of(options, call="quantize_targets")), device=device)
 
 
-def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:
+def quantize(model: nn.Module, targets: Sequence[TargetModule], *, device: torch.device | None = None) -> None:
     """Hold the weights of these targets in 4 bits; see `quantize_targets`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EvaError("qlora needs the package bitsandbytes, which is not installed: pip install bitsandbytes.")
@@ -56,7 +58,7 @@ def quantize(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         # On a CPU, bitsandbytes repacks the weights at the first evaluation; after that they pass no gradient.
         quantized.support_avx512bf16_for_cpu = False
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
-        quantized.weight = packed.to(weight.device)  # this is where bitsandbytes quantizes
+        quantized.weight = packed.to(device or weight.device)  # this is where bitsandbytes quantizes
         _put(model, name, quantized.train(module.training))
     # PEFT reads from the model, not the layer, whether to use its adapter for 4 bits; only that one can be merged.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

@@ -155,6 +155,7 @@ def prepare(
         remember(peft_model, originals=originals if keep_base else None, trainable=trainable)
         if not settings.train_a:
             freeze_a(peft_model)
+        hold_in(peft_model, settings.adapter_dtype)
     return peft_model
 
 
@@ -203,7 +204,17 @@ def adapter_shapes(
         # PEFT loses that AdaLoRA's count of ranks is not trained where it moves it to another device.
         if ".ranknum." in name or (not settings.train_a and ".lora_A." in name):
             parameter.requires_grad_(False)
+    hold_in(peft_model, settings.adapter_dtype)
     return peft_model, targets
+
+
+def hold_in(peft_model: Any, dtype: str) -> None:
+    """Hold what is trained in bfloat16, if `dtype` says so; float32 is as PEFT makes it."""
+    if dtype != "bfloat16":
+        return
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def freeze_a(peft_model: Any, adapter_name: str = "default") -> None:

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="train nothing: check the recipe, and tell steps, parameters and memory"
     )
+    group.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes that share a batch in a dry run"
+    )
     group.add_argument("--on", metavar="CARD", help="accelerator that a dry run compares with, such as h100-80gb")
 
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         from evatune.training.accelerators import find_accelerator
         from evatune.training.dry_run import dry_run
 
-        told = dry_run(recipe, accelerator=find_accelerator(args.on) if args.on else None)
+        told = dry_run(recipe, accelerator=find_accelerator(args.on) if args.on else None, processes=args.processes)
         answer(args, text=told.text(), content=told.to_json())
         return
     if args.resume and not args.recipe and recipe.output:

@@ -152,16 +152,26 @@ def load_tokenizer(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a pretrained model, or one in a folder of its own; the arguments are those of `load_model`.
 
+    `chat_template` is a file with a template (Jinja), for a tokenizer that has none or another one than wanted.
+
     Raises:
-        EvaError: there is no such model, or it has no tokenizer.
+        EvaError: there is no such model, it has no tokenizer, or there is no such file.
     """
     from transformers import AutoTokenizer
 
     folder = Path(name_or_path).expanduser()
     is_tokenizer = gguf_file is None and (folder / "tokenizer_config.json").is_file()  # also without a model
     source = folder if is_tokenizer else find_source(name_or_path, gguf_file, dtype=None, revision=revision)
+    template = Path(chat_template).expanduser() if chat_template is not None else None
+    if template is not None and not template.is_file():
+        siblings = [child.name for child in template.parent.glob("*")]
+        raise EvaError(f"there is no file {template} with a chat template{near_misses(template.name, siblings)}.")
     with explained(name_or_path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if template is not None:
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer

@@ -29,6 +29,8 @@ class Adapter(Targets, Ranking, Start):
     """Train all biases of the model too, and save them with the adapter."""
     block_size: int = number(4, low=1)
     """Size of the blocks of BOFT."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the adapter's weights are held and trained in; `bfloat16` halves them and the optimizer's moments."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+    chat_template: str | None = path_setting(None)
+    """File with a chat template (Jinja) for a tokenizer that has none, or another one than wanted."""
     config: str | None = path_setting(None)
     """File with the model's configuration (`config.json`), which `--dry-run` reads where the model is not here."""
 

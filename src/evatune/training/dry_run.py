@@ -11,6 +11,7 @@ import torch
 
 from evatune.adapters.four_bits import quantized_bytes
 from evatune.adapters.prepare import adapter_shapes
+from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.settings import Preparing
 from evatune.tables import byte_size, duration
@@ -52,7 +53,7 @@ class DryRun:
     n_examples: int | None
     """Training examples."""
     examples_a_step: int
-    """Examples in one optimizer step of one process."""
+    """Examples in one optimizer step of all processes."""
     steps: int | None
     """Optimizer steps; None where the examples could not be counted."""
     model: str | None = None
@@ -70,9 +71,11 @@ class DryRun:
     memory: Memory | None = None
     """Estimated memory."""
     flops_a_step: int | None = None
-    """Operations of the matrix products of one optimizer step."""
+    """Operations of the matrix products of one optimizer step in one process."""
+    processes: int = 1
+    """Processes that share the examples of a step."""
     accelerator: Accelerator | None = None
-    """The card that was asked for."""
+    """The card that each process has."""
     unchecked: tuple[str, ...] = ()
     """What could not be checked."""
 
@@ -101,8 +104,9 @@ class DryRun:
             lines.append(("model", f"{self.model}, {self.n_parameters:,} parameters"))
             lines.append(("trained", f"{on}{self.n_trainable:,} parameters ({share:.2%}) if ranks are uniform"))
         if (memory := self.memory) is not None:
+            each_of = "one process" if self.processes == 1 else f"each of {self.processes} processes"
             precision = "bf16" if self.bf16 else "fp32"
-            lines.append(("memory", f"estimated for one process and {self.sample} in {precision}:"))
+            lines.append(("memory", f"estimated for {each_of} and {self.sample} in {precision}:"))
             parts = {"weights": memory.weights, "AdamW": memory.optimizer, "a step": memory.step}
             each = " + ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
             lines.append(("", f"{each} = {byte_size(memory.total)}"))
@@ -137,20 +141,23 @@ class DryRun:
         return lines
 
 
-def dry_run(recipe: Recipe, *, accelerator: Accelerator | None = None) -> DryRun:
+def dry_run(recipe: Recipe, *, accelerator: Accelerator | None = None, processes: int = 1) -> DryRun:
     """Check a recipe and tell what it asks for. Nothing is trained, no weight is loaded and no hub is asked.
 
     Data on this machine are read, to look at their columns and to count them.
 
     Args:
         recipe: only its model must be given.
-        accelerator: the card to compare with; without it, precision `auto` is what this machine would take.
+        accelerator: the card of each process; without it, precision `auto` is what this machine would take.
+        processes: how many of them share `train.batch_size`.
 
     Raises:
         EvaError: the recipe, its data or its model has a mistake that would end a run.
     """
     recipe.require("model")
     settings = recipe.train
+    if processes < 1 or settings.batch_size % processes:
+        raise EvaError(f"train.batch_size is {settings.batch_size}, which {processes} processes cannot share equally.")
     task = open_recipe(recipe, offline=True)
     outline = task.outline()
     steps = None
@@ -164,6 +171,7 @@ def dry_run(recipe: Recipe, *, accelerator: Accelerator | None = None) -> DryRun
         examples_a_step=settings.batch_size * settings.gradient_accumulation,
         steps=steps,
         accelerator=accelerator,
+        processes=processes,
         unchecked=outline.unchecked,
     )
     return told if outline.build is None else _with_model(told, recipe, task, outline)
@@ -188,6 +196,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
         task_type=needs.task_type,
         **options,
     )
+    examples = settings.batch_size // told.processes
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     told = dataclasses.replace(
         told,
@@ -196,7 +205,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
         n_targets=len(targets),
         n_trainable=sum(parameter.numel() for parameter in trained),
         bf16=bf16,
-        sample=f"{settings.batch_size} x {outline.sample}",
+        sample=f"{examples} x {outline.sample}",
     )
     weights = sum(parameter.nbytes for parameter in model.parameters())
     unpacked = 0
@@ -207,7 +216,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
     try:
         cost = step_cost(
             model,
-            partial(outline.batch, settings.batch_size),
+            partial(outline.batch, examples),
             bf16=bf16,
             checkpoint=checkpoint_gradients if settings.gradient_checkpointing else None,
         )

@@ -89,7 +89,7 @@ def evaluate(
     if not len(task.held_out):
         raise EvaError("the recipe names no held-out data; set `eval` in its section `data`, or pass --eval.")
     use_threads(recipe)
-    model = load_base(recipe, task)
+    model = load_base(recipe, task, quantizes=adapter is not None)
     if adapter is not None:
         if not force:
             check_model(adapter, model)

@@ -96,7 +96,7 @@ def write_initial_adapter(
     task = open_recipe(recipe)
     if needs_data and say:
         say(f"data      {task.summary()}")
-    model = load_base(recipe, task)
+    model = load_base(recipe, task, quantizes=True)
     quantize_as_asked(recipe, model, task.needs(model))
     if spectra is None and measures(recipe):
         spectra = measure_recipe(recipe, model, task=task, plan=given_plan)

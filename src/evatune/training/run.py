@@ -183,7 +183,7 @@ class _Run:
         with self._timed("load"):
             # Data before weights, so that an error in the data is raised within seconds.
             facts = self.task.facts()
-            model = load_base(recipe, self.task)
+            model = load_base(recipe, self.task, quantizes=True)
         self.weights.update(sampled_weights(model, with_weights(model, without=self.task.needs(model).heads)))
         if resume and not self.force:
             check_model(self.folder, model)

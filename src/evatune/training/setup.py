@@ -21,7 +21,7 @@ from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import initialized_plan, prepare
 from evatune.adapters.attach import load_adapter, quiet_peft
 from evatune.adapters.four_bits import quantize_targets
-from evatune.adapters.prepare import freeze_a
+from evatune.adapters.prepare import freeze_a, hold_in
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.hardware import autocast, best_device
@@ -49,10 +49,17 @@ def open_recipe(recipe: Recipe, *, offline: bool = False) -> Task:
     return open_task(recipe.task, recipe.data, model=recipe.model, seed=recipe.train.seed, offline=offline)
 
 
-def load_base(recipe: Recipe, task: Task) -> Any:
-    """Return the task's model on this machine's best device; the seed is set first, since heads may be new."""
+def load_base(recipe: Recipe, task: Task, *, quantizes: bool = False) -> Any:
+    """Return the task's model on this machine's best device; the seed is set first, since heads may be new.
+
+    Args:
+        recipe: which model.
+        task: loads it.
+        quantizes: `quantize_as_asked` comes next, so a model that does not fit on the device may wait for it.
+    """
     set_seed(recipe.train.seed)
-    return task.load_model().to(best_device())
+    model = task.load_model()
+    return model if quantizes and recipe.adapter.choice.in_four_bits else model.to(best_device())
 
 
 def measured_batches(recipe: Recipe, task: Task, *, part: tuple[int, int] = (0, 1)) -> Any:
@@ -131,10 +138,14 @@ def without_adapter(recipe: Recipe, needs: Needs) -> str | Sequence[str] | None:
 
 
 def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> None:
-    """Quantize the targets to 4 bits if the method has `qlora`, so that the measured model is the trained one."""
+    """Quantize the targets to 4 bits if the method has `qlora`, so that the measured model is the trained one.
+
+    Each weight goes to the device alone, so that the whole model need not fit there before.
+    """
     if recipe.adapter.choice.in_four_bits:
         targets = recipe.adapter.shared(Targets) | {"exclude_modules": without_adapter(recipe, needs)}
-        quantize_targets(model, **targets)
+        quantize_targets(model, device=best_device(), **targets)
+        model.to(best_device())
 
 
 def is_interrupted(spectra: Spectra) -> bool:
@@ -218,6 +229,7 @@ def resumed_adapter(recipe: Recipe, model: Any, directory: str | Path, *, task: 
     adapted = load_adapter(model, directory, is_trainable=True)
     if not recipe.adapter.train_a:
         freeze_a(adapted)
+    hold_in(adapted, recipe.adapter.adapter_dtype)
     return adapted
 
 

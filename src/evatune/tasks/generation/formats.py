@@ -154,7 +154,10 @@ def in_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
     if example.template is CHAT:
         return example
     if not getattr(tokenizer, "chat_template", None):
-        raise EvaError("data.chat needs a tokenizer with a chat template, and this one has none.")
+        raise EvaError(
+            "data.chat needs a tokenizer with a chat template, and this one has none; name one with "
+            "model.chat_template."
+        )
     turns = [("user", example.question or example.prompt), ("assistant", example.completion)]
     pieces = written([{"role": role, "content": content} for role, content in turns], tokenizer)
     return replace(example, pieces=tuple(pieces), special_tokens=False, template=CHAT, stops=())
@@ -179,7 +182,8 @@ def find_format(
         return lambda row: None if form.question and not text_of(row, form.question).strip() else form.convert(row)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise EvaError(
-            f"{source} holds conversations, which need a tokenizer with a chat template, and this one has none."
+            f"{source} holds conversations, which need a tokenizer with a chat template, and this one has none; "
+            "name one with model.chat_template."
         )
     return lambda row: form.convert(row, tokenizer)
 

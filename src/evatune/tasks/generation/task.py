@@ -54,6 +54,7 @@ class Generation:
             gguf_file=source.gguf_file,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
+            chat_template=source.chat_template,
         )
 
     @cached_property
