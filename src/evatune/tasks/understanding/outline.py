@@ -11,17 +11,12 @@ from evatune.models.loading import HEADS
 from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape
 from evatune.tasks.rows import may_be_hub_id
 from evatune.tasks.understanding.glue import TASKS
-from evatune.tasks.understanding.settings import UnderstandingData
 
 if TYPE_CHECKING:
     from evatune.tasks.understanding.task import Understanding
 
-_COLUMNS = {
-    "auto": "text (and text_pair, or other usual names), label",
-    "token-classification": "words or tokens, and their tags",
-    "question-answering": "question, context, answers",
-}
-_ASSUMED = 2
+_ASSUMED = ("0", "1")
+"""Names of the outputs, where they stand in data that are not here."""
 
 
 def outline(task: Understanding) -> Outline:
@@ -37,13 +32,12 @@ def outline(task: Understanding) -> Outline:
         stated=data.train_size or (TASKS[data.glue].train_size if data.glue else None),
         limit=data.max_train_examples,
     )
-    n_outputs = _known_outputs(data) if more else len(task.labels)
-    if n_outputs is None:
-        n_outputs = _ASSUMED
-        more.append(f"the classes are unknown, and {_ASSUMED} are assumed")
+    labels = kind.stated or (_ASSUMED if more else task.labels)
+    if labels is _ASSUMED:
+        more.append(f"the classes are unknown, and {len(_ASSUMED)} are assumed")
     if config is not None:
-        config.num_labels = n_outputs
-        config.problem_type = "regression" if n_outputs == 1 else "single_label_classification"
+        config.num_labels = len(labels)
+        config.problem_type = "regression" if len(labels) == 1 else "single_label_classification"
         config.pad_token_id = config.pad_token_id or 0
 
     def build() -> nn.Module:
@@ -51,28 +45,14 @@ def outline(task: Understanding) -> Outline:
 
     def batch(size: int) -> dict[str, Tensor]:
         tokens = torch.zeros(size, data.max_length, dtype=torch.long)
-        shape = tokens.shape if kind.head == "token-classification" else (size,)
-        dtype = torch.float32 if n_outputs == 1 else torch.long  # numbers, or numbers of classes
-        targets = {name: torch.zeros(shape, dtype=dtype) for name in kind.targets}
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **targets}
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **kind.blank(size, data.max_length)}
 
     mapped = ", ".join(f"{name} (here {column})" for name, column in (data.columns or {}).items())
-    usual = f"those of GLUE's {data.glue}" if data.glue else _COLUMNS.get(data.kind, _COLUMNS["auto"])
     return Outline(
-        columns=mapped or usual,
+        columns=mapped or kind.columns,
         n_examples=n_examples,
         build=None if config is None else build,
         batch=batch,
         sample=f"{data.max_length} tokens",
         unchecked=(*notes, *more),
     )
-
-
-def _known_outputs(data: UnderstandingData) -> int | None:
-    """Return how many outputs the head has, where that is known without data."""
-    if data.kind == "question-answering":
-        return 2
-    if data.kind == "regression" or (data.glue and not TASKS[data.glue].classes):
-        return 1
-    classes = data.classes or (TASKS[data.glue].classes if data.glue else ())
-    return len(classes) or None
