@@ -13,15 +13,33 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.linalg import subspace_angles
+from tests.on_device import on_device
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 # Nothing in the tests needs a hub; where the network is there, a slip would download something.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+TEST_DEVICE = os.environ.get("EVATUNE_TEST_DEVICE", "cpu")
+"""Where tests run: the tensors that they make are there."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--skips", type=int, metavar="N", help="fail unless exactly N tests are skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if TEST_DEVICE != "cpu":
+        device = on_device(TEST_DEVICE)
+        device.__enter__()
+        config.add_cleanup(lambda: device.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("on_cpu")
+        if marker is not None and TEST_DEVICE != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {marker.args[0]}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -63,10 +63,10 @@ def known_rows() -> Callable[..., KnownRows]:
         scores = _orthonormal(n_rows, n_varying, rng, against=np.full(n_rows, n_rows**-0.5))
         rows = (n_rows - 1) ** 0.5 * (scores * spectrum[:n_varying]) @ axes[:n_varying] + center
         return KnownRows(
-            rows=torch.from_numpy(rows),
-            components=torch.from_numpy(axes),
-            deviations=torch.from_numpy(spectrum),
-            mean=torch.from_numpy(center),
+            rows=torch.tensor(rows),
+            components=torch.tensor(axes),
+            deviations=torch.tensor(spectrum),
+            mean=torch.tensor(center),
         )
 
     return build
@@ -99,10 +99,10 @@ def oracle() -> Callable[..., Oracle]:
         covariance = centred.T @ centred / max(len(x) - 1, 1)
         values, vectors = np.linalg.eigh(covariance)
         return Oracle(
-            mean=torch.from_numpy(mean),
-            variance=torch.from_numpy(np.diag(covariance).copy()),
-            eigenvalues=torch.from_numpy(values[::-1].copy()).clamp_min(0),
-            components=torch.from_numpy(vectors[:, ::-1].T.copy()),
+            mean=torch.tensor(mean),
+            variance=torch.tensor(np.diag(covariance).copy()),
+            eigenvalues=torch.tensor(values[::-1].copy()).clamp_min(0),
+            components=torch.tensor(vectors[:, ::-1].T.copy()),
         )
 
     return decompose

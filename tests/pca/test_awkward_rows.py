@@ -174,6 +174,7 @@ def test_more_components_than_features_are_clipped_with_a_warning(known_rows, ba
     assert float(pca.explained_variance_ratio_.sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.on_cpu("an accelerator would have to wait; there, such rows are reported when components are read")
 @EVERY_BACKEND
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -191,6 +192,7 @@ def test_rows_that_are_not_finite_are_counted_and_nothing_changes(known_rows, st
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.on_cpu("an accelerator would have to wait")
 @EVERY_BACKEND
 def test_a_first_batch_that_is_not_finite_leaves_it_unfitted(known_rows, stream, backend):
     known = known_rows(200, FALLING, seed=0)
@@ -202,6 +204,7 @@ def test_a_first_batch_that_is_not_finite_leaves_it_unfitted(known_rows, stream,
     assert torch.equal(pca.components_, stream([known.rows], 4, backend=backend).components_)
 
 
+@pytest.mark.on_cpu("an accelerator would have to wait")
 def test_squares_that_overflow_say_so():
     rows = torch.tensor([[1e30, 0.0], [-1e30, 1.0]])
     with pytest.raises(EvaError, match="squares of the rows overflow; pass the rows as float64"):

@@ -21,17 +21,17 @@ def test_every_step_equals_that_of_scikit_learn(known_rows, sizes, mean, seed):
     for batch in known.batches(*sizes):
         ours.partial_fit(batch)
         theirs.partial_fit(batch.numpy())
-        cosines = (ours.components_ * torch.from_numpy(theirs.components_)).sum(dim=1).abs()
+        cosines = (ours.components_ * torch.tensor(theirs.components_)).sum(dim=1).abs()
         assert (cosines > 1 - 1e-6).all()
         for name in ("singular_values_", "explained_variance_", "explained_variance_ratio_"):
             torch.testing.assert_close(
-                getattr(ours, name), torch.from_numpy(getattr(theirs, name)), rtol=1e-6, atol=0, msg=name
+                getattr(ours, name), torch.tensor(getattr(theirs, name)), rtol=1e-6, atol=0, msg=name
             )
-        torch.testing.assert_close(ours.mean_, torch.from_numpy(theirs.mean_), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.mean_, torch.tensor(theirs.mean_), rtol=1e-12, atol=1e-12)
         n = ours.n_samples_seen_
         assert n == int(theirs.n_samples_seen_)
         if n > 1:  # theirs has n in the denominator
-            torch.testing.assert_close(ours.var_ * (n - 1) / n, torch.from_numpy(theirs.var_), rtol=1e-6, atol=0)
+            torch.testing.assert_close(ours.var_ * (n - 1) / n, torch.tensor(theirs.var_), rtol=1e-6, atol=0)
 
 
 def test_the_mean_correction_is_needed(known_rows, oracle):

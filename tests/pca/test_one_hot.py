@@ -65,6 +65,7 @@ def test_scatter_along_directions_is_that_of_the_dense_formula(center):
     torch.testing.assert_close(pca.scatter_along(directions), expected)
 
 
+@pytest.mark.on_cpu("an accelerator would have to wait for the largest token number")
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -39,18 +39,18 @@ def test_many_batches_agree_with_scikit_learn(known_rows, stream, backend, toler
     known = known_rows(N_ROWS, FALLING, mean=3.0, seed=seed)
     reference = PCA(K, svd_solver="full").fit(known.rows.numpy())
     pca = stream(known.batches(64), K, backend=backend, seed=seed)
-    sigma = torch.from_numpy(reference.singular_values_)
+    sigma = torch.tensor(reference.singular_values_)
     torch.testing.assert_close(pca.singular_values_, sigma, rtol=tolerance, atol=0)
     torch.testing.assert_close(
-        pca.explained_variance_, torch.from_numpy(reference.explained_variance_), rtol=2 * tolerance, atol=0
+        pca.explained_variance_, torch.tensor(reference.explained_variance_), rtol=2 * tolerance, atol=0
     )
     torch.testing.assert_close(
-        pca.explained_variance_ratio_, torch.from_numpy(reference.explained_variance_ratio_), rtol=2 * tolerance, atol=0
+        pca.explained_variance_ratio_, torch.tensor(reference.explained_variance_ratio_), rtol=2 * tolerance, atol=0
     )
-    assert (cosines(pca.components_, torch.from_numpy(reference.components_)) > 1 - tolerance).all()
+    assert (cosines(pca.components_, torch.tensor(reference.components_)) > 1 - tolerance).all()
     # Mean and variance are sums: no backend loses any of them.
-    torch.testing.assert_close(pca.mean_, torch.from_numpy(reference.mean_), rtol=0, atol=1e-10)
-    torch.testing.assert_close(pca.var_, torch.from_numpy(known.rows.numpy().var(axis=0, ddof=1)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(pca.mean_, torch.tensor(reference.mean_), rtol=0, atol=1e-10)
+    torch.testing.assert_close(pca.var_, torch.tensor(known.rows.numpy().var(axis=0, ddof=1)), rtol=1e-9, atol=0)
     assert pca.n_samples_seen_ == reference.n_samples_ == N_ROWS
 
 
@@ -59,7 +59,7 @@ def test_the_transform_is_that_of_scikit_learn_up_to_signs(known_rows, stream, b
     known = known_rows(N_ROWS, FALLING, mean=3.0, seed=0)
     reference = PCA(K, svd_solver="full").fit(known.rows.numpy())
     ours = stream([known.rows], K, backend=backend).transform(known.rows[:50])
-    theirs = torch.from_numpy(reference.transform(known.rows[:50].numpy()))
+    theirs = torch.tensor(reference.transform(known.rows[:50].numpy()))
     assert ours.shape == (50, K) and ours.dtype == torch.float64
     torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=0, atol=2e-3)
 
