@@ -11,7 +11,7 @@ SUMMARY = "draw a figure of results or spectra"
 USAGE = "NAME FOLDER... --save FILE"
 DESCRIPTION = f"""
 Draw a figure, made of a folder of results of `evatune compare`, or of folders of spectra, and write it as .svg, .png or
-.pdf.
+.pdf. Figures of adapters are made of results of a sweep with `keep: adapters`.
 
 figures:
 {listing(FIGURES)}

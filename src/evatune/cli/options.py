@@ -153,7 +153,9 @@ def view_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("score", "against", "task") if getattr(args, name) is not None}
     if args.rhos:
         given["rhos"] = tuple(args.rhos)
-    return given | {"folders": tuple(args.folders), "planning": Planning(**given_options(args))}
+    planning = given_options(args)
+    Planning(**planning)  # a wrong value is told before anything is read
+    return given | {"folders": tuple(args.folders), "planning": planning}
 
 
 def say(text: str) -> None:

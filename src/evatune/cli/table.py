@@ -10,7 +10,8 @@ from evatune.exhibits import TABLES, listing
 SUMMARY = "print a table of results or spectra"
 USAGE = "NAME FOLDER..."
 DESCRIPTION = f"""
-Print a table, made of a folder of results of `evatune compare`, or of folders of spectra.
+Print a table, made of a folder of results of `evatune compare`, or of folders of spectra. Tables of adapters are made
+of results of a sweep with `keep: adapters`.
 
 tables:
 {listing(TABLES)}

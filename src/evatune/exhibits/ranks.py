@@ -45,7 +45,7 @@ def metrics(view: View) -> Table:
     """Return the mean rank of each kind of matrix for each metric of explained variance."""
     spectra, columns = _first(view), {}
     for metric in typing.get_args(Metric):
-        plan = spectra.plan(settings=dataclasses.replace(view.planning, metric=metric))
+        plan = spectra.plan(settings=dataclasses.replace(view.plan_settings, metric=metric))
         columns[metric] = _by_matrix(plan)
     return Table(name="metrics", headers=["matrix", *columns], rows=_rows(columns), caption="Mean rank over layers.")
 
@@ -64,7 +64,7 @@ def convergence(view: View) -> Figure:
 
 def similar(view: View) -> Figure:
     """Draw the mean overlap of the leading components between folders of spectra."""
-    rank = view.planning.rank
+    rank = view.plan_settings.rank
     n = rank if isinstance(rank, int) else max(rank.values())
     values = similarity(list(view.spectra.values()), n_components=n)
     return comparisons.matrix(
@@ -74,7 +74,7 @@ def similar(view: View) -> Figure:
 
 def _plans(view: View) -> dict[float, RankPlan]:
     spectra = _first(view)
-    return {value: spectra.plan(settings=dataclasses.replace(view.planning, rho=value)) for value in view.rhos}
+    return {value: spectra.plan(settings=dataclasses.replace(view.plan_settings, rho=value)) for value in view.rhos}
 
 
 def _first(view: View) -> Spectra:

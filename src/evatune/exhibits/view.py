@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from evatune.compare.board import Board
 from evatune.compare.results import RECORDS, RUNS, Record, Results
@@ -28,8 +29,9 @@ class View:
     """The task of results that a figure shows; by default the first one."""
     rhos: tuple[float, ...] = (1.0, 1.5, 2.0)
     """Values of rho that spectra are planned with."""
-    planning: Planning = field(default_factory=Planning)
-    """How spectra are planned otherwise."""
+    planning: Mapping[str, Any] = field(default_factory=dict)
+    """How spectra are planned otherwise: fields of `evatune.settings.Planning`; by default rank and rho are those that
+    the spectra were measured for."""
 
     @cached_property
     def results(self) -> Results:
@@ -73,6 +75,13 @@ class View:
         names = [Path(folder).name for folder in self.folders]
         labels = names if len(set(names)) == len(names) else list(self.folders)
         return {label: Spectra.load(folder) for label, folder in zip(labels, self.folders, strict=True)}
+
+    @cached_property
+    def plan_settings(self) -> Planning:
+        """All options of plans of the first spectra."""
+        measured = next(iter(self.spectra.values())).settings
+        defaults = {name: measured[name] for name in ("rank", "rho") if measured.get(name) is not None}
+        return Planning(**{**defaults, **self.planning})
 
     def adapters(self, task: str) -> Mapping[str, list[tuple[Path, Path]]]:
         """Return the folders of the initial and the trained adapter of each test run, by method.
