@@ -73,12 +73,11 @@ def compare(
         EvaError: the sweep is wrong, or its folder holds something else, or the disk is full.
         KeyboardInterrupt: Ctrl-C; finished runs are kept, and the next call goes on.
     """
-    results = Results(sweep.output)
-    if again:
-        results.records = {name: record for name, record in results.records.items() if record["state"] == "done"}
-    compared = cells(sweep)
     progress = Progress(say=say, slots=engine.slots)
     try:
+        compared, results = cells(sweep), Results(sweep.output)
+        if again:
+            results.records = {name: record for name, record in results.records.items() if record["state"] == "done"}
         with results.writing(sweep.to_json(), force=force):
             (results.folder / RUNS).mkdir(exist_ok=True)
             while missing := [run for choice in _chosen(sweep, compared, results) for run in choice.missing]:
