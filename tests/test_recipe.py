@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import EvaError
-from evatune.recipe import AdapterSettings, Recipe, all_settings, load_recipe
+from evatune.recipe import MEANT, AdapterSettings, Recipe, all_settings, find_setting, load_recipe
 from evatune.settings import describe_kind
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -21,6 +21,24 @@ def test_everything_has_a_default_and_a_help():
         assert setting.default is not dataclasses.MISSING
         assert describe_kind(setting.kind)
     assert len({setting.option for setting in all_settings()}) == len(all_settings())
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "meant"),
+    [
+        ("train", "lr", "train.learning_rate"),
+        ("train", "rank", "adapter.rank"),
+        ("adapter", "r", "adapter.rank"),
+        ("model", "max_length", "data.max_length"),
+    ],
+)
+def test_settings_of_other_programs_and_of_other_sections_are_understood(section, name, meant):
+    with pytest.raises(EvaError, match=rf"section '{section}' has no setting '{name}' \(did you mean '{meant}'\?\)"):
+        Recipe.from_dict({section: {name: 1}})
+
+
+def test_what_other_programs_call_a_setting_means_one_of_ours():
+    assert all(find_setting(path).path == path for path in MEANT.values())
 
 
 def test_the_help_says_what_a_setting_means_in_each_task():

@@ -220,6 +220,28 @@ class Setting:
     """The tasks that have it, if not all have."""
 
 
+MEANT = {
+    "lr": "train.learning_rate",
+    "alpha": "adapter.lora_alpha",
+    "dropout": "adapter.lora_dropout",
+    "targets": "adapter.target_modules",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "bs": "train.batch_size",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "lr_scheduler_type": "train.schedule",
+    "train": "data.train",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "model_name_or_path": "model.name",
+    "output_dir": "output",
+}
+"""Settings as other programs call them, and what they are called here."""
+
+
 @cache
 def all_settings() -> tuple[Setting, ...]:
     """Return every leaf of the recipe in its order."""
@@ -394,7 +416,10 @@ def _no_such_setting(section: str, name: str, kind: Any, *, task: str) -> str:
         return (
             f"the section 'data' of task {task!r} has no setting {name!r}; it belongs to task {' and '.join(others)}."
         )
-    return f"the recipe's section {section!r} has no setting {name!r}{near_misses(name, kind.field_names())}."
+    places = [setting.path for setting in all_settings() if setting.path.rpartition(".")[2] == name]
+    meant = MEANT.get(name) or (places[0] if len(places) == 1 else "")
+    hint = f" (did you mean {meant!r}?)" if meant else near_misses(name, kind.field_names())
+    return f"the recipe's section {section!r} has no setting {name!r}{hint}."
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:

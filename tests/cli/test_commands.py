@@ -54,6 +54,12 @@ def test_the_short_name_of_two_settings_means_the_one_of_training():
         assert given_options(parser.parse_args(words)) == {meant: "3"}
 
 
+@pytest.mark.parametrize("words", [["--learning_rate", "2e-3"], ["--learning_rate=2e-3"], ["--learning-rate", "2e-3"]])
+def test_options_may_be_written_with_underscores(capsys, words):
+    assert main(["finetune", *words, "--model", "a_b", "--json"]) == 1
+    assert "no data was given" in capsys.readouterr().err
+
+
 def test_no_command_and_help_show_the_help(capsys):
     assert main([]) == 2
     assert "COMMAND --help` explains a command" in capsys.readouterr().err
@@ -85,6 +91,8 @@ def test_version_and_usage_errors(capsys):
         (["measur"], "'measure'"),
         (["finetune", "--lr", "1"], "'--learning-rate'"),
         (["plan", "x", "--r=3"], "'--rank'"),
+        (["finetune", "--max_steps", "3"], "'--steps'"),
+        (["finetune", "--model-name-or-path=x"], "'--model'"),
     ],
 )
 def test_what_was_meant_is_named(capsys, words, meant):

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from evatune import __version__, launch
 from evatune.cli.options import HelpFormatter
 from evatune.errors import EvaError, near_misses
 from evatune.files import json_text
+from evatune.recipe import MEANT, find_setting
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
 COMMANDS = (
@@ -39,17 +41,6 @@ COMMANDS = (
 )
 IN_EACH_PROCESS = ("measure", "init", "finetune", "evaluate")
 """Commands that several processes run together; the others run in the first process alone."""
-
-_MEANT = {
-    "--lr": "--learning-rate",
-    "--alpha": "--lora-alpha",
-    "--dropout": "--lora-dropout",
-    "--targets": "--target-modules",
-    "--r": "--rank",
-    "--bs": "--train.batch-size",
-    "--train": "--data",
-}
-"""Options of other programs, and what they are called here."""
 
 
 _MEANT_COMMANDS = {"train": "finetune", "tune": "finetune", "eval": "evaluate", "run": "finetune", "chat": "generate"}
@@ -111,10 +102,12 @@ def _main(words: list[str]) -> int:
         meant = _MEANT_COMMANDS.get(words[0])
         hint = f" (did you mean {meant!r}?)" if meant else near_misses(words[0], COMMANDS)
         parser.error(f"unknown command {words[0]!r}{hint}; commands are {', '.join(COMMANDS)}")
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = parser.parse_known_args([_hyphenated(word) for word in words])
     if unknown:
         option = unknown[0].partition("=")[0]
-        if (meant := _MEANT.get(option)) in args.parser._option_string_actions:
+        path = MEANT.get(option.lstrip("-").replace("-", "_"))
+        meant = find_setting(path).option if path else "--" + option.lstrip("-")
+        if meant in args.parser._option_string_actions:
             args.parser.error(f"unknown argument {unknown[0]!r} (did you mean {meant!r}?)")
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
         args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(option, known)}")
@@ -146,6 +139,12 @@ def _main(words: list[str]) -> int:
             raise
         return _fail(args, "another process has ended, so this one ends too; the message of that one says why.")
     return 0
+
+
+def _hyphenated(word: str) -> str:
+    """Return an option with hyphens in its name, which may be written with underscores as in recipes."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z][a-z0-9._-]*", name) else word
 
 
 @contextlib.contextmanager

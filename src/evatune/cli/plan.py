@@ -41,6 +41,10 @@ def run(args: argparse.Namespace) -> None:
     Planning(**given)  # a wrong value is told before the spectra are read
     for path in filter(None, (args.save, args.plot)):
         check_writable(path, overwrite=args.overwrite)
+    if args.plot:
+        from evatune.report.style import check_format
+
+        check_format(args.plot)
     spectra = Spectra.load(args.spectra)
     measured = {name: spectra.settings[name] for name in ("rank", "rho") if spectra.settings.get(name) is not None}
     plan = spectra.plan(settings=Planning(**measured | given))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from evatune.errors import EvaError
 from evatune.files import write_bytes
 
-__all__ = ["FORMATS", "colours", "fresh_axes", "looks", "render", "save", "styled"]
+__all__ = ["FORMATS", "check_format", "colours", "fresh_axes", "looks", "render", "save", "styled"]
 
 FORMATS = ("svg", "png", "pdf")
 INK, MUTED, GRID, EMPTY = "#22272e", "#5b6470", "#d9dde3", "#eceef1"
@@ -114,6 +114,18 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
     return buffer.getvalue()
 
 
+def check_format(path: str | Path) -> str:
+    """Return the format that a figure is written in, by the ending of its name.
+
+    Raises:
+        EvaError: it is none of `FORMATS`.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise EvaError(f"a figure cannot be written as {Path(path).name!r}; end its name with .{', .'.join(FORMATS)}.")
+    return kind
+
+
 def save(figure: Figure, path: str | Path | None) -> Figure:
     """Write a figure to `path`, if there is one; the suffix says in which format.
 
@@ -130,8 +142,6 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
     if path is None:
         return figure
     path = Path(path).expanduser()
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise EvaError(f"a figure cannot be written as {path.name!r}; end its name with .{', .'.join(FORMATS)}.")
+    kind = check_format(path)
     write_bytes(path, render(figure, kind))
     return figure

@@ -56,7 +56,7 @@ class TrainSettings(Section):
     """Newest checkpoints that stay on disk; 0 leaves none of a finished run, which then cannot be extended."""
     seed: int = number(0, low=0)
     """Seed of data order, sampling, dropout and random initialization."""
-    threads: int | None = number(None, low=1)
+    threads: int | None = number(None, low=1, high=1024)
     """Processor threads; by default what PyTorch chooses."""
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ from evatune.fingerprint import sampled_weights, with_weights
 from evatune.hardware import describe_machine, peak_memory_gib, reset_peak_memory
 from evatune.methods import at_home
 from evatune.models import save_model
+from evatune.models.calls import no_progress_bars
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
 from evatune.tasks.scores import Scores, score_line
@@ -359,7 +360,7 @@ class _Run:
         )
         set_seed(settings.seed)
         check_still_there(self.folder)
-        with self._timed("train"), writing_run(self.folder), interrupt.listening(), quiet_peft():
+        with self._timed("train"), writing_run(self.folder), interrupt.listening(), quiet_peft(), no_progress_bars():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted and trainer.state.global_step < self.n_steps:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
