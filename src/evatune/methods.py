@@ -72,8 +72,6 @@ class Method:
     """Whether it takes the adapter's start out of the base weights; evatune saves such adapters converted."""
     layers: tuple[str, ...] = ()
     """The classes of layers that it adapts, where it does not adapt all."""
-    size: str = "rank"
-    """The setting of the adapter by which it grows; none for full fine-tuning."""
     vectors: int = 0
     """How many singular vectors of the weight or its gradient one rank takes."""
     config: str = "evatune.adapters.configs:lora"
@@ -137,7 +135,6 @@ METHODS: dict[str, Method] = {
             name="full",
             idea="All weights of the model are trained.",
             config="",
-            size="",
             refuses=_alone(_NO_ADAPTER),
         ),
         Method(name="lora", idea="A low-rank update B A beside each frozen weight, A random and B zero."),
@@ -212,7 +209,6 @@ METHODS: dict[str, Method] = {
             idea="Each weight is multiplied by a trained orthogonal matrix in butterfly form.",
             layers=("Linear",),
             config="evatune.adapters.configs:boft",
-            size="block_size",
             refuses=_alone(_FIXED_SCALE),
         ),
         Method(

@@ -127,4 +127,5 @@ def test_shipped_sweeps(path, monkeypatch, tmp_path):
     monkeypatch.setenv("EVATUNE_DATA", str(tmp_path))
     compared = cells(Sweep.load(path))
     assert len(compared) >= 8
-    assert all(len(cell.contender.grid["train.learning_rate"]) >= 5 for cell in compared)
+    fewest = 3 if path.stem.startswith("glue") else 5  # the paper's search
+    assert all(len(cell.contender.grid["train.learning_rate"]) >= fewest for cell in compared)
