@@ -34,11 +34,11 @@ def model_on(device, *, n_layers=1):
 
 def batches(n, *, padded=True, device="cpu"):
     generator = torch.Generator("cpu").manual_seed(0)
-    mask = torch.ones(4, 64, dtype=torch.long)
+    mask = torch.ones(4, 64, dtype=torch.long, device="cpu")
     if padded:
         mask[1, 40:] = 0
     for _ in range(n):
-        tokens = torch.randint(0, 64, (4, 64), generator=generator)
+        tokens = torch.randint(0, 64, (4, 64), generator=generator, device="cpu")
         yield {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 

@@ -52,14 +52,14 @@ def _replaced(value: Tensor, padding: Tensor, reserved: frozenset[int], generato
     changed = value.clone()
     old, usual = value[padding], value[~padding] if not padding.all() else value[padding]
     if value.is_floating_point():
-        noise = torch.randn(old.shape, generator=generator, dtype=torch.float32).to(old)
+        noise = torch.randn(old.shape, generator=generator, dtype=torch.float32, device="cpu").to(old)
         spread, mean = (usual.std(), usual.mean()) if usual.numel() > 1 else (usual.new_ones(()), 0)
         changed[padding] = mean + (spread + (spread == 0)) * noise
         return changed
     pool = usual.unique()
     free = [number for number in pool.tolist() if number not in reserved]
-    pool = torch.tensor(free or pool.tolist(), dtype=value.dtype)
-    drawn = torch.randint(len(pool), old.shape, generator=generator)
+    pool = torch.tensor(free or pool.tolist(), dtype=value.dtype, device="cpu")
+    drawn = torch.randint(len(pool), old.shape, generator=generator, device="cpu")
     same = pool[drawn] == old.cpu()
     changed[padding] = pool[torch.where(same, (drawn + 1) % len(pool), drawn)].to(value.device)
     return changed
@@ -77,8 +77,14 @@ def ragged(batch: Any, positions: BatchPositions, *, takes: Callable[[str], bool
     sequences = []
     for index, sequence in enumerate(positions.sequences):
         *others, length = sequence.kept.shape
-        last = torch.arange(math.prod(others)).remainder(2).mul(length // 3).add(1 + index).reshape(*others, 1)
-        still = torch.arange(length) < (length - last).clamp(min=1)
+        last = (
+            torch.arange(math.prod(others), device="cpu")
+            .remainder(2)
+            .mul(length // 3)
+            .add(1 + index)
+            .reshape(*others, 1)
+        )
+        still = torch.arange(length, device="cpu") < (length - last).clamp(min=1)
         kept = sequence.kept & still.to(sequence.kept.device)
         for name in sequence.masks:
             mask = entries_of(batch)[name]

@@ -21,7 +21,7 @@ def rotated(A_rd: Tensor, *, seed: int = 0) -> Tensor:
     Cost: O(rank^2 * in_features).
     """
     r = len(A_rd)
-    Q_rr, R_rr = torch.linalg.qr(torch.randn(r, r, generator=_generator(seed), dtype=torch.float64))
+    Q_rr, R_rr = torch.linalg.qr(torch.randn(r, r, generator=_generator(seed), dtype=torch.float64, device="cpu"))
     Q_rr = Q_rr * R_rr.diagonal().sign()  # without this, the QR decomposition's choice of signs is not uniform
     return (Q_rr.to(A_rd) @ A_rd).contiguous()
 
@@ -37,7 +37,7 @@ def permuted(A_rd: Tensor, *, seed: int = 0) -> Tensor:
 
     Cost: O(rank * in_features).
     """
-    order = torch.randperm(len(A_rd), generator=_generator(seed))
+    order = torch.randperm(len(A_rd), generator=_generator(seed), device="cpu")
     return A_rd[order.to(A_rd.device)].contiguous()
 
 
@@ -53,7 +53,7 @@ def shuffled(A_rd: Tensor, *, seed: int = 0) -> Tensor:
 
     Cost: O(rank log(rank) * in_features).
     """
-    order = torch.rand(A_rd.shape, generator=_generator(seed), dtype=torch.float64).argsort(dim=0)
+    order = torch.rand(A_rd.shape, generator=_generator(seed), dtype=torch.float64, device="cpu").argsort(dim=0)
     return A_rd.gather(0, order.to(A_rd.device)).contiguous()
 
 
@@ -67,7 +67,7 @@ def random_rows(rank: int, in_features: int, *, seed: int = 0) -> Tensor:
 
     Cost: O(rank * in_features).
     """
-    return (2 * torch.rand(rank, in_features, generator=_generator(seed)) - 1) / in_features**0.5
+    return (2 * torch.rand(rank, in_features, generator=_generator(seed), device="cpu") - 1) / in_features**0.5
 
 
 def _generator(seed: int) -> torch.Generator:

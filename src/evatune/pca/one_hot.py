@@ -246,7 +246,7 @@ def _leading(counts_v: Tensor, k: int, *, center: bool) -> Steps[tuple[Tensor, T
     order_v = torch.sort(counts_v, descending=True, stable=True).indices
     distinct_u, size_u = torch.unique_consecutive(counts_v[order_v], return_counts=True)
     start_u = size_u.cumsum(0) - size_u
-    components_kv = torch.zeros(k, len(counts_v), dtype=torch.float64)
+    components_kv = torch.zeros(k, len(counts_v), dtype=torch.float64, device="cpu")
     if not center:
         components_kv[torch.arange(k), order_v[:k]] = 1.0
         return components_kv, counts_v[order_v[:k]].double()

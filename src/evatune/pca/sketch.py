@@ -356,9 +356,9 @@ class SketchState(State):
 def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
     """Return Gaussian columns (d, m). The last are the probes, the same in all sketches so that these merge."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    probes_ds = torch.randn(n_features, N_PROBES, generator=generator)
+    probes_ds = torch.randn(n_features, N_PROBES, generator=generator, device="cpu")
     generator.manual_seed(seed)
-    test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator)
+    test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator, device="cpu")
     return _rounded(torch.cat([test_dl, probes_ds], dim=1))
 
 

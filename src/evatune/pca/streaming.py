@@ -451,7 +451,7 @@ class StreamingPCA(AnyPCA):
         *values, total_variance = yield Host(torch.cat([singular_values_k.to(total), total[None]]))
         self._looked = Look(
             components=components_kd,
-            singular_values=torch.tensor(values, dtype=singular_values_k.dtype),
+            singular_values=torch.tensor(values, dtype=singular_values_k.dtype, device="cpu"),
             total_variance=total_variance,
             n_samples_seen=self.n_samples_seen_,
         )

@@ -112,7 +112,7 @@ def batches(
     """
     order = list(range(len(task.train)))
     if seed is not None:
-        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     if sampling == "stratified":
         order = _in_turn(order, task.kinds())
     first, step = part
