@@ -12,7 +12,7 @@ from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.likelihood import score
 
 CHOICES = {
-    "one token differs": ("the answer is red", "the answer is one"),
+    "one token differs": ("the correct answer is true", "the correct answer is false"),
     "several tokens": ("red green", "red blue one", "two"),
     "one begins with another": ("red", "red two"),
 }
@@ -46,6 +46,14 @@ def questions(choices: tuple[str, ...]) -> list[Example]:
         for prompt in prompts
         for answer in range(len(choices))
     ]
+
+
+def test_what_differs_in_one_token_takes_one_pass(model, tokenizer):
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, args, options: passes.append(1), with_kwargs=True)
+    list(score(model, questions(CHOICES["one token differs"])[:2], tokenizer))
+    hook.remove()
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("cached", [True, False])
