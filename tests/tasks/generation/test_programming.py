@@ -13,8 +13,9 @@ import torch
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
 from evatune.tasks.generation.answers import Verdict
-from evatune.tasks.generation.evaluation import evaluate, pass_at
+from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.formats import find_format
+from evatune.tasks.generation.outcomes import pass_at
 from evatune.tasks.generation.programming import assembled, judge_programs
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.generation.task import Generation
@@ -93,7 +94,7 @@ def test_pass_at_k_is_the_share_of_all_drawings(n, right, k):
 
     drawings = list(combinations([True] * right + [False] * (n - right), k))
     expected = sum(any(drawn) for drawn in drawings) / len(drawings)
-    assert pass_at(k, [{"right": number < right} for number in range(n)]) == pytest.approx(expected)
+    assert pass_at(k, [number < right for number in range(n)]) == pytest.approx(expected)
 
 
 class StandIn(torch.nn.Module):

@@ -34,8 +34,7 @@ class Verdict:
 
 def judge_choice(text: str, example: Example) -> Verdict:
     """Read the first choice that a text names: the choices without the words that they all begin with."""
-    stem = _common_beginning(example.choices)
-    names = [choice[len(stem) :] for choice in example.choices]
+    stem, names = _common_beginning(example.choices), names_of_choices(example.choices)
     longest_first = sorted(names, key=len, reverse=True)
     pattern = "|".join(re.escape(name) for name in longest_first)
     after = text.split(stem.strip(), 1)[-1] if stem.strip() else text
@@ -117,6 +116,11 @@ def _after_mark(text: str) -> str | None:
     places = [(text.rfind(mark), mark) for mark in _MARKS]
     place, mark = max(places)
     return text[place + len(mark) :] if place >= 0 else None
+
+
+def names_of_choices(choices: tuple[str, ...]) -> list[str]:
+    """Return choices without the words that they all begin with."""
+    return [choice[len(_common_beginning(choices)) :] for choice in choices]
 
 
 def _common_beginning(choices: tuple[str, ...]) -> str:
