@@ -57,6 +57,10 @@ def test_masks_in_the_way_of_pytorch_are_true_at_padding():
 
 def test_masks_that_are_not_understood_are_named():
     assert read_positions({"pixel_values": torch.zeros(B, 3, T, T), "pixel_mask": MASK}).unread == ("pixel_mask",)
+    patches = read_positions({"pixel_values": torch.zeros(B, T, 5), "pixel_attention_mask": MASK})
+    assert patches.unread == () and torch.equal(patches.sequences[0].kept, MASK.bool())
+    others = read_positions({"pixel_values": torch.zeros(B, 3, 9, 9), "pixel_attention_mask": MASK})
+    assert others.unread == ("pixel_attention_mask",)
 
 
 def test_a_mask_of_nothing_in_the_batch_says_nothing():

@@ -74,6 +74,16 @@ def test_text_and_image_in_one_sequence(tiny, captioned, check):
     check(lambda: tiny("ViltModel"), captioned(), may_say=True)
 
 
+@pytest.mark.parametrize("lengths", [(4, 13), (4, 7)])
+def test_text_and_regions_in_one_sequence(lengths, tiny, texts, images, check):
+    """VisualBERT: both have padding, and the longest text may have as many tokens as the image has regions."""
+    samples = []
+    for number, (text, regions) in enumerate(zip(texts(lengths=lengths), images(6, 32), strict=True)):
+        seen = regions[:, : 3 + number % 4]
+        samples.append({**text, "visual_embeds": seen, "visual_attention_mask": torch.ones(seen.shape[:2]).long()})
+    check(lambda: tiny("VisualBertModel", visual_embedding_dim=32), samples)
+
+
 def test_text_and_regions_in_cross_attention(tiny, texts, images, check):
     samples = [
         {**text, "visual_feats": regions, "visual_pos": regions[..., :4].sigmoid()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -98,6 +100,17 @@ def test_encoder_decoder(name, tiny, texts, check):
     """Targets of other lengths than the sources, padded in the labels alone."""
     samples = [{**source, "labels": target["input_ids"]} for source, target in zip(texts(), texts(seed=1), strict=True)]
     check(lambda: tiny(name, **ENCODER_DECODERS[name]), samples)
+
+
+def test_streams_that_look_at_the_length_of_the_batch(tiny, texts, check):
+    """ProphetNet's predicting streams differ with the length of the padding, and the oracle takes none."""
+    samples = [{**source, "labels": target["input_ids"]} for source, target in zip(texts(), texts(seed=1), strict=True)]
+    sizes = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "decoder_start_token_id": 0}
+    build = partial(tiny, "ProphetNetForConditionalGeneration", **sizes)
+    spectra = check(build, samples, may_say=True)
+    assert spectra["prophetnet.decoder.layers.1.feed_forward.output"].n_rows == 3 * sum(
+        sample["labels"].shape[1] for sample in samples
+    )
 
 
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])

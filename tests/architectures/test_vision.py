@@ -1,8 +1,9 @@
-"""Images and videos: every row counts."""
+"""Images and videos: every row counts, but those of padded patches."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -72,3 +73,15 @@ def test_video(name, tiny, images, check):
 def test_images_as_tokens(tiny, texts, check):
     samples = [{"input_ids": text["input_ids"]} for text in texts(lengths=(16, 17))]
     check(lambda: tiny("ImageGPTForImageClassification"), samples)
+
+
+def test_images_of_several_sizes(tiny, check):
+    """SigLIP 2 takes images as sequences of patches, padded to the largest."""
+    generator, samples = torch.Generator().manual_seed(0), []
+    for number in range(12):
+        height, width = [(2, 3), (3, 3), (2, 2), (4, 2)][number % 4]
+        patches = torch.randn(1, height * width, 3 * 4 * 4, generator=generator)
+        mask, shape = torch.ones(patches.shape[:2]).long(), torch.tensor([[height, width]])
+        samples.append({"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shape})
+    # PEFT's "all-linear" would wrap the output projection of an attention module, which is never called, alone.
+    check(lambda: tiny("Siglip2VisionModel", num_patches=16), samples, peft={"exclude_modules": ["out_proj"]})

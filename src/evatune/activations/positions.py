@@ -18,7 +18,8 @@ from evatune.settings import IGNORED_LABEL
 MASK, TORCH_MASK, LABELS = "attention_mask", "key_padding_mask", "labels"
 """Endings of the names of entries of a batch: attention masks, padding masks, and labels."""
 UNREAD = ("padding_mask", "pixel_mask", "pixel_attention_mask")
-"""Names of masks that are not read: models differ in what they mean, or they are of pictures."""
+"""Names of masks that models understand in different ways, or that are of pictures: they are read only if they fit
+another entry of the batch position by position."""
 INPUTS = ("input_ids", "inputs_embeds")
 DECODER = "decoder_"
 
@@ -149,7 +150,10 @@ def read_positions(
                     labels=None if of_sequence is None else LABELS,
                 )
             )
-    return BatchPositions(sequences=tuple(sequences), unread=tuple(_unread(entries)))
+    read = {name for sequence in sequences for name in sequence.masks}
+    return BatchPositions(
+        sequences=tuple(sequences), unread=tuple(name for name in _unread(entries) if name not in read)
+    )
 
 
 def _marks_on_host(entries: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -36,8 +36,6 @@ class Domain:
     """Settings of that section without which nothing can be trained."""
     metric: str
     """The headline number."""
-    higher_is_better: bool
-    """Whether a larger headline number is a better one."""
     home: str
     """The module that has `open_task(data, *, model, seed)`."""
     collects: bool = False
@@ -58,7 +56,6 @@ DOMAINS: dict[str, Domain] = {
         idea="a causal language model continues prompts",
         settings=GenerationData,
         metric="loss",
-        higher_is_better=False,
         home="evatune.tasks.generation.task",
         kind="causal-lm",
         keeps_journal=True,
@@ -68,7 +65,6 @@ DOMAINS: dict[str, Domain] = {
         idea="a language model learns classes, numbers, tags or answers of texts",
         settings=UnderstandingData,
         metric="accuracy",
-        higher_is_better=True,
         home="evatune.tasks.understanding.task",
         keeps_journal=True,
         kind="sequence-classification",
@@ -78,7 +74,6 @@ DOMAINS: dict[str, Domain] = {
         idea="a vision model learns the classes of pictures",
         settings=VisionData,
         metric="accuracy",
-        higher_is_better=True,
         kind="image-classification",
         home="evatune.tasks.vision.task",
     ),
@@ -86,7 +81,6 @@ DOMAINS: dict[str, Domain] = {
         idea="a Decision Transformer acts in simulated environments",
         settings=ControlData,
         metric="success",
-        higher_is_better=True,
         home="evatune.tasks.control.task",
         collects=True,
         fresh_held_out=True,

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import FNetConfig, FNetModel, OPTConfig, OPTForCausalLM
 
 from evatune import EvaError, EvaWarning, measure, measure_from_disk
 
@@ -48,3 +48,20 @@ def test_each_doubt_is_said_once_for_all_blocks(stored, batches, monkeypatch):
     said = [str(warning.message) for warning in caught if issubclass(warning.category, EvaWarning)]
     assert len(said) == 1
     assert said[0].startswith("the components of 10 of 10 inputs")
+
+
+def test_padding_that_only_a_pass_in_parts_removes_is_said(tmp_path):
+    """FNet mixes all positions, padding too; from disk, batches stay whole."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = FNetModel(FNetConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    ids, mask = torch.randint(1, 64, (4, 9)), torch.ones(4, 9).long()
+    mask[:2, 6:] = 0
+    batches, measured = [{"input_ids": ids, "attention_mask": mask}], {"n_components": 4, "progress": False}
+    measured["target_modules"] = ["intermediate.dense"]
+    whole = measure(model, batches, tau=None, min_gain=None, **measured)
+    assert {(spectrum.padding, spectrum.n_rows) for spectrum in whole.values()} == {("removed", 30)}
+    with pytest.warns(EvaWarning, match="padding among the rows of 2 of 2 inputs cannot be recognized and counts"):
+        parts = measure_from_disk(tmp_path, batches, **measured)
+    assert {(spectrum.padding, spectrum.n_rows) for spectrum in parts.values()} == {("unknown", 36)}

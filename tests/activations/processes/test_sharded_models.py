@@ -52,3 +52,34 @@ def test_in_one_process_a_held_interrupt_ends_measuring_after_the_pass(monkeypat
     spectra = evatune.measure(model, batches(), n_components=4, tau=None, min_gain=None, progress=False)
     assert spectra.settings["n_batches"] == 3 and {s.stopped for s in spectra.values()} == {"interrupted"}
     assert len(n_heads) == 3  # all passes went to the end
+
+
+class ReadsItsPadding(nn.Module):
+    """Sums up what came before, padding too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.sees = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.sees(self.embedding(input_ids).cumsum(1))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_padding_that_only_a_pass_in_parts_removes_is_said_where_there_can_be_none(monkeypatch, is_sharded):
+    """All processes make the same number of passes, so no process can cut its batch by the lengths of its samples."""
+    module = importlib.import_module("evatune.activations.measure")
+    if is_sharded:
+        monkeypatch.setattr(module, "sharding_of", lambda model: "some way")
+    torch.manual_seed(0)
+    ids, mask = torch.randint(1, 20, (4, 9)), torch.ones(4, 9).long()
+    mask[:2, :4] = 0
+    model, batches = ReadsItsPadding(), [{"input_ids": ids, "attention_mask": mask}]
+    measured = {"n_components": 4, "tau": None, "min_gain": None, "progress": False}
+    if not is_sharded:
+        spectrum = evatune.measure(model, batches, **measured)["sees"]
+        assert (spectrum.padding, spectrum.unsure_share, spectrum.n_rows) == ("removed", 0.0, 28)
+        return
+    with pytest.warns(evatune.EvaWarning, match=r"padding among the rows of 1 of 1 inputs .*'sees': 100% of its rows"):
+        spectrum = evatune.measure(model, batches, **measured)["sees"]
+    assert (spectrum.padding, spectrum.unsure_share, spectrum.n_rows) == ("unknown", 1.0, 36)
