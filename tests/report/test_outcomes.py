@@ -41,3 +41,10 @@ def test_long_lists_and_texts_are_cut(tmp_path):
 
 def test_examples_that_are_neither_right_nor_wrong(tmp_path):
     assert "There are none." in page(tmp_path, [{"question": "a", "expected": "b"}])
+
+
+def test_of_numbers_those_are_shown_that_are_farthest_off(tmp_path):
+    rows = [{"question": f"pair {number}", "expected": 2.0, "given": 2.0 + number} for number in (1, -3, 2)]
+    html = page(tmp_path, rows)
+    assert "Wrong" not in html and "Right" not in html
+    assert html.index("pair -3") < html.index("pair 2") < html.index("pair 1")

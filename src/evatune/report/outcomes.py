@@ -28,20 +28,22 @@ def write_outcomes_page(
         path: the file.
         title: title of the page.
         scores: name, value and interval of each metric.
-        examples: `question`, `expected`, `given` and `right` of each, see `evatune.tasks.scores.Scores.examples`.
+        examples: `question`, `expected`, `given` and `right` of each, see `evatune.tasks.scores.Scores.examples`. Of
+            numbers, which have no `right`, those are shown that are farthest off.
         lead: what stands under the title.
     """
     told = [example for example in examples if "right" in example]
     wrong, right = ([example for example in told if bool(example["right"]) is kind] for kind in (False, True))
-    sections = [
-        Section(title="Scores", content=[Table(headers=("metric", "score", "95% interval"), rows=scores)]),
-        *(
-            Section(
-                title=f"{name.capitalize()}: {len(found):,} of {len(told):,}",
-                content=[_count(found), *(Verbatim(text=_shown(example)) for example in found[:N_SHOWN])],
-            )
-            for name, found in (("wrong", wrong), ("right", right))
-        ),
+    off = sorted((example for example in examples if _is_number(example)), key=_distance, reverse=True)
+    groups = [
+        (f"{name}: {len(found):,} of {len(told):,}", found) for name, found in (("Wrong", wrong), ("Right", right))
+    ]
+    if off:
+        groups = [*(groups if told else []), ("Farthest off", off)]
+    sections = [Section(title="Scores", content=[Table(headers=("metric", "score", "95% interval"), rows=scores)])]
+    sections += [
+        Section(title=name, content=[_count(found), *(Verbatim(text=_shown(example)) for example in found[:N_SHOWN])])
+        for name, found in groups
     ]
     return write_page(path, title=title, sections=sections, lead=lead)
 
@@ -50,6 +52,15 @@ def _count(found: Sequence[Any]) -> str:
     if not found:
         return "There are none. Only questions with choices and written answers are right or wrong."
     return f"The first {N_SHOWN} of them:" if len(found) > N_SHOWN else "All of them:"
+
+
+def _is_number(example: Mapping[str, Any]) -> bool:
+    """Return whether an example is about a number, which is near or far and not right or wrong."""
+    return "right" not in example and isinstance(example.get("expected"), float)
+
+
+def _distance(example: Mapping[str, Any]) -> float:
+    return abs(example["expected"] - example["given"])
 
 
 def _shown(example: Mapping[str, Any]) -> str:
