@@ -141,8 +141,11 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
             "run: pip install 'evatune[hub]'."
         ) from None
     try:
-        for number, row in enumerate(datasets.load_dataset(name, hub_config, split=split), start=1):
-            yield f"{name}, {split} row {number}", row
+        rows = datasets.load_dataset(name, hub_config, split=split)
+        names = _names_in_lists(getattr(rows, "features", None))
+        for number, row in enumerate(rows, start=1):
+            tags = {column: [known[value] for value in row[column]] for column, known in names.items()}
+            yield f"{name}, {split} row {number}", row | tags
     except EvaError:
         raise
     except Exception as error:  # the hub client raises errors of many libraries
@@ -150,6 +153,12 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
         raise EvaError(
             f"there is no data file {name}, and it cannot be loaded from a hub: {reason.rstrip('.')}."
         ) from error
+
+
+def _names_in_lists(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return the names of the classes that lists of class numbers hold, such as the tags of words, by column."""
+    inner = {column: getattr(feature, "feature", None) for column, feature in (features or {}).items()}
+    return {column: feature.names for column, feature in inner.items() if hasattr(feature, "names")}
 
 
 _READERS: dict[str, Callable[..., Iterator[tuple[str, Row]]]] = {

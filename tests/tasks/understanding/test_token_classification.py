@@ -135,3 +135,15 @@ def test_rows_and_their_mistakes():
         named.converter(row, "x")(row | {"ner_tags": ["O", "B-Y"]})
     with pytest.raises(EvaError, match="all training words have the tag 'O'; two are needed at least"):
         PLAIN.labels([Tagged(words=("a",), tags=("O",))])
+
+
+def test_tags_of_a_hub_data_set_are_read_by_their_names(opened, monkeypatch):
+    import datasets
+
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-PER", "I-PER"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags})
+    rows = {"tokens": [["Ada", "Lovelace", "wrote"]], "ner_tags": [[1, 2, 0]]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: data)
+    (example,) = opened(kind="token-classification", train=("some/set",)).examples
+    assert example.tags == ("B-PER", "I-PER", "O")
