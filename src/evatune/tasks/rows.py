@@ -158,7 +158,7 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
 def _names_in_lists(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """Return the names of the classes that lists of class numbers hold, such as the tags of words, by column."""
     inner = {column: getattr(feature, "feature", None) for column, feature in (features or {}).items()}
-    return {column: feature.names for column, feature in inner.items() if hasattr(feature, "names")}
+    return {column: known for column, feature in inner.items() if (known := getattr(feature, "names", None))}
 
 
 _READERS: dict[str, Callable[..., Iterator[tuple[str, Row]]]] = {

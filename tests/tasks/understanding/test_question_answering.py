@@ -55,6 +55,7 @@ def test_windows_cover_a_long_context_and_one_at_least_has_the_answer(opened, wr
     rows = task.train.rows
     assert len(rows) > 2
     assert task.train.cut == 1
+    assert task.summary().endswith("places of answers, 1 longer than 48 tokens, read in several windows")
     assert all(len(row["input_ids"]) <= 48 for row in rows)
     seen = {position for row in rows for span in row["offsets"] if span for position in range(*span)}
     assert seen >= {place for place, letter in enumerate(context) if letter != " "}

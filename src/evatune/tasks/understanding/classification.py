@@ -46,6 +46,7 @@ class Classification:
     head = "sequence-classification"
     task_type = "SEQ_CLS"
     targets = ("labels",)
+    too_long = "cut at the {cut}"
 
     @property
     def stated(self) -> tuple[str, ...] | None:

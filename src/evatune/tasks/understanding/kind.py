@@ -62,6 +62,8 @@ class Kind(Protocol):
     """PEFT's task type."""
     targets: tuple[str, ...]
     """Names of what is learned in a row and in a batch."""
+    too_long: str
+    """What happens to longer sequences, for people; `{cut}` stands for the side of the setting."""
 
     @property
     def stated(self) -> tuple[str, ...] | None:

@@ -59,6 +59,7 @@ class QuestionAnswering:
     head = "question-answering"
     task_type = "QUESTION_ANS"
     targets = ("start_positions", "end_positions")
+    too_long = "read in several windows"
 
     stated = ("begin", "end")
     columns = ", ".join(COLUMNS)

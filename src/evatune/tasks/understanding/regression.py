@@ -39,6 +39,7 @@ class Regression:
     head = "sequence-classification"
     task_type = "SEQ_CLS"
     targets = ("labels",)
+    too_long = "cut at the {cut}"
 
     stated = ("number",)
 

@@ -199,8 +199,9 @@ class Understanding:
 
     def summary(self) -> str:
         """Return how many texts, from where, what is learned, how many rows were dropped or cut."""
-        cut = f"{self.train.cut:,} longer than {self.data.max_length} tokens, cut at the {self.data.cut}"
-        return f"{self.examples.summary()}, {self.kind.about(self.labels)}, {cut}"
+        how = self.kind.too_long.format(cut=self.data.cut)
+        long = f"{self.train.cut:,} longer than {self.data.max_length} tokens, {how}"
+        return f"{self.examples.summary()}, {self.kind.about(self.labels)}, {long}"
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for the record."""

@@ -60,6 +60,7 @@ class TokenClassification:
     head = "token-classification"
     task_type = "TOKEN_CLS"
     targets = ("labels",)
+    too_long = "cut at the {cut}"
 
     columns = f"{' or '.join(WORDS)}; and {' or '.join(TAGS)}"
 
