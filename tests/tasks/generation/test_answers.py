@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from evatune.tasks.generation.answers import JUDGES, final_answer, final_number, last_boxed
+from evatune.errors import EvaError
+from evatune.tasks.generation import answers
+from evatune.tasks.generation.answers import JUDGES, check_judges, final_answer, final_number, last_boxed
 from evatune.tasks.generation.example import Example
 
 CHOICES = tuple(f"the correct answer is {name}" for name in ("answer1", "answer2", "answer12"))
@@ -88,3 +90,11 @@ def test_mathematics_that_cannot_be_read():
     pytest.importorskip("math_verify")
     assert judged("mathematics", "I give up", expected="2") == (None, False)
     assert judged("mathematics", r"\boxed{(3, \pi/2)}", expected=r"\left( 3, \frac{\pi}{2} \right)")[1]
+
+
+def test_a_package_that_is_missing_is_told_before_anything_is_written(monkeypatch):
+    example = Example(pieces=(("", False), ("x", True)), judge="mathematics", expected="2")
+    check_judges([example], allow_code_execution=False)
+    monkeypatch.setattr(answers, "find_spec", lambda name: None)
+    with pytest.raises(EvaError, match=r"needs the Python package math-verify; run: pip install 'evatune\[math\]'"):
+        check_judges([example], allow_code_execution=False)

@@ -83,3 +83,9 @@ def test_long_prompts_lose_their_beginning(model, tokenizer):
 
 def test_an_empty_prompt(model, tokenizer):
     assert len(answers(model, tokenizer, asked(""))[0]) == 1
+
+
+def test_every_batch_is_sampled_with_a_seed_of_its_own(model, tokenizer):
+    options = {"sampling": {"temperature": 1.5}, "batch_tokens": 1}
+    first, second = answers(model, tokenizer, asked(PROMPTS[0], PROMPTS[0]), **options).values()
+    assert first != second

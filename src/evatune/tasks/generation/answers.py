@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from evatune.errors import EvaError
 from evatune.tasks.generation.example import Example
@@ -53,12 +54,8 @@ def judge_number(text: str, example: Example) -> Verdict:
 
 def judge_mathematics(text: str, example: Example) -> Verdict:
     """Compare the final answer with the expected one as mathematics: 1/2, 0.5 and 50% are equal."""
-    try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    except ImportError:
-        raise EvaError(
-            "comparing mathematical answers needs the Python package math-verify; run: pip install 'evatune[math]'."
-        ) from None
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
     kinds = (LatexExtractionConfig(), ExprExtractionConfig())
     # Its limits on time are alarms, which only the main thread can set.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
@@ -76,6 +73,27 @@ JUDGES: dict[str, Callable[[str, Example], Verdict]] = {
     "mathematics": judge_mathematics,
 }
 """Ways of judging by name; programs are judged by `evatune.tasks.generation.programming`, which runs them."""
+
+
+def check_judges(examples: Sequence[Example], *, allow_code_execution: bool) -> None:
+    """Check that the written answers to some examples can be judged here.
+
+    Args:
+        examples: what will be answered.
+        allow_code_execution: whether programs of the model may be run.
+
+    Raises:
+        EvaError: programs may not be run, or a package is missing.
+    """
+    if any(example.program for example in examples) and not allow_code_execution:
+        raise EvaError(
+            "the held-out examples are programming problems, whose score needs programs of the model to be run on this "
+            "machine; allow it with --allow-code-execution, or set data.scoring to likelihood."
+        )
+    if any(example.judge == "mathematics" for example in examples) and find_spec("math_verify") is None:
+        raise EvaError(
+            "comparing mathematical answers needs the Python package math-verify; run: pip install 'evatune[math]'."
+        )
 
 
 def final_number(text: str) -> str | None:

@@ -14,6 +14,7 @@ from evatune.errors import EvaError
 from evatune.models import load_config, load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples, Part
+from evatune.tasks.generation.answers import check_judges
 from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
@@ -101,11 +102,8 @@ class Generation:
             examples = self._load(data.eval, limit=limit, split=data.eval_split, held_out=True)
         else:
             return Examples()
-        if data.scoring != "likelihood" and not data.allow_code_execution and any(e.program for e in examples):
-            raise EvaError(
-                "the held-out examples are programming problems, whose score needs programs of the model to be run on "
-                "this machine; allow it with --allow-code-execution, or set data.scoring to likelihood."
-            )
+        if data.scoring != "likelihood":
+            check_judges(examples, allow_code_execution=data.allow_code_execution)
         return examples
 
     def kinds(self) -> list[str]:
