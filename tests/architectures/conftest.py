@@ -8,6 +8,7 @@ itself, its family says which positions of a tensor count.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -140,6 +141,61 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of routers, which hold one matrix and are no linear layers, by the name of the matrix."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if re.search("Router|Gate$", type(module).__name__) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+
+
+def routed_rows(
+    model: nn.Module, samples: Iterable[Sample], *, forward: Callable[[nn.Module, Sample], Any]
+) -> dict[str, list[Tensor]]:
+    """Return the rows, in float64, that are routed to each fused expert while the samples pass one by one."""
+    rows: dict[str, list[list[Tensor]]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, chosen, *_ = (*args, *kwargs.values())
+            of_experts = rows.setdefault(name, [[] for _ in range(len(module.gate_up_proj))])
+            for number, kept in enumerate(of_experts):
+                kept.append(hidden[(chosen == number).any(-1)].double())
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(keep(f"{name}.gate_up_proj"), with_kwargs=True)
+        for name, module in model.named_modules()
+        if "top_k_index" in inspect.signature(module.forward).parameters and hasattr(module, "gate_up_proj")
+    ]
+    with torch.no_grad():
+        for sample in samples:
+            forward(model, sample)
+    for handle in handles:
+        handle.remove()
+    return {name: [torch.cat(parts) for parts in of_experts] for name, of_experts in rows.items()}
+
+
+def wrong_experts(spectrum: evatune.Spectrum, rows: list[Tensor]) -> str:
+    """Say in what the spectrum of fused experts differs from the exact ones of their rows, or nothing."""
+    if spectrum.n_rows != sum(map(len, rows)):
+        return f"{spectrum.n_rows} rows for {sum(map(len, rows))}"
+    k = len(spectrum.components)
+    for number, (rows_nd, basis_kd) in enumerate(
+        zip(rows, spectrum.components.double().chunk(len(rows), 1), strict=True)
+    ):
+        if len(rows_nd) <= k:
+            continue  # such an expert takes the directions of all
+        covariance_dd = torch.cov(rows_nd.T)
+        basis_dk, _ = torch.linalg.qr(basis_kd.T)
+        captured, best = float((basis_dk.T @ covariance_dd @ basis_dk).trace()), torch.linalg.eigvalsh(covariance_dd)
+        if captured < float(best[-k:].sum()) * (1 - RTOL):
+            return f"other directions of expert {number}"
+    return ""
+
+
 def seen_rows(
     model: nn.Module, samples: Iterable[Sample], *, valid: Valid, forward: Callable[[nn.Module, Sample], Any]
 ) -> dict[str, Tensor]:
@@ -157,7 +213,8 @@ def seen_rows(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in linear_modules(model).items()
+        module.register_forward_pre_hook(keep(name), with_kwargs=True)
+        for name, module in (linear_modules(model) | routers(model)).items()
     ]
     with torch.no_grad():
         for sample in samples:
@@ -250,6 +307,7 @@ def check(tmp_path: Path) -> Callable[..., evatune.Spectra]:
         model: Any = build()
         batches = [collate(samples[i : i + 4]) for i in range(0, len(samples), 4)]
         truth = seen_rows(model, batches if together else samples, valid=valid, forward=forward)
+        of_experts = routed_rows(model, samples, forward=forward)
         before, n_hooks = copy.deepcopy(model.state_dict()), all_hooks(model)
         measured = {"n_components": N_COMPONENTS, "tau": None, "min_gain": None, "progress": False}
         if forward is not call:
@@ -263,11 +321,16 @@ def check(tmp_path: Path) -> Callable[..., evatune.Spectra]:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
         assert not [name for name in spectra.targets if re.fullmatch(NEVER_TARGETS, name)]
-        missing = [name for name in truth if name not in spectra.targets and not re.fullmatch(heads, name)]
+        missing = [
+            name for name in [*truth, *of_experts] if name not in spectra.targets and not re.fullmatch(heads, name)
+        ]
         embeddings = [id(model.get_output_embeddings())] if hasattr(model, "get_output_embeddings") else []
         assert not [name for name in missing if id(model.get_submodule(name)) not in embeddings]
-        # Attention modules and the matrices of routed experts have oracles of their own, in tests/activations/layers.
+        # Attention modules and the last matrices of fused experts have oracles in tests/activations/layers.
         faults = {name: wrong(spectra[name], truth[name]) for name in truth if name in spectra.targets}
+        faults |= {
+            name: wrong_experts(spectra[name], rows) for name, rows in of_experts.items() if name in spectra.targets
+        }
         faults = {name: fault for name, fault in faults.items() if fault}
         assert not faults or (may_say and said), faults
         missed = [name for name in linear_modules(model) if unreached and re.fullmatch(unreached, name)]
