@@ -42,7 +42,8 @@ def write_results_page(view: View, path: str | Path) -> Path:
         f"{count} runs {state}" for state, count in counts.items()
     )
     lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
-    sections = [Section(title="Scores", content=[HOW, *filter(None, (_table(view, name) for name in OVERALL))])]
+    overall = [HOW, *filter(None, (_table(view, name) for name in OVERALL))]
+    sections = [Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)])]
     for task in board.tasks:
         one = dataclasses.replace(view, task=task)
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
@@ -83,7 +84,9 @@ def _figure(view: View, name: str, numbers: str | None) -> list[Block]:
     except EvaError:  # such as the score over rho, where there is one value
         return []
     idea = FIGURES[name].idea
-    blocks: list[Block] = [Picture(figure=figure, alt=f"{idea}, {view.task}.", caption=f"{idea[0].upper()}{idea[1:]}.")]
+    blocks: list[Block] = [
+        Picture(figure=figure, alt=f"{idea}, {view.task or 'all tasks'}.", caption=f"{idea[0].upper()}{idea[1:]}.")
+    ]
     if numbers == "rates":
         blocks.append(Folded(title="numbers", table=_rates(view)))
     elif numbers is not None:
