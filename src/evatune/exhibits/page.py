@@ -42,7 +42,7 @@ def write_results_page(view: View, path: str | Path) -> Path:
         f"{count} runs {state}" for state, count in counts.items()
     )
     lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
-    overall = [HOW, *filter(None, (_table(view, name) for name in OVERALL))]
+    overall: list[Block] = [HOW, *filter(None, (_table(view, name) for name in OVERALL))]
     sections = [Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)])]
     for task in board.tasks:
         one = dataclasses.replace(view, task=task)
