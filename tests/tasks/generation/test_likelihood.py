@@ -9,6 +9,7 @@ from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation import likelihood as module
 from evatune.tasks.generation.encoding import encode_examples
 from evatune.tasks.generation.example import Example
+from evatune.tasks.generation.formats import in_chat
 from evatune.tasks.generation.likelihood import score
 
 CHOICES = {
@@ -113,3 +114,15 @@ def test_a_cache_that_is_not_of_keys_and_values_is_not_shared():
 
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     assert not module.shares_prompts(MambaForCausalLM(MambaConfig(**sizes)))
+
+
+@pytest.mark.parametrize("name", ["one token differs", "several tokens"])
+def test_questions_in_a_chat_end_with_their_turn(model, tokenizer, name):
+    choices = CHOICES[name]
+    plain_question = Example(pieces=(("?", False), (choices[1], True)), choices=choices, answer=1, question="Which?")
+    example = in_chat(plain_question, tokenizer)
+    assert example.pieces[-1] == (choices[1] + "</s>", True)
+    (((_, found),),) = score(model, [example], tokenizer)
+    (row,) = encode_examples([example], tokenizer).rows
+    assert found.nll == pytest.approx(-plain(model, row, end=True), rel=1e-4)
+    assert found.choices[1] == pytest.approx(plain(model, row, end=False), rel=1e-4)

@@ -123,23 +123,17 @@ def _passages(
     examples: Mapping[int, Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Iterator[_Passage]:
     """Yield examples as tokens; all choices are tokenized in one call."""
-    variants = [
-        replace(example, pieces=(*example.pieces[:-1], (choice, True)))
-        for example in examples.values()
-        for choice in (example.choices if example.answer is not None else (example.completion,))
-    ]
+    variants = [variant for example in examples.values() for variant in (example, *_choices(example))]
     encoded = iter(encode_examples(variants, tokenizer, max_length=_NO_LIMIT).rows)
     end = tokenizer.eos_token_id
     for index, example in examples.items():
-        if example.answer is None:
-            whole = next(encoded)
-            row, cut = _cut([whole], max_length)[0], len(whole["input_ids"]) > max_length
-            yield _Passage(index=index, ids=row["input_ids"], labels=row["labels"], cut=cut)
+        given = [next(encoded), *(next(encoded) for _ in _choices(example))]
+        right, *rows = _cut(given, max_length)
+        cut = right is not given[0]
+        if example.answer is None or not rows:
+            yield _Passage(index=index, ids=right["input_ids"], labels=right["labels"], cut=cut)
             continue
-        given = [next(encoded) for _ in example.choices]
-        rows = _cut(given, max_length)
-        right = rows[example.answer]
-        ends = int(example.special_tokens and right["input_ids"][-1] == end)
+        ends = int(example.special_tokens and rows[example.answer]["input_ids"][-1] == end)
         choices = [row["input_ids"][: len(row["input_ids"]) - ends] for row in rows]
         alike = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*choices, strict=False))))
         shared = min(alike, min(map(len, choices)) - 1)
@@ -153,8 +147,15 @@ def _passages(
                 tuple(row["labels"][shared : len(choice)]) for row, choice in zip(rows, choices, strict=True)
             ),
             answer=example.answer,
-            cut=rows is not given,
+            cut=cut,
         )
+
+
+def _choices(example: Example) -> list[Example]:
+    """Return a question with each of its choices in place of the completion, as far as they were written alike."""
+    if example.answer is None:
+        return []
+    return [replace(example, pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
 
 
 def _cut(rows: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
