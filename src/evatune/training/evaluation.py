@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from evatune import launch
 from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
 from evatune.files import check_writable, write_json_lines
+from evatune.methods import at_home
 from evatune.recipe import Recipe, load_recipe
-from evatune.tasks import find_domain
+from evatune.tasks import DOMAINS, find_domain
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
+from evatune.tasks.task import Task
 from evatune.training.folder import ADAPTER, MODEL, RECIPE
 from evatune.training.origin import check_model, data_of
 from evatune.training.setup import load_base, open_recipe, quantize_as_asked, use_threads, uses_bf16
@@ -89,12 +91,7 @@ def evaluate(
     if not len(task.held_out):
         raise EvaError("the recipe names no held-out data; set `eval` in its section `data`, or pass --eval.")
     use_threads(recipe)
-    model = load_base(recipe, task, quantizes=adapter is not None)
-    if adapter is not None:
-        if not force:
-            check_model(adapter, model)
-        quantize_as_asked(recipe, model, task.needs(model))
-        model = load_adapter(model, adapter)
+    model = _scored_model(recipe, task, adapter=adapter, force=force)
     options: dict[str, Any] = {"limit": limit, "bf16": uses_bf16(recipe.train), "progress": progress}
     if outcomes is None or not launch.is_first():
         return task.evaluate(model, **options)
@@ -143,3 +140,62 @@ def _about(recipe: Recipe, *, adapter: str | Path | None, limit: int | None) -> 
         "limit": limit,
         "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights],
     }
+
+
+def evaluate_with_harness(
+    recipe: Recipe,
+    names: Sequence[str],
+    *,
+    adapter: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Score the recipe's model on tasks of lm-evaluation-harness; its data need not be named.
+
+    Args:
+        recipe: names the model.
+        names: of tasks of lm-eval, those with the paper's prompts included (`evatune_commonsense`).
+        adapter: folder of an adapter that is put on the model.
+        limit: score the first so many examples of each task.
+        num_fewshot: examples in front of each question; by default what the task says.
+        force: put the adapter also on another model than its own.
+
+    Returns:
+        What lm-eval found, as plain values: `results`, `samples`, ...
+
+    Raises:
+        EvaError: lm-eval is not installed, or knows no such task, or the recipe's task has no such models.
+    """
+    recipe.require("model")
+    home = find_domain(recipe.task).harness
+    if not home:
+        able = ", ".join(name for name, domain in DOMAINS.items() if domain.harness)
+        raise EvaError(f"lm-eval scores no models of task {recipe.task!r}; it scores those of {able}.")
+    use_threads(recipe)
+    task = open_recipe(recipe)
+    model = _scored_model(recipe, task, adapter=adapter, force=force)
+    return at_home(home)(task, model, names, limit=limit, num_fewshot=num_fewshot, bf16=uses_bf16(recipe.train))
+
+
+def _scored_model(recipe: Recipe, task: Task, *, adapter: str | Path | None, force: bool) -> Any:
+    model = load_base(recipe, task, quantizes=adapter is not None)
+    if adapter is None:
+        return model
+    if not force:
+        check_model(adapter, model)
+    quantize_as_asked(recipe, model, task.needs(model))
+    return load_adapter(model, adapter)
+
+
+def harness_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """Return task, metric, score and standard error of what a harness found, groups last."""
+    rows = []
+    for task, metrics in (found["results"] | found.get("groups", {})).items():
+        for key, value in metrics.items():
+            name, _, filtered = key.partition(",")
+            if filtered and not name.endswith("_stderr") and isinstance(value, int | float):
+                error = metrics.get(f"{name}_stderr,{filtered}")
+                shown = name if filtered == "none" else key
+                rows.append([task, shown, float(value), None if error == "N/A" else error])
+    return rows

@@ -1,0 +1,144 @@
+"""lm-evaluation-harness: our task definitions, and its scores against ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from evatune.cli.main import main
+from evatune.errors import EvaError
+from evatune.recipe import load_recipe
+from evatune.tasks.generation import harness
+from evatune.tasks.generation.examples import load_examples
+from evatune.tasks.generation.likelihood import score
+from evatune.tasks.generation.named import GROUPS, NAMED
+from evatune.training.setup import load_base, open_recipe
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="no lm-eval: pip install 'evatune[lm-eval]'"
+)
+ROW = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is true"}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """A folder of copies: BoolQ in the form of Hu et al. (2023), ARC-Easy in its original one, GSM8K."""
+    folder = tmp_path_factory.mktemp("copies")
+    keyed = {"question": "Two?", "choices": {"text": ["1", "2"], "label": ["A", "B"]}, "answerKey": "B"}
+    rows = {
+        "commonsense/boolq/test.json": [ROW | {"answer": "true"}] * 3,
+        "commonsense/ARC-Easy/test.json": [keyed] * 2,
+        "gsm8k/test.json": [{"question": "1 + 1?", "answer": "It is two.\n#### 2"}] * 2,
+    }
+    for name, content in rows.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def opened(model: str, folder=None):
+    recipe = load_recipe(None, {"model": model, "precision": "fp32"} | ({"folder": str(folder)} if folder else {}))
+    task = open_recipe(recipe)
+    return task, load_base(recipe, task)
+
+
+def test_every_commonsense_task_is_defined_with_its_data_on_the_hub():
+    for name in GROUPS["commonsense"]:
+        content = (harness.DEFINITIONS / f"{name.partition('/')[2]}.yaml").read_text()
+        found, task = yaml.safe_load(content), NAMED[name]
+        assert (found["dataset_path"], found.get("dataset_name")) == (task.hub, task.config)
+        assert found["test_split"] == task.held_out
+    group = yaml.safe_load((harness.DEFINITIONS / "commonsense.yaml").read_text())
+    assert len(group["task"]) == len(GROUPS["commonsense"]) == 8
+
+
+@needs_lm_eval
+def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tmp_path, capsys):
+    arguments = ["--model", str(tiny_model), "--folder", str(copies), "--harness", "lm-eval", "--limit", "2"]
+    arguments += ["--tasks", "evatune_boolq", "evatune_arc_e", "--save", str(tmp_path / "scores.json")]
+    assert main(["evaluate", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {task: numbers["sample_len"] for task, numbers in found["results"].items()} == {
+        "evatune_boolq": 2,
+        "evatune_arc_e": 2,
+    }
+    samples = json.loads((tmp_path / "scores.json").read_text())["samples"]
+    asked = samples["evatune_arc_e"][0]["doc"]
+    assert asked["prompt"].endswith("Answer1: 1 Answer2: 2\n\nAnswer format: answer1/answer2\n")
+    assert asked["choices"][asked["answer"]] == "the correct answer is answer2"
+
+
+@needs_lm_eval
+def test_written_answers_are_judged_as_ours(tiny_model, copies, monkeypatch):
+    task, model = opened(str(tiny_model), copies)
+    monkeypatch.setattr(
+        "lm_eval.models.huggingface.HFLM.generate_until", lambda self, requests, **_: ["so 2", "#### 3"]
+    )
+    found = harness.evaluate(task, model, ["evatune_gsm8k"])
+    assert found["results"]["evatune_gsm8k"]["acc,none"] == 0.5
+    assert "Let's think step by step" in found["samples"]["evatune_gsm8k"][0]["doc"]["prompt"]
+
+
+@needs_lm_eval
+def test_an_unknown_task_is_named_with_its_near_misses(tiny_model):
+    task, model = opened(str(tiny_model))
+    with pytest.raises(EvaError, match=r"no task 'evatune_arc' \(did you mean 'evatune_arc_e', 'evatune_arc_c'"):
+        harness.evaluate(task, model, ["evatune_arc"])
+
+
+def test_a_harness_that_is_not_installed_names_the_extra(tiny_model, monkeypatch):
+    task, model = opened(str(tiny_model))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EvaError, match=r"pip install 'evatune\[lm-eval\]'"):
+        harness.evaluate(task, model, ["evatune_boolq"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--harness", "lm-eval"], "--harness and --tasks belong together"),
+        (["--tasks", "a"], "--harness and --tasks belong together"),
+        (["--harness", "lm-eval", "--tasks", "a", "--page", "x.html"], "are not for --harness"),
+        (["--harness", "lm-eval", "--tasks", "a", "--task", "control"], "lm-eval scores no models of task 'control'"),
+    ],
+)
+def test_wrong_use(arguments, message, tiny_model, capsys):
+    assert main(["evaluate", "--model", str(tiny_model), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@needs_lm_eval
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("arc_e", 120), ("obqa", 100)])
+def test_likelihoods_are_those_of_the_harness(name, count, smollm2, real_data):
+    """The harness counts the line break before an answer as a part of it, so it is moved there for the comparison."""
+    folder = real_data("commonsense").parent
+    task, model = opened(smollm2, folder)
+    found = harness.evaluate(task, model, [f"evatune_{name}"], limit=count)
+    samples = found["samples"][f"evatune_{name}"]
+    source = f"commonsense/{name.replace('_', '-')}"
+    examples = load_examples([source], folder=str(folder), held_out=True, tokenizer=task.tokenizer)
+    by_prompt = {example.prompt: example for example in examples}
+    ordered = [by_prompt[sample["doc"]["prompt"]] for sample in samples]
+    ours = dict(pair for batch in score(model, ordered, task.tokenizer) for pair in batch)
+    moved = [
+        replace(
+            example,
+            pieces=((example.prompt.removesuffix("\n"), False), ("\n" + example.completion, True)),
+            choices=tuple(f"\n{choice}" for choice in example.choices),
+        )
+        for example in ordered
+    ]
+    with_break = dict(pair for batch in score(model, moved, task.tokenizer) for pair in batch)
+    assert len(samples) == count
+    for number, sample in enumerate(samples):
+        theirs = [likelihood for likelihood, _ in sample["filtered_resps"]]
+        assert with_break[number].choices == pytest.approx(theirs, abs=2e-3)
+        mine = ours[number].choices
+        assert [value - mine[0] for value in mine] == pytest.approx([value - theirs[0] for value in theirs], abs=2e-3)
+        assert (max(range(len(mine)), key=mine.__getitem__) == ordered[number].answer) == bool(sample["acc"])
