@@ -215,7 +215,7 @@ def test_shipped_recipes(path, monkeypatch):
     monkeypatch.setenv("EVATUNE_DATA", "data")
     recipe = load_recipe(path)
     assert recipe.model.name
-    assert recipe.adapter.method in ("eva", "full")
+    assert recipe.adapter.method in ("eva", "eva+qlora", "full")
     if path.stem.startswith("metaworld") and path.parent.name == "paper":  # Appendix E.2
         train = recipe.train
         assert (train.batch_size, train.learning_rate, train.final_learning_rate) == (128, 1e-4, 1e-6)

@@ -33,6 +33,7 @@ from evatune.settings import (
     number,
 )
 from evatune.tasks import DEFAULT, DOMAINS, find_domain
+from evatune.tasks.rows import is_here
 from evatune.tasks.settings import ModelSettings, path_setting
 
 
@@ -163,7 +164,7 @@ class Recipe(Section):
 
         def absolute(value: Any) -> Any:
             path = Path(value).expanduser() if isinstance(value, str) and value else None
-            return os.path.abspath(path) if path is not None and path.exists() else value
+            return os.path.abspath(path) if path is not None and is_here(path) else value
 
         sections: dict[str, Any] = {
             section: dataclasses.replace(
@@ -452,7 +453,7 @@ def _relative_to(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, str) or not value or value.startswith(("~", "$", "package:")):
             return value
         # A hub id looks like a relative path: if the path exists, it is a path.
-        return os.path.normpath(folder / value) if (folder / value).exists() else value
+        return os.path.normpath(folder / value) if is_here(folder / value) else value
 
     content = dict(content)
     task = content.get("task", DEFAULT)

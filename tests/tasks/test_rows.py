@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
+import pyarrow
 import pytest
 
 from evatune.errors import EvaError
-from evatune.tasks.rows import read_rows
+from evatune.tasks.rows import files_of, read_rows
 
 
 def rows(path, **options):
@@ -79,3 +81,42 @@ def test_each_row_says_where_it_stands(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     path = tmp_path / "a.jsonl"
     assert [where for where, _ in read_rows(str(path))] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_a_folder_means_its_data_files_those_of_the_split_if_some_are(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "notes.txt"):
+        (tmp_path / name).write_text(json.dumps({"name": name}))
+    assert [Path(name).name for name in files_of(str(tmp_path), split="train")] == ["train-0.jsonl", "train-1.jsonl"]
+    assert [Path(name).name for name in files_of(str(tmp_path), split="validation")] == [
+        "test.jsonl",
+        "train-0.jsonl",
+        "train-1.jsonl",
+    ]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(EvaError, match="holds no data file; their endings are"):
+        files_of(str(empty), split="train")
+
+
+def test_a_pattern_means_the_files_that_fit(tmp_path):
+    for name in ("a/1.jsonl", "a/2.jsonl", "b/3.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert len(files_of(f"{tmp_path}/a/*.jsonl", split="train")) == 2
+    assert len(files_of(f"{tmp_path}/**/*.jsonl", split="train")) == 3
+    assert len(files_of(f"{tmp_path}/[ab]", split="train")) == 3  # folders that fit
+    with pytest.raises(EvaError, match=r"no file fits the pattern '.*\*\.csv'"):
+        files_of(f"{tmp_path}/*.csv", split="train")
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_files_of_both_kinds(kind, tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    path = tmp_path / "rows.arrow"
+    writer = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+    with writer(str(path), table.schema) as file:
+        file.write_table(table)
+    assert [row for _, row in read_rows(str(path))] == [{"text": "a"}, {"text": "b"}]
+    path.write_bytes(b"no arrow")
+    with pytest.raises(EvaError, match="cannot read"):
+        list(read_rows(str(path)))

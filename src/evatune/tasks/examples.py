@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from evatune.errors import EvaError
-from evatune.tasks.rows import Row, read_rows
+from evatune.tasks.rows import Row, files_of, read_rows
 
 Item = TypeVar("Item")
 Part = Literal["all", "training", "validation"]
@@ -62,8 +62,9 @@ def gather(
     """Read examples and shuffle them in an order that depends only on the seed.
 
     Args:
-        sources: files, which are mixed, or a hub data set id; see `read_rows`.
-        converter: is given the first row of a source and its name, and returns what makes examples of its rows.
+        sources: files, folders and patterns, which are mixed, or a hub data set id; see `read_rows` and `files_of`.
+        converter: is given the first row of each file and the name of its source, and returns what makes examples of
+            its rows.
         limit: keep the first so many of the shuffled examples.
         seed: of the order.
         split: split of a hub data set.
@@ -84,8 +85,10 @@ def gather(
     items: list[Item] = []
     dropped = 0
     for name in names:
-        convert: Convert[Item] | None = None
-        for place in (places or {}).get(name, [{"name": name, "split": split, "hub_config": hub_config}]):
+        own = [] if name in (places or {}) else files_of(name, split=split)
+        found = [{"name": file, "split": split, "hub_config": hub_config} for file in own]
+        for place in (places or {}).get(name, found):
+            convert: Convert[Item] | None = None
             for where, row in read_rows(**place, columns=columns):
                 convert = convert or converter(row, name)
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from evatune.errors import EvaError, near_misses
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
 
 Row = dict[str, Any]
@@ -24,7 +25,8 @@ def read_rows(
     """Yield the rows of one source, each with its place (file and line), for error messages.
 
     Args:
-        name: a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set id. Quotes mean nothing in a .tsv file.
+        name: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow) or a hub data set id; `files_of` finds the files of a
+            folder or pattern. Quotes mean nothing in a .tsv file.
         split: split of a hub data set.
         hub_config: configuration of a hub data set.
         columns: what the source calls the columns that are wanted: wanted name -> its name. Numbers, from 1 on, mean
@@ -42,6 +44,40 @@ def read_rows(
         yield where, row
 
 
+def files_of(name: str, *, split: str) -> list[str]:
+    """Return the data files of a folder or of a pattern (`data/*.jsonl`, `data/**/part-?.parquet`), else the name.
+
+    Args:
+        name: of a source.
+        split: if names of files in the folder begin with it, only these are taken.
+
+    Raises:
+        EvaError: the folder holds no data file, or nothing fits the pattern.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [child for child in sorted(path.rglob("*")) if child.suffix in SUFFIXES and child.is_file()]
+        if not found:
+            raise EvaError(f"the folder {path} holds no data file; their endings are {', '.join(SUFFIXES)}.")
+        return [str(child) for child in found if child.name.startswith(split)] or [str(child) for child in found]
+    if is_pattern(name) and not path.exists():
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise EvaError(f"no file fits the pattern {name!r}.")
+        return [file for match in matches for file in files_of(match, split=split)]
+    return [name]
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether a name has the placeholders of a pattern of files: `*`, `?` or `[...]`."""
+    return any(sign in name for sign in "*?[")
+
+
+def is_here(path: str | Path) -> bool:
+    """Return whether there is such a file or folder, or one that fits such a pattern."""
+    return Path(path).exists() or (is_pattern(str(path)) and bool(glob.glob(str(path), recursive=True)))
+
+
 def may_be_hub_id(name: str, *, suffixes: Sequence[str] = SUFFIXES) -> bool:
     """Return whether a name can mean a data set on a hub: it is neither a file here, nor can it only be meant as one.
 
@@ -50,7 +86,7 @@ def may_be_hub_id(name: str, *, suffixes: Sequence[str] = SUFFIXES) -> bool:
         suffixes: endings of data files.
     """
     path = Path(name).expanduser()
-    only_a_path = path.suffix in suffixes or name.startswith((".", "/", "~")) or name.count("/") > 1
+    only_a_path = path.suffix in suffixes or is_pattern(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
     return not only_a_path and not path.exists()
 
 
@@ -63,9 +99,6 @@ def _source(name: str, *, split: str, hub_config: str | None, has_header: bool) 
             yield from _READERS[path.suffix](path, has_header=has_header)
         except OSError as error:
             raise EvaError(f"cannot read {path}: {error.strerror or error}.") from error
-    elif path.is_dir():
-        found = sorted(child.name for child in path.iterdir() if child.suffix in SUFFIXES)
-        raise EvaError(f"{path} is a folder; name its files one by one (there are: {_listed(found) or 'none'}).")
     elif not may_be_hub_id(name):
         siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EvaError(f"there is no data file {path}{near_misses(path.name, siblings)}.")
@@ -132,6 +165,24 @@ def _parquet_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
         yield f"{path}, row {number}", row
 
 
+def _arrow_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
+    try:
+        import pyarrow
+    except ImportError:
+        raise EvaError(f"reading {path} needs the Python package pyarrow; run: pip install pyarrow.") from None
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                rows = pyarrow.ipc.open_file(file).read_all().to_pylist()
+            except pyarrow.ArrowInvalid:  # data sets in the cache of `datasets` are streams
+                file.seek(0)
+                rows = pyarrow.ipc.open_stream(file).read_all().to_pylist()
+    except pyarrow.ArrowException as error:
+        raise EvaError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
 def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
@@ -167,6 +218,7 @@ _READERS: dict[str, Callable[..., Iterator[tuple[str, Row]]]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
 }
 
 

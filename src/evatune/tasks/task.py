@@ -31,6 +31,8 @@ class Needs:
     """Further modules that stay frozen and without an adapter."""
     row_mask: Callable[[Any], Tensor] | None = None
     """Returns which positions of a batch are measured, (B, T); None uses the batch's own masks."""
+    learned_mask: Callable[[Any], Tensor] | None = None
+    """The same with `measure.use_label_mask`, where `row_mask` is given; None for tasks without such positions."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers' `TrainingArguments` that differ from what `training/` gives."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from evatune.errors import EvaError
 from evatune.files import write_json
 from evatune.fingerprint import is_other_model
 from evatune.recipe import Recipe
+from evatune.tasks.rows import is_pattern
 
 FILE_NAME = "origin.json"
 """Its file, in a run's folder and beside each adapter."""
@@ -28,8 +30,14 @@ def data_of(recipe: Recipe) -> dict[str, list[str]]:
         value = getattr(recipe.data, field.name)
         if field.metadata.get("path") and value:
             paths = [Path(item).expanduser() for item in ([value] if isinstance(value, str) else value)]
+            paths = [Path(file) for path in paths for file in _matching(path)]
             found[field.name] = [_hash(path) for path in paths if path.exists()]
     return found
+
+
+def _matching(path: Path) -> list[str]:
+    """Return the files that a pattern means, or the path itself."""
+    return sorted(glob.glob(str(path), recursive=True)) if not path.exists() and is_pattern(str(path)) else [str(path)]
 
 
 def write_origin(folder: Path, *, weights: Mapping[str, list[float]], data: Mapping[str, list[str]]) -> None:

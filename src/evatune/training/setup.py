@@ -117,7 +117,7 @@ def measure_recipe(
     return measure(
         model,
         itertools.islice(measured_batches(recipe, task, part=(number, n_processes)), len(share)),
-        row_mask=needs.row_mask,
+        row_mask=needs.learned_mask if settings.use_label_mask and needs.learned_mask else needs.row_mask,
         settings=settings,
         max_batches=math.ceil(settings.max_batches / n_processes),
         progress=progress and sys.stderr.isatty(),

@@ -119,12 +119,18 @@ class Collator:
         self.pad_token_id = 0 if pad is None else pad  # any id will do, since the attention mask hides it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each of shape (examples, longest)."""
+        """Return `input_ids`, `attention_mask` and `labels`, each of shape (examples, longest).
+
+        Packed rows have `position_ids` in place of the mask.
+        """
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
             return torch.tensor([[*line, *[fill] * (longest - len(line))] for line in values])
 
+        if "position_ids" in rows[0]:  # packed; see `evatune.tasks.generation.packing`
+            fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0}
+            return {name: padded([row[name] for row in rows], fill) for name, fill in fills.items()}
         return {
             "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),

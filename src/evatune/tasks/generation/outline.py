@@ -34,6 +34,10 @@ def outline(task: Generation) -> Outline:
         limit=data.max_train_examples,
     )
 
+    if data.packing:
+        n_examples = None
+        more.append("how many rows packing makes is known only from the tokens")
+
     def batch(size: int) -> dict[str, Tensor]:
         tokens = torch.zeros(size, data.max_length, dtype=torch.long)
         return {"input_ids": tokens, "labels": tokens}

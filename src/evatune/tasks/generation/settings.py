@@ -49,6 +49,11 @@ class GenerationData(RowSettings):
     """Longest sequence in tokens; `truncation` says what a longer one loses."""
     truncation: Literal["left", "right"] = "left"
     """`left`: the beginning of the prompt goes first, then the end of the completion. `right`: the end goes."""
+    packing: bool = False
+    """Put several training examples into one row of `max_length` tokens, none of which sees another one; a batch is
+    then so many rows."""
+    bucketing: bool = False
+    """Train on batches of examples of like length, so that less of them is padding; their order is less random."""
     train_on_prompt: bool = False
     """Also learn the tokens of the prompt."""
     scoring: Literal["likelihood", "generated", "both"] = "likelihood"
@@ -71,6 +76,8 @@ class GenerationData(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.packing and self.bucketing:
+            raise EvaError("data.packing fills rows already, so data.bucketing does nothing; leave one of them out.")
         if self.samples > 1 and not self.temperature:
             raise EvaError(
                 f"data.samples is {self.samples}, but with data.temperature 0 all answers are equal; set a temperature."

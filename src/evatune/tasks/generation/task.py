@@ -20,6 +20,7 @@ from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.generation.outline import outline
+from evatune.tasks.generation.packing import check_keeps_apart, learned_mask, pack, row_mask
 from evatune.tasks.generation.preview import preview
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.generation.writing import Sampling
@@ -89,7 +90,10 @@ class Generation:
     @cached_property
     def train(self) -> EncodedExamples:
         """The training examples as tokens."""
-        return self._encoded(self.examples)
+        encoded = self._encoded(self.examples)
+        if not self.data.packing:
+            return encoded
+        return EncodedExamples(rows=tuple(pack(encoded.rows, length=self.max_length)), truncated=encoded.truncated)
 
     @cached_property
     def held_out(self) -> Examples[Example]:
@@ -108,6 +112,8 @@ class Generation:
 
     def kinds(self) -> list[str]:
         """Return the task or the file that each training example comes from."""
+        if self.data.packing:
+            raise EvaError("a packed row has examples of several kinds; leave out measure.sampling or data.packing.")
         return [example.task for example in self.examples]
 
     def outline(self) -> Outline:
@@ -117,17 +123,26 @@ class Generation:
     def load_model(self) -> Any:
         """Return the causal language model."""
         source = self.source
-        return load_model(
+        model = load_model(
             source.name,
             gguf_file=source.gguf_file,
             dtype=source.dtype,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
         )
+        if self.data.packing:
+            model.config.use_cache = False  # with a cache, transformers does not look for packed rows
+            check_keeps_apart(model)
+        return model
 
     def needs(self, model: Any) -> Needs:
         """Return what the model needs: its pretrained head, no new one."""
-        return Needs(task_type="CAUSAL_LM")
+        return Needs(
+            task_type="CAUSAL_LM",
+            row_mask=row_mask if self.data.packing else None,
+            learned_mask=learned_mask if self.data.packing else None,
+            arguments={"train_sampling_strategy": "group_by_length"} if self.data.bucketing else {},
+        )
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return rows of tokens as a padded batch."""
@@ -173,14 +188,18 @@ class Generation:
 
     def summary(self) -> str:
         """Return how many examples, from where, how many rows were dropped or cut."""
-        return f"{self.examples.summary()}, {self.train.truncated} longer than {self.max_length} tokens"
+        cut, n_examples = self.train.truncated, len(self.examples)
+        share = f" ({cut / n_examples:.1%})" if cut else ""
+        packed = f", packed into {len(self.train):,} rows" if self.data.packing else ""
+        return f"{self.examples.summary()}, {cut:,} longer than {self.max_length} tokens{share}{packed}"
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for the record."""
         return {
-            "train": len(self.train),
+            "train": len(self.examples),
             "train_dropped": self.examples.dropped,
             "train_shortened": self.train.truncated,
+            **({"train_rows": len(self.train)} if self.data.packing else {}),
             "held_out": len(self.held_out),
         }
 
