@@ -10,6 +10,7 @@ from torch import nn
 
 from evatune import EvaError, EvaWarning, StreamingPCA, measure
 from evatune.activations.input_state import InputState
+from evatune.activations.run import Run
 from evatune.activations.stopping import begin, decide, find, is_check
 from evatune.settings import Stopping
 
@@ -279,3 +280,12 @@ def test_the_bar_shows_batches_and_converged_inputs(linear, capsys):
     measure(linear, [rows(40, seed=i) for i in range(5)], **FIRST | {"progress": True}, tau=None)
     shown = capsys.readouterr()
     assert shown.out == "" and "measuring" in shown.err and "0/1 inputs converged" in shown.err
+
+
+def test_what_the_bar_says_of_a_large_model_fits_80_columns(monkeypatch, linear, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Run, "progress_text", lambda self: "128/224 inputs converged, 262,144 rows")
+    measure(linear, [rows(40, seed=i) for i in range(5)], **FIRST | {"progress": True, "max_batches": 100}, tau=None)
+    lines = [line.rstrip() for line in capsys.readouterr().err.split("\r") if "rows" in line]
+    assert lines[-1].startswith("measuring ") and lines[-1].endswith(" left, 128/224 inputs converged, 262,144 rows")
+    assert max(map(len, lines)) <= 80

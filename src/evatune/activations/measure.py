@@ -43,6 +43,8 @@ from evatune.spectra import Spectra
 
 Forward = Callable[[nn.Module, Any], Any]
 RowMask = Callable[[Any], Given]
+BAR = "{desc} {n_fmt}/{total_fmt} {bar:10} {remaining} left{postfix}"
+"""The progress bar; what it says has room in 80 columns."""
 
 
 @takes(Measuring)
@@ -100,6 +102,7 @@ def measure(
         total=settings.max_batches,
         unit="batch",
         desc="measuring",
+        bar_format=BAR,
         disable=not progress or (processes is not None and processes.number > 0),
         dynamic_ncols=True,
     )
