@@ -97,6 +97,22 @@ def test_the_plan_of_another_scale_is_refused(small):
         write_initial_adapter(small("new", plan=str(made.folder / "plan.json"), method="eva+rslora"))
 
 
+def test_a_plan_with_more_components_than_were_kept_is_refused(small, recipe, tmp_path):
+    made = write_initial_adapter(small("made"))
+    finetune(recipe("run", data={"eval": [], "max_length": 64}, train={"steps": 1}), progress=False)
+    spectra = str(tmp_path / "run" / "spectra")  # 8 components of each input
+    content = json.loads((made.folder / "plan.json").read_text())
+    first = next(iter(content["ranks"]))
+    for rank in (8, 9):
+        path = str(write_json(tmp_path / f"{rank}.json", content | {"ranks": content["ranks"] | {first: rank}}))
+        wanted = recipe(f"of {rank}", measure={"spectra": spectra}, adapter={"plan": path})
+        if rank == 8:
+            assert write_initial_adapter(wanted).plan.ranks[first] == 8
+        else:
+            with pytest.raises(EvaError, match=rf"'{first}' rank 9, but 8 components were kept of its input; measure"):
+                write_initial_adapter(wanted)
+
+
 def test_a_plan_that_lacks_layers_of_the_adapter_is_refused(small):
     made = write_initial_adapter(small("made", target_modules=["q_proj"]))
     with pytest.raises(EvaError, match=r"the plan lacks layers of the adapter \(\d+, the first '.*'\)"):
