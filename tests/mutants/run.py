@@ -4,8 +4,8 @@ Command, from the root of the repository (`make mutants`):
 
     python tests/mutants/run.py [--only WORD] [--jobs N]
 
-`faults.py` beside this file lists the faults: in a file, one piece of text that is replaced by another, and the tests
-that should notice. A text that is not found exactly once is an error, so that the list keeps up with the sources. Each
+`faults.py` and `faults_of_runs.py` beside this file list the faults: in a file, one piece of text that is replaced by
+another, and the tests that should notice. A text that is not found exactly once is an error, so that the list keeps up with the sources. Each
 fault goes into a copy of the sources; the working tree stays as it is. Ends with exit code 1 if fewer than 90% are
 noticed, if one that is not has no reason, or if one is noticed that has a reason not to be.
 """
@@ -57,15 +57,17 @@ def read_faults() -> list[Fault]:
     Raises:
         SystemExit: a text is not found exactly once, or changes nothing.
     """
-    spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    faults = [
-        Fault(file, old, new, tuple(tests), *reason)
-        for file, (tests, changes) in module.FAULTS.items()
-        for old, new, *reason in changes
-    ]
+    faults = []
+    for path in sorted(Path(__file__).parent.glob("faults*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        faults += [
+            Fault(file, old, new, tuple(tests), *reason)
+            for file, (tests, changes) in module.FAULTS.items()
+            for old, new, *reason in changes
+        ]
     broken = []
     for fault in faults:
         path = ROOT / "src" / "evatune" / fault.file

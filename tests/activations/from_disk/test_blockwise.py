@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from transformers import FNetConfig, FNetModel, OPTConfig, OPTForCausalLM
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from evatune import EvaError, EvaWarning, measure, measure_from_disk
 
@@ -65,3 +66,20 @@ def test_padding_that_only_a_pass_in_parts_removes_is_said(tmp_path):
     with pytest.warns(EvaWarning, match="padding among the rows of 2 of 2 inputs cannot be recognized and counts"):
         parts = measure_from_disk(tmp_path, batches, **measured)
     assert {(spectrum.padding, spectrum.n_rows) for spectrum in parts.values()} == {("unknown", 36)}
+
+
+def test_blocks_that_are_called_in_another_order_are_refused(stored, batches, monkeypatch):
+    forward = OPTDecoder.forward
+
+    def reversed_forward(self, *args, **kwargs):
+        layers = self._modules.pop("layers")
+        self.__dict__["layers"] = list(layers)[::-1]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            del self.__dict__["layers"]
+            self._modules["layers"] = layers
+
+    monkeypatch.setattr(OPTDecoder, "forward", reversed_forward)
+    with pytest.raises(EvaError, match=r"OPT\w+ does not call its blocks in the order of its list"):
+        measure_from_disk(stored, batches, n_components=4, progress=False)

@@ -330,24 +330,6 @@ def test_other_families_are_refused(batches_for, tmp_path, quiet, save, batches,
         measure_from_disk(tmp_path / "model", batches_for(batches), **quiet_(quiet))
 
 
-def test_blocks_that_are_called_in_another_order_are_refused(stored, batches_for, quiet, monkeypatch):
-    folder, _ = stored(LlamaModel(transformers.LlamaConfig(**SMALL)))
-    forward = LlamaModel.forward
-
-    def reversed_forward(self, *args, **kwargs):
-        layers = self._modules.pop("layers")
-        self.__dict__["layers"] = list(layers)[::-1]
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            del self.__dict__["layers"]
-            self._modules["layers"] = layers
-
-    monkeypatch.setattr(LlamaModel, "forward", reversed_forward)
-    with pytest.raises(EvaError, match="LlamaModel does not call its blocks in the order of its list"):
-        measure_from_disk(folder, batches_for("llama"), head="base", **quiet_(quiet))
-
-
 def test_encoder_decoders_are_refused(stored, batches_for, quiet):
     folder, _ = stored("t5")
     with pytest.raises(EvaError, match="encoder-decoder"):
