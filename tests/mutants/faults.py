@@ -1,4 +1,4 @@
-"""The faults in the method that `run.py` puts in: for each file below src/evatune, the tests that should notice, and the changes.
+"""The faults in the method that `run.py` puts in: for each file, the tests that should notice, and the changes.
 
 A change is (text, what replaces it), or (text, what replaces it, why no test can notice it).
 """
@@ -260,7 +260,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ("tests/initialization/test_ablations.py",),
         [
             ("Q_rr = Q_rr * R_rr.diagonal().sign()", "Q_rr = Q_rr * 1.0"),
-            ("dtype=torch.float64).argsort(dim=0)", "dtype=torch.float64).argsort(dim=1) % len(A_rd)"),
+            ('device="cpu").argsort(dim=0)', 'device="cpu").argsort(dim=1) % len(A_rd)'),
             ("- 1) / in_features**0.5", "- 1)"),
         ],
     ),

@@ -5,9 +5,9 @@ Command, from the root of the repository (`make mutants`):
     python tests/mutants/run.py [--only WORD] [--jobs N]
 
 `faults.py` and `faults_of_runs.py` beside this file list the faults: in a file, one piece of text that is replaced by
-another, and the tests that should notice. A text that is not found exactly once is an error, so that the list keeps up with the sources. Each
-fault goes into a copy of the sources; the working tree stays as it is. Ends with exit code 1 if fewer than 90% are
-noticed, if one that is not has no reason, or if one is noticed that has a reason not to be.
+another, and the tests that should notice. A text that is not found exactly once is an error, so that the list keeps up
+with the sources. Each fault goes into a copy of the sources; the working tree stays as it is. Ends with exit code 1 if
+fewer than 90% are noticed, if one that is not has no reason, or if one is noticed that has a reason not to be.
 """
 
 from __future__ import annotations
