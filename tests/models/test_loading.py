@@ -80,6 +80,13 @@ def stock_model(gguf_file: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "recipe.yaml"])
+def test_the_folder_of_an_adapter_or_a_run_is_no_model(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(EvaError, match=r"holds no model: .*; what it holds was made for another model"):
+        load_model(tmp_path)
+
+
 def test_a_model_without_tokenizer_is_named(tmp_path):
     transformers.ViTConfig().save_pretrained(tmp_path / "vit")
     with pytest.raises(EvaError, match=r"the model '.*vit' has no tokenizer, so it reads no text"):

@@ -210,3 +210,17 @@ def test_forgotten_eva_is_refused_by_any_trainer(tiny_model, tmp_path):
     data = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
     with pytest.raises(EvaError, match="never initialized"):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[RequireEva()]).train()
+
+
+def test_a_file_that_is_trained_on_and_held_out_is_told(recipe, tiny_data, tmp_path, capsys):
+    same = str(tiny_data / "test.jsonl")
+    finetune(recipe("both", data={"train": [same], "eval": [same], "max_eval_examples": 2}, train={"steps": 1}))
+    assert "note      test.jsonl is trained on and held out: the scores" in capsys.readouterr().err
+    finetune(recipe("apart", data={"max_eval_examples": 2}, train={"steps": 1}))
+    assert "note" not in capsys.readouterr().err
+
+
+def test_wrong_spectra_are_told_before_weights_are_loaded(recipe, monkeypatch):
+    monkeypatch.setattr("evatune.training.run.load_base", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(EvaError, match="nowhere is not a folder of spectra"):
+        finetune(recipe(measure={"spectra": "nowhere"}), progress=False)

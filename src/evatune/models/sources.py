@@ -102,6 +102,8 @@ def locate(name_or_path: str | os.PathLike[str], gguf_file: str | None) -> str |
         if not (path / "config.json").is_file():
             found = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files with gguf_file: {', '.join(found)}" if found else ""
+            if (path / "adapter_config.json").is_file() or (path / "recipe.yaml").is_file():
+                hint = "; what it holds was made for another model, which its README or recipe names: give that one"
             raise EvaError(f"the folder {path} holds no model: it has no config.json{hint}.")
         return path
     if path.exists() or _looks_local(name):

@@ -40,6 +40,12 @@ def _matching(path: Path) -> list[str]:
     return sorted(glob.glob(str(path), recursive=True)) if not path.exists() and is_pattern(str(path)) else [str(path)]
 
 
+def held_out_and_trained(recipe: Recipe) -> list[str]:
+    """Return the names of the files that a recipe trains on and scores on; folders may have both in parts."""
+    train, held_out = (getattr(recipe.data, name) for name in ("train", "eval"))
+    return sorted({Path(name).name for name in set(train) & set(held_out) if Path(name).is_file()})
+
+
 def write_origin(folder: Path, *, weights: Mapping[str, list[float]], data: Mapping[str, list[str]]) -> None:
     """Write what `check_model` and `check_data` read."""
     write_json(folder / FILE_NAME, {"weights": weights, "data": data})

@@ -81,7 +81,14 @@ from evatune.training.folder import (
 )
 from evatune.training.keeping import kept_elsewhere
 from evatune.training.layerwise import layerwise_optimizer
-from evatune.training.origin import check_data, check_model, data_of, fingerprints, write_origin
+from evatune.training.origin import (
+    check_data,
+    check_model,
+    data_of,
+    fingerprints,
+    held_out_and_trained,
+    write_origin,
+)
 from evatune.training.record import RunRecord, library_versions
 from evatune.training.setup import (
     checkpoint_gradients,
@@ -149,6 +156,10 @@ def finetune(
             check_data(run.folder, recipe)
     else:
         check_output(run.folder, overwrite=overwrite)
+        if recipe.measure.spectra and measures(recipe):
+            Spectra.load(recipe.measure.spectra)  # what is wrong with them is told before weights are loaded
+        if both := held_out_and_trained(recipe):
+            run.say(f"note      {', '.join(both)} is trained on and held out: the scores after training are of memory")
     check_processes(recipe.train)
     use_threads(recipe)
     launch.wait()  # from here on, the first process may write into the folder that all have looked at
