@@ -55,3 +55,12 @@ def test_an_error_leaves_the_folder_as_it_was(recipe, tmp_path):
     with pytest.raises(EvaError, match="exists"):
         write_initial_adapter(recipe(method="rslora"))
     assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
+
+
+def test_its_readme_says_what_it_is_and_how_to_go_on(recipe):
+    made = write_initial_adapter(recipe(method="eva+lora+"))
+    text = (made.folder / "README.md").read_text()
+    assert "# Start of an adapter for " in text and "It is initialized and not trained yet." in text
+    assert "Method: `eva+lora+`, rank 2 on average over 14 modules" in text
+    assert 'from_pretrained(base_model, "this/folder", is_trainable=True)' in text
+    assert "- lora+ is the optimizer's: give your trainer" in text

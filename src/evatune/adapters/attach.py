@@ -41,7 +41,7 @@ def load_adapter(model: Any, directory: str | Path, *, is_trainable: bool = Fals
 
 
 def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = False, convert: bool = True) -> Path:
-    """Write an adapter for the untouched base model as PEFT does, complete or not at all.
+    """Write an adapter for the untouched base model as PEFT does, complete or not at all, and without a README.
 
     If the method changed the base weights, the adapter is converted to one of twice the rank, which gives the same
     outputs on the original base weights.
@@ -57,10 +57,21 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
         EvaError: the folder exists or cannot be written.
     """
     with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder, quiet_peft():
-        model.save_pretrained(str(folder))
+        with _without_card(model):
+            model.save_pretrained(str(folder))
         if convert and (change := base_change(model)) is not None:
             convert_saved(model, folder, change)
     return Path(directory)
+
+
+@contextlib.contextmanager
+def _without_card(model: PeftModel) -> Iterator[None]:
+    """Let PEFT write no README, which would be an empty form."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
-"""The README of a trained adapter: what it is, how it was made, how to load it."""
+"""The README of an adapter: what it is, how it was made, how to load it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from evatune.recipe import Recipe
 from evatune.tasks import find_domain
@@ -15,21 +17,13 @@ def adapter_card(recipe: Recipe, record: RunRecord) -> str:
         recipe: of the run.
         record: of the run.
     """
-    settings, train, counts = recipe.adapter, recipe.train, record.parameters
+    train, counts = recipe.train, record.parameters
     scores = [f"- {when} training: {score_line(found)}" for when, found in _scores(record) if found]
     return "\n".join(
         [
-            "---",
-            f"base_model: {recipe.model.name}",
-            "library_name: peft",
-            "tags: [lora, eva]" if settings.method.startswith("eva") else "tags: [lora]",
-            "---",
-            "",
-            f"# Adapter for {recipe.model.name}",
-            "",
-            f"Task: {recipe.task} ({find_domain(recipe.task).idea}). Method: `{settings.method}`, rank {settings.rank} "
-            f"on average over {counts['targets']} modules, alpha {settings.lora_alpha:g}; "
-            f"{counts['trainable']:,} trained parameters beside {counts['base']:,} of the model.",
+            *_head(recipe, title=f"Adapter for {recipe.model.name}"),
+            f"{_made(recipe, n_targets=counts['targets'])}; {counts['trainable']:,} trained parameters beside "
+            f"{counts['base']:,} of the model.",
             "",
             f"Trained for {record.steps} steps of {train.batch_size * train.gradient_accumulation} examples, learning "
             f"rate {train.learning_rate:g} ({train.schedule}), {record.precision}, seed {train.seed}, with evatune "
@@ -37,14 +31,47 @@ def adapter_card(recipe: Recipe, record: RunRecord) -> str:
             "",
             *scores,
             "",
-            "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base_model, "this/folder")',
-            "```",
-            "",
+            *_loading(),
         ]
     )
+
+
+def initial_card(recipe: Recipe, *, n_targets: int, notes: Sequence[str] = ()) -> str:
+    """Return the README of an adapter that was initialized and is not trained yet.
+
+    Args:
+        recipe: what it was made by.
+        n_targets: targets of the model.
+        notes: what a trainer must do besides loading it.
+    """
+    return "\n".join(
+        [
+            *_head(recipe, title=f"Start of an adapter for {recipe.model.name}"),
+            f"{_made(recipe, n_targets=n_targets)}. It is initialized and not trained yet.",
+            "",
+            *_loading(", is_trainable=True"),
+            *[f"- {note}" for note in notes],
+            *([""] if notes else []),
+        ]
+    )
+
+
+def _head(recipe: Recipe, *, title: str) -> list[str]:
+    tags = "tags: [lora, eva]" if recipe.adapter.method.startswith("eva") else "tags: [lora]"
+    return ["---", f"base_model: {recipe.model.name}", "library_name: peft", tags, "---", "", f"# {title}", ""]
+
+
+def _made(recipe: Recipe, *, n_targets: int) -> str:
+    settings = recipe.adapter
+    return (
+        f"Task: {recipe.task} ({find_domain(recipe.task).idea}). Method: `{settings.method}`, rank {settings.rank} on "
+        f"average over {n_targets} modules, alpha {settings.lora_alpha:g}"
+    )
+
+
+def _loading(options: str = "") -> list[str]:
+    call = f'model = PeftModel.from_pretrained(base_model, "this/folder"{options})'
+    return ["```python", "from peft import PeftModel", "", call, "```", ""]
 
 
 def _scores(record: RunRecord) -> list[tuple[str, dict | None]]:

@@ -12,10 +12,11 @@ from evatune.adapters.attach import save_adapter
 from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
-from evatune.files import check_writable, write_json
+from evatune.files import check_writable, write_json, write_text
 from evatune.methods import Method
 from evatune.recipe import Recipe
 from evatune.spectra import Spectra
+from evatune.training.card import initial_card
 from evatune.training.folder import PLAN
 from evatune.training.setup import (
     is_interrupted,
@@ -109,7 +110,8 @@ def write_initial_adapter(
         save_adapter(adapted, folder, overwrite=overwrite)
         if plan is not None:
             write_json(folder / PLAN, plan.to_json(), indent=2)
-    counts = count_adapter(adapted, plan)
+    counts, notes = count_adapter(adapted, plan), _notes(recipe)
+    write_text(folder / "README.md", initial_card(recipe, n_targets=counts["targets"], notes=notes))
     return InitialAdapter(
         folder=folder,
         method=recipe.adapter.method,
@@ -117,7 +119,7 @@ def write_initial_adapter(
         plan=plan,
         n_targets=counts["targets"],
         n_trainable=counts["trainable"],
-        notes=_notes(recipe),
+        notes=notes,
     )
 
 
