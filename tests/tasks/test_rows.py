@@ -98,6 +98,25 @@ def test_a_folder_means_its_data_files_those_of_the_split_if_some_are(tmp_path):
         files_of(str(empty), split="train")
 
 
+def test_a_folder_inside_with_the_name_of_the_split_is_the_split(tmp_path):
+    """Else test data would be trained on in silence."""
+    for name in ("train/a.jsonl", "train/deep/b.jsonl", "test/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert [Path(name).name for name in files_of(str(tmp_path), split="train")] == ["a.jsonl", "b.jsonl"]
+    assert [Path(name).name for name in files_of(str(tmp_path), split="test")] == ["c.jsonl"]
+
+
+def test_what_datasets_saves_to_disk_is_read_without_its_descriptions(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["train"].save_to_disk(tmp_path / "one")
+    for folder, split in (("both", "train"), ("both", "test"), ("one", "train")):
+        (file,) = files_of(str(tmp_path / folder), split=split)
+        assert [row for _, row in read_rows(file)] == [{"text": split}]
+
+
 def test_a_pattern_means_the_files_that_fit(tmp_path):
     for name in ("a/1.jsonl", "a/2.jsonl", "b/3.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

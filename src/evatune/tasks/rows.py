@@ -15,6 +15,8 @@ from evatune.errors import EvaError, near_misses
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
+_NO_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that `datasets` writes beside data (`save_to_disk`)."""
 
 Row = dict[str, Any]
 
@@ -49,14 +51,17 @@ def files_of(name: str, *, split: str) -> list[str]:
 
     Args:
         name: of a source.
-        split: if names of files in the folder begin with it, only these are taken.
+        split: if there is a folder of this name inside, or names of files begin with it, only these are taken.
 
     Raises:
         EvaError: the folder holds no data file, or nothing fits the pattern.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / split).is_dir():
+            return files_of(str(path / split), split=split)
         found = [child for child in sorted(path.rglob("*")) if child.suffix in SUFFIXES and child.is_file()]
+        found = [child for child in found if child.name not in _NO_DATA]
         if not found:
             raise EvaError(f"the folder {path} holds no data file; their endings are {', '.join(SUFFIXES)}.")
         return [str(child) for child in found if child.name.startswith(split)] or [str(child) for child in found]
