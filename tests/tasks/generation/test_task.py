@@ -103,3 +103,16 @@ def test_a_tokenizer_without_padding_token(tiny_model, tiny_data):
     found = task.evaluate(model, progress=False)
     assert found.outcomes["nll"] == pytest.approx(expected.outcomes["nll"], rel=1e-5)
     assert [row["written"] for row in found.examples] == [row["written"] for row in expected.examples]
+
+
+def test_examples_of_which_nothing_learned_is_left_are_dropped(tiny_model, tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": "red " * 100, "completion": "never reached"}, {"prompt": "a ", "completion": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = opened(tiny_model, train=(str(path),), max_length=16, truncation="right")
+    assert len(task.train) == len(task.kinds()) == 1
+    assert "1 longer than 16 tokens (50.0%), 1 of them dropped: nothing that is learned was left" in task.summary()
+    assert task.facts()["train_emptied"] == 1
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(EvaError, match="nothing that is learned stands within the first 16 tokens of any example"):
+        _ = opened(tiny_model, train=(str(path),), max_length=16, truncation="right").train

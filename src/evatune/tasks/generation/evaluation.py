@@ -17,6 +17,7 @@ from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.likelihood import Likelihood, score
 from evatune.tasks.generation.outcomes import Outcomes
 from evatune.tasks.generation.programming import judge_programs
+from evatune.tasks.generation.sandbox import report
 from evatune.tasks.generation.writing import Sampling, write_answers
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
@@ -75,6 +76,8 @@ def evaluate(
             "none of the held-out examples says what a right answer is, so no written answer can be judged; set "
             "data.scoring to likelihood."
         )
+    if scoring != "likelihood" and any(examples[index].program for index in written):
+        report()  # if no program can run here, that is known before any is written
     with _evaluating(model):
         if scoring != "generated":
             batches = score(

@@ -15,7 +15,7 @@ from evatune.models import load_config, load_model, load_tokenizer
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples, Part
 from evatune.tasks.generation.answers import check_judges
-from evatune.tasks.generation.encoding import Collator, EncodedExamples, encode_examples
+from evatune.tasks.generation.encoding import IGNORED, Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
@@ -90,10 +90,10 @@ class Generation:
     @cached_property
     def train(self) -> EncodedExamples:
         """The training examples as tokens."""
-        encoded = self._encoded(self.examples)
-        if not self.data.packing:
-            return encoded
-        return EncodedExamples(rows=tuple(pack(encoded.rows, length=self.max_length)), truncated=encoded.truncated)
+        encoded = self._encoded_all
+        rows = tuple(encoded.rows[index] for index in self._learned)
+        packed = tuple(pack(rows, length=self.max_length)) if self.data.packing else rows
+        return EncodedExamples(rows=packed, truncated=encoded.truncated)
 
     @cached_property
     def held_out(self) -> Examples[Example]:
@@ -114,7 +114,7 @@ class Generation:
         """Return the task or the file that each training example comes from."""
         if self.data.packing:
             raise EvaError("a packed row has examples of several kinds; leave out measure.sampling or data.packing.")
-        return [example.task for example in self.examples]
+        return [self.examples[index].task for index in self._learned]
 
     def outline(self) -> Outline:
         """Return what is known without weights and without a hub."""
@@ -190,6 +190,8 @@ class Generation:
         """Return how many examples, from where, how many rows were dropped or cut."""
         cut, n_examples = self.train.truncated, len(self.examples)
         share = f" ({cut / n_examples:.1%})" if cut else ""
+        emptied = n_examples - len(self._learned)
+        share += f", {emptied:,} of them dropped: nothing that is learned was left" if emptied else ""
         packed = f", packed into {len(self.train):,} rows" if self.data.packing else ""
         return f"{self.examples.summary()}, {cut:,} longer than {self.max_length} tokens{share}{packed}"
 
@@ -199,6 +201,7 @@ class Generation:
             "train": len(self.examples),
             "train_dropped": self.examples.dropped,
             "train_shortened": self.train.truncated,
+            "train_emptied": len(self.examples) - len(self._learned),
             **({"train_rows": len(self.train)} if self.data.packing else {}),
             "held_out": len(self.held_out),
         }
@@ -209,6 +212,21 @@ class Generation:
         templates = {example.template for example in self.examples}
         if len(templates) == 1:
             PromptTemplate(text=templates.pop()).save(folder)
+
+    @cached_property
+    def _encoded_all(self) -> EncodedExamples:
+        return self._encoded(self.examples)
+
+    @cached_property
+    def _learned(self) -> list[int]:
+        """The training examples that still have something to learn after they were cut."""
+        kept = [index for index, row in enumerate(self._encoded_all.rows) if set(row["labels"][1:]) - {IGNORED}]
+        if not kept:
+            raise EvaError(
+                f"nothing that is learned stands within the first {self.max_length} tokens of any example; set a "
+                "larger data.max_length, or data.truncation to left."
+            )
+        return kept
 
     @cached_property
     def _collator(self) -> Collator:
