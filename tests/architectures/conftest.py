@@ -20,6 +20,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import evatune
 from evatune.adapters import unload
@@ -150,36 +151,53 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def routed_rows(
+def routed_rows(module: Any, hidden: Tensor, chosen: Tensor, *rest: Any) -> list[Tensor]:
+    """Return the rows that are routed to each fused expert, from the arguments of the call."""
+    return [hidden[(chosen == number).any(-1)] for number in range(len(module.gate_up_proj))]
+
+
+def attention_rows(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    """Return what enters the packed projections of `nn.MultiheadAttention`, and what its heads give, without masks."""
+    entered = [query] if query is key is value else [query, key, value]
+    weights, biases = module.in_proj_weight.double().chunk(3), module.in_proj_bias.double().chunk(3)
+    parts = zip((query, key, value), weights, biases, strict=True)
+    q, k, v = (F.linear(x.double(), w, b).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x, w, b in parts)
+    heads = (q @ k.transpose(-1, -2) / module.head_dim**0.5).softmax(-1) @ v
+    width = module.embed_dim
+    return [torch.cat([x.reshape(-1, width) for x in entered]), heads.transpose(1, 2).reshape(-1, width)]
+
+
+def seen_parts(
     model: nn.Module, samples: Iterable[Sample], *, forward: Callable[[nn.Module, Sample], Any]
 ) -> dict[str, list[Tensor]]:
-    """Return the rows, in float64, that are routed to each fused expert while the samples pass one by one."""
+    """Return the rows, in float64, of each part of the targets with several, while the samples pass one by one."""
     rows: dict[str, list[list[Tensor]]] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep(name: str, parts: Callable[..., list[Tensor]]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen, *_ = (*args, *kwargs.values())
-            of_experts = rows.setdefault(name, [[] for _ in range(len(module.gate_up_proj))])
-            for number, kept in enumerate(of_experts):
-                kept.append(hidden[(chosen == number).any(-1)].double())
+            found = [part.double() for part in parts(module, *args, *kwargs.values())]
+            for kept, part in zip(rows.setdefault(name, [[] for _ in found]), found, strict=True):
+                kept.append(part)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(keep(f"{name}.gate_up_proj"), with_kwargs=True)
-        for name, module in model.named_modules()
-        if "top_k_index" in inspect.signature(module.forward).parameters and hasattr(module, "gate_up_proj")
-    ]
+    handles = []
+    for name, module in model.named_modules():
+        if "top_k_index" in inspect.signature(module.forward).parameters and hasattr(module, "gate_up_proj"):
+            seen = keep(f"{name}.gate_up_proj", routed_rows)
+            handles.append(module.register_forward_pre_hook(seen, with_kwargs=True))
+        elif isinstance(module, nn.MultiheadAttention) and module.batch_first:
+            handles.append(module.register_forward_pre_hook(keep(name, attention_rows), with_kwargs=True))
     with torch.no_grad():
         for sample in samples:
             forward(model, sample)
     for handle in handles:
         handle.remove()
-    return {name: [torch.cat(parts) for parts in of_experts] for name, of_experts in rows.items()}
+    return {name: [torch.cat(kept) for kept in of_parts] for name, of_parts in rows.items()}
 
 
-def wrong_experts(spectrum: evatune.Spectrum, rows: list[Tensor]) -> str:
-    """Say in what the spectrum of fused experts differs from the exact ones of their rows, or nothing."""
+def wrong_parts(spectrum: evatune.Spectrum, rows: list[Tensor]) -> str:
+    """Say in what the spectrum of a target with several parts differs from the exact ones of these, or nothing."""
     if spectrum.n_rows != sum(map(len, rows)):
         return f"{spectrum.n_rows} rows for {sum(map(len, rows))}"
     k = len(spectrum.components)
@@ -187,12 +205,12 @@ def wrong_experts(spectrum: evatune.Spectrum, rows: list[Tensor]) -> str:
         zip(rows, spectrum.components.double().chunk(len(rows), 1), strict=True)
     ):
         if len(rows_nd) <= k:
-            continue  # such an expert takes the directions of all
+            continue  # an expert with so few rows takes the directions of all
         covariance_dd = torch.cov(rows_nd.T)
         basis_dk, _ = torch.linalg.qr(basis_kd.T)
         captured, best = float((basis_dk.T @ covariance_dd @ basis_dk).trace()), torch.linalg.eigvalsh(covariance_dd)
         if captured < float(best[-k:].sum()) * (1 - RTOL):
-            return f"other directions of expert {number}"
+            return f"other directions of part {number}"
     return ""
 
 
@@ -307,7 +325,7 @@ def check(tmp_path: Path) -> Callable[..., evatune.Spectra]:
         model: Any = build()
         batches = [collate(samples[i : i + 4]) for i in range(0, len(samples), 4)]
         truth = seen_rows(model, batches if together else samples, valid=valid, forward=forward)
-        of_experts = routed_rows(model, samples, forward=forward)
+        of_parts = seen_parts(model, samples, forward=forward)
         before, n_hooks = copy.deepcopy(model.state_dict()), all_hooks(model)
         measured = {"n_components": N_COMPONENTS, "tau": None, "min_gain": None, "progress": False}
         if forward is not call:
@@ -322,15 +340,13 @@ def check(tmp_path: Path) -> Callable[..., evatune.Spectra]:
 
         assert not [name for name in spectra.targets if re.fullmatch(NEVER_TARGETS, name)]
         missing = [
-            name for name in [*truth, *of_experts] if name not in spectra.targets and not re.fullmatch(heads, name)
+            name for name in [*truth, *of_parts] if name not in spectra.targets and not re.fullmatch(heads, name)
         ]
         embeddings = [id(model.get_output_embeddings())] if hasattr(model, "get_output_embeddings") else []
         assert not [name for name in missing if id(model.get_submodule(name)) not in embeddings]
-        # Attention modules and the last matrices of fused experts have oracles in tests/activations/layers.
+        # The last matrices of fused experts have an oracle in tests/activations/layers.
         faults = {name: wrong(spectra[name], truth[name]) for name in truth if name in spectra.targets}
-        faults |= {
-            name: wrong_experts(spectra[name], rows) for name, rows in of_experts.items() if name in spectra.targets
-        }
+        faults |= {name: wrong_parts(spectra[name], rows) for name, rows in of_parts.items() if name in spectra.targets}
         faults = {name: fault for name, fault in faults.items() if fault}
         assert not faults or (may_say and said), faults
         missed = [name for name in linear_modules(model) if unreached and re.fullmatch(unreached, name)]
