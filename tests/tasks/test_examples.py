@@ -48,3 +48,9 @@ def test_a_share_to_choose_by_is_the_same_for_every_seed_and_never_trained_on(tm
 def test_files_of_one_name_are_told_apart():
     found = Examples(items=(1, 2), sources=("data/easy/train.json", "data/hard/train.json", "more.json"))
     assert found.summary() == "2 examples from easy/train.json, hard/train.json, more.json"
+
+
+def test_a_source_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    with pytest.raises(EvaError, match=r"a\.jsonl is named twice, so its examples would count double"):
+        gather([tmp_path / "a.jsonl"] * 2, converter)

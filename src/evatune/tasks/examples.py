@@ -82,6 +82,8 @@ def gather(
         EvaError: a source is missing or unreadable, a row does not fit, or no example is left.
     """
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise EvaError(f"{twice[0]} is named twice, so its examples would count double; name it once.")
     items: list[Item] = []
     dropped = 0
     for name in names:
