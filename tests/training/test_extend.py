@@ -77,6 +77,9 @@ def test_a_run_that_cannot_be_extended_says_why_and_stays_as_it_is(recipe):
     with pytest.raises(EvaError, match=r"run has done 2 steps already; give more --steps than these"):
         finetune(of("run", 1), resume=True, progress=False)
     assert finetune(of("run", 2), resume=True, progress=False) == record
+    (Path(record.recipe["output"]) / "run.json").unlink()  # as if it had been interrupted
+    with pytest.raises(EvaError, match=r"run has done 2 steps already"):
+        finetune(of("run", 1), resume=True, progress=False)
 
     record = finetune(of("none", 2, keep=0), progress=False)
     assert not (Path(record.recipe["output"]) / "checkpoints").exists()
