@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from evatune.adapters.base_change import base_change, convert_saved, load_start
 from evatune.errors import EvaError
@@ -58,10 +60,19 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
     """
     with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder, quiet_peft():
         with _without_card(model):
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), save_embedding_layers=_saved_embeddings(model))
         if convert and (change := base_change(model)) is not None:
             convert_saved(model, folder, change)
     return Path(directory)
+
+
+def _saved_embeddings(model: PeftModel) -> bool | str:
+    """Return what PEFT is to save of embeddings and of the head of a language model.
+
+    It would write their frozen weights into the adapter where they are targets, though nothing has changed them.
+    """
+    targets = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return False if any(path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for path in targets) else "auto"
 
 
 @contextlib.contextmanager
