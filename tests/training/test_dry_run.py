@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from evatune import estimate
 from evatune.cli.main import main
 from evatune.errors import EvaError
 from evatune.recipe import load_recipe
@@ -28,6 +29,14 @@ ROWS = {
     "commonsense": {"instruction": "Is it? Answer format: a/b", "input": "", "output": "it is a", "answer": "a"},
     "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
 }
+
+TABLES = {
+    "sst2": "good\t1\nbad\t0\n",
+    "cola": "gj04\t1\t\tHe runs.\ngj04\t0\t*\tRuns he he.\n",
+    "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tYes.\tYes!\n0\t3\t4\tYes.\tNo.\n",
+    "sts": "4\ta dog\tthe dog\n1.5\ta dog\ta cat\n",
+}
+"""The same for tables of GLUE."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +63,7 @@ def data(tmp_path_factory) -> Path:
             elif path.suffix == ".jsonl":
                 path.write_text("\n".join([json.dumps(row)] * 3))
             elif path.suffix == ".tsv":
-                path.write_text("good\t1\nbad\t0\nfine\t1\n")
+                path.write_text(TABLES[path.relative_to(folder).parts[1]])
             else:
                 pictures(path)
     return folder
@@ -173,6 +182,23 @@ def test_an_unknown_card_is_named_with_its_near_misses(tiny_model, capsys):
     assert main(["finetune", "--model", str(tiny_model), "--dry-run", "--on", "h100-80"]) == 1
     assert "there is no accelerator 'h100-80' (did you mean 'h100-80gb'" in capsys.readouterr().err
     assert all(card.source and card.name.endswith(f"-{card.gigabytes}gb") for card in ACCELERATORS.values())
+
+
+def test_what_measuring_keeps_is_told(tiny_model, tiny_data):
+    def told(**overrides):
+        return dry_run(
+            load_recipe(None, {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl")} | overrides)
+        )
+
+    bound = estimate(str(tiny_model), rank=16, batch_size=4, length=512)
+    assert told().measuring == bound.state_bytes + bound.cached_bytes
+    assert "while measuring" in told().text()
+    assert told(method="lora").measuring is None
+
+
+def test_a_card_is_for_a_dry_run_alone(tiny_model, capsys):
+    assert main(["finetune", "--model", str(tiny_model), "--on", "h100-80gb"]) == 1
+    assert "--on and --processes are for --dry-run" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_said(tiny_model, tiny_data):

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from evatune.errors import EvaError
 
     recipe = recipe_from(args)
+    if not args.dry_run and (args.on or args.processes != 1):
+        raise EvaError("--on and --processes are for --dry-run; torchrun starts a run of several processes.")
     if args.dry_run:
         from evatune.training.accelerators import find_accelerator
         from evatune.training.dry_run import dry_run

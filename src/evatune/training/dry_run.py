@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from evatune.activations import estimate
 from evatune.adapters.four_bits import quantized_bytes
 from evatune.adapters.prepare import adapter_shapes
 from evatune.errors import EvaError
 from evatune.recipe import Recipe
 from evatune.settings import Preparing
 from evatune.tables import byte_size, duration
+from evatune.tasks import find_domain
 from evatune.tasks.outline import Outline
 from evatune.tasks.task import Task
 from evatune.training.accelerators import Accelerator
 from evatune.training.arguments import total_steps
-from evatune.training.setup import checkpoint_gradients, open_recipe, uses_bf16, without_adapter
+from evatune.training.setup import checkpoint_gradients, measures, open_recipe, uses_bf16, without_adapter
 from evatune.training.step_cost import step_cost
 
 
@@ -70,6 +72,9 @@ class DryRun:
     """What one example of the step is."""
     memory: Memory | None = None
     """Estimated memory."""
+    measuring: int | None = None
+    """Upper bound of the bytes of what is measured (EVA), beside weights and the activations of a forward pass; known
+    for text."""
     flops_a_step: int | None = None
     """Operations of the matrix products of one optimizer step in one process."""
     processes: int = 1
@@ -110,6 +115,8 @@ class DryRun:
             parts = {"weights": memory.weights, "AdamW": memory.optimizer, "a step": memory.step}
             each = " + ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
             lines.append(("", f"{each} = {byte_size(memory.total)}"))
+        if self.measuring is not None:
+            lines.append(("", f"while measuring, instead of AdamW: states of at most {byte_size(self.measuring)}"))
         lines += self._on_card()
         lines += [("unchecked", note) for note in self.unchecked]
         return "\n".join(f"{title:<9} {text}" for title, text in lines)
@@ -188,6 +195,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
     needs = task.needs(base)
     n_parameters = sum(parameter.numel() for parameter in base.parameters())
     kind = type(base).__name__
+    measuring = _measuring(recipe, base, without=without_adapter(recipe, needs))
     options = adapter.shared(Preparing) | {"exclude_modules": without_adapter(recipe, needs), "seed": settings.seed}
     model, targets = adapter_shapes(
         base,
@@ -205,6 +213,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
         n_targets=len(targets),
         n_trainable=sum(parameter.numel() for parameter in trained),
         bf16=bf16,
+        measuring=measuring,
         sample=f"{examples} x {outline.sample}",
     )
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -228,3 +237,16 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
     kept = gradients if settings.gradient_accumulation > 1 else 0
     memory = Memory(weights=weights, optimizer=2 * gradients, step=cost.peak_bytes + kept + unpacked)
     return dataclasses.replace(told, memory=memory, flops_a_step=cost.flops * settings.gradient_accumulation)
+
+
+def _measuring(recipe: Recipe, model: Any, *, without: Any) -> int | None:
+    """Return the bound of the bytes that the measurement of a text model keeps, where the recipe measures."""
+    if find_domain(recipe.task).head is None or not measures(recipe) or recipe.measure.spectra:
+        return None
+    told = estimate(
+        model,
+        batch_size=recipe.measure.batch_size,
+        length=cast(Any, recipe.data).max_length,
+        settings=dataclasses.replace(recipe.measuring, exclude_modules=without),
+    )
+    return told.state_bytes + told.cached_bytes
