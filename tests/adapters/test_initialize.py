@@ -213,8 +213,8 @@ def test_the_ranks_of_each_layer_say_when_measuring_may_stop(llama, lora, batche
     evatune.initialize(lora(llama()), batches, progress=False)
     mixed = lora(llama(), rank_pattern={"q_proj": 3})
     plan = evatune.initialize(mixed, batches, progress=False)
-    assert given[0]["rank"] == 4 and "n_components" not in given[0]
-    assert given[1]["rank"] == plan.base_ranks
+    assert given[0]["settings"].rank == 4 and given[0]["settings"].n_components is None
+    assert given[1]["settings"].rank == plan.base_ranks
     assert set(plan.base_ranks.values()) == {3, 4}
     wider = evatune.initialize(lora(llama(), rank_pattern={"q_proj": 3}), batches, n_components=20, progress=False)
     assert wider.base_ranks == plan.base_ranks
