@@ -45,6 +45,12 @@ class _Backend:
     def manual_seed_all(self, seed: int) -> None:
         pass
 
+    def get_rng_state(self, device: int = 0) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: int = 0) -> None:
+        pass
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
