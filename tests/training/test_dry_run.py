@@ -156,6 +156,8 @@ def test_without_a_configuration_it_says_what_is_unknown():
 def test_the_stated_number_of_examples_gives_the_steps():
     recipe = load_recipe(None, {"model": "some/model", "data": "some/data", "train_size": 1000})
     assert dry_run(recipe).steps == 125
+    named = dry_run(load_recipe(None, {"model": "some/model", "data": "commonsense/boolq"}))
+    assert (named.columns, named.n_examples) == ("those of google/boolq", 9427)
     recipe = load_recipe(None, {"model": "a/b", "data": "c/d", "train_size": 9, "max_train_examples": 8})
     assert dry_run(recipe).steps == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from evatune.tasks.examples import gather
 from evatune.tasks.generation.formats import FORMATS, Format, find_format, fitting_format
-from evatune.tasks.generation.named import expanded, places, stated_size
+from evatune.tasks.generation.named import NAMED, expanded, places, stated_size
+from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape
 from evatune.tasks.rows import Row, may_be_hub_id
 
@@ -44,7 +44,7 @@ def outline(task: Generation) -> Outline:
 
     options = parameters_of(task.source)
     return Outline(
-        columns=_columns(data.format, found, data.columns or {}),
+        columns=_columns(data, found),
         n_examples=n_examples,
         build=None if config is None else lambda: AutoModelForCausalLM.from_config(config, **options),
         batch=batch,
@@ -79,11 +79,12 @@ def _count(task: Generation, *, has_tokenizer: bool, found: list[Format]) -> int
     )
 
 
-def _columns(format: str, found: list[Format], columns: Mapping[str, str]) -> str:
+def _columns(data: GenerationData, found: list[Format]) -> str:
     """Return the fields that a row must have, with the names that the source has for them."""
-    if not found and format == "auto":
-        return f"those of one of the formats {', '.join(FORMATS)}"
-    shown = {field: f"{field} (here {column})" for field, column in columns.items()}
+    if not found and data.format == "auto":
+        homes = dict.fromkeys(NAMED[name].hub for name in expanded(data.train) if name in NAMED)
+        return f"those of {', '.join(homes)}" if homes else f"those of one of the formats {', '.join(FORMATS)}"
+    shown = {field: f"{field} (here {column})" for field, column in (data.columns or {}).items()}
     return "; or ".join(
-        ", ".join(shown.get(field, field) for field in form.fields) for form in found or [FORMATS[format]]
+        ", ".join(shown.get(field, field) for field in form.fields) for form in found or [FORMATS[data.format]]
     )
