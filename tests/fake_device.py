@@ -26,10 +26,12 @@ waits: Counter[str] = Counter()
 
 
 class _Backend:
-    """What torch asks of a kind of device."""
+    """What torch asks of a kind of device; outside of `fake_device` it has none of them, so that nothing takes one."""
+
+    is_on = False
 
     def is_initialized(self) -> bool:
-        return True
+        return self.is_on
 
     is_available = is_initialized
 
@@ -37,7 +39,7 @@ class _Backend:
         return 0
 
     def device_count(self) -> int:
-        return 1
+        return int(self.is_on)
 
     def _is_in_bad_fork(self) -> bool:
         return False
@@ -55,7 +57,8 @@ class _Backend:
         return [torch.float16, torch.bfloat16]
 
 
-_setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+_BACKEND = _Backend()
+_setup_privateuseone_for_python_backend(NAME, backend_module=_BACKEND)
 
 
 class FakeTensor(torch.Tensor):
@@ -141,9 +144,11 @@ def fake_device() -> Iterator[torch.device]:
     """Make the device usable in the `with` block; modules can be moved to it."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    _BACKEND.is_on = True
     try:
         with _Mode():
             yield torch.device(NAME)
     finally:
+        _BACKEND.is_on = False
         torch.__future__.set_overwrite_module_params_on_conversion(before)
         waits.clear()
