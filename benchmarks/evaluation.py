@@ -2,7 +2,7 @@
 
 Command (SmolLM2-135M from PyPI, the commonsense questions of ARC, no hub):
 
-    EVATUNE_DATA=path/to/data python benchmarks/evaluation.py
+    EVATUNE_DATA=path/to/data python benchmarks/evaluation.py --publish
     EVATUNE_DATA=path/to/data python benchmarks/evaluation.py --questions 40 --prompts 4     # a look, writes nothing
 
 Likelihood: the questions are scored, and each batch that went into the model then goes through it alone, with the head
@@ -11,7 +11,7 @@ both meet the same disturbances. The scoring also tokenizes, which the passes do
 
 Written answers: the same prompts are answered in batches and one by one, with the same number of new tokens.
 
-Results go to the terminal, to benchmarks/results/evaluation.json and into docs/generation.md.
+Results go to the terminal and, with --publish, to benchmarks/results/evaluation.json and into docs/generation.md.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--publish", action="store_true", help="write the results into files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -151,7 +152,7 @@ def main() -> None:
         "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
     }
     print(table(results, text_table))
-    if args.questions < parser.get_default("questions") or args.prompts < parser.get_default("prompts"):
+    if not args.publish:
         return
     write_text(RESULTS / "evaluation.json", json.dumps(results, indent=2) + "\n")
     machine = results["machine"]

@@ -28,7 +28,11 @@ LARGE |= {"roberta-large"}
 ROWS = {
     "commonsense": {"instruction": "Is it? Answer format: a/b", "input": "", "output": "it is a", "answer": "a"},
     "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
+    "mbpp": {"text": "Add.", "code": "def add(a, b): return a + b", "test_list": ["assert add(1, 2) == 3"]},
 }
+COPIES = ["commonsense/boolq", "commonsense/ARC-Easy", "commonsense/ARC-Challenge", "commonsense/openbookqa"]
+COPIES += ["gsm8k", "mbpp"]
+"""Folders of named tasks, which recipes find in `data.folder`."""
 
 TABLES = {
     "sst2": "good\t1\nbad\t0\n",
@@ -51,6 +55,10 @@ def no_weights(monkeypatch):
 def data(tmp_path_factory) -> Path:
     """A folder in place of `EVATUNE_DATA`: the files that recipes name, with the right columns and a few rows."""
     folder = tmp_path_factory.mktemp("data")
+    for copy in COPIES:
+        (folder / copy).mkdir(parents=True)
+        for split in ("train", "test"):
+            (folder / copy / f"{split}.json").write_text(json.dumps([ROWS[copy.partition("/")[0]]] * 3))
     for recipe in SHIPPED:
         for line in (RECIPES / recipe).read_text().splitlines():
             if line.startswith("#") or "${EVATUNE_DATA}/" not in line:
