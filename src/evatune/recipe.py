@@ -30,6 +30,7 @@ from evatune.settings import (
     TrainSettings,
     check_kept,
     field_docs,
+    field_types,
     number,
 )
 from evatune.tasks import DEFAULT, DOMAINS, find_domain
@@ -365,9 +366,10 @@ def read_yaml(path: str | Path, *, kind: str = "recipe", holds: str = "sections 
         near = near_misses(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise EvaError(f"there is no {kind} file {path}{near}.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        content = yaml.safe_load(text)
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        _check_keys(node, path)
+        content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     content = {} if content is None else content
@@ -378,7 +380,7 @@ def read_yaml(path: str | Path, *, kind: str = "recipe", holds: str = "sections 
 
 def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
     """Yield section, field and type of every setting; a setting that several tasks have in `data` comes once."""
-    hints = typing.get_type_hints(Recipe)
+    hints = field_types(Recipe)
     for field in dataclasses.fields(Recipe):
         kinds: list[Any] = [hints[field.name]]
         if field.name == "data":
@@ -388,7 +390,7 @@ def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
             continue
         seen: set[str] = set()
         for kind in kinds:
-            inner = typing.get_type_hints(kind)
+            inner = field_types(kind)
             for leaf in dataclasses.fields(kind):
                 if leaf.name not in seen:
                     seen.add(leaf.name)
@@ -397,7 +399,7 @@ def _leaves() -> Iterator[tuple[type[Section], dataclasses.Field[Any], Any]]:
 
 def _kinds(task: str) -> dict[str, type[Section]]:
     """Return the sections of a task's recipe by name."""
-    hints = typing.get_type_hints(Recipe) | {"data": find_domain(task).settings}
+    hints = field_types(Recipe) | {"data": find_domain(task).settings}
     return {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, Section)}
 
 
@@ -475,7 +477,7 @@ def _expand(value: Any) -> Any:
         return {key: _expand(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_expand(item) for item in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "$" not in value:
         return value
 
     known = {**os.environ, "EVATUNE_CACHE": str(user_cache())}

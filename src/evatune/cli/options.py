@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from evatune.files import json_text
 from evatune.recipe import Recipe, Setting, all_settings, load_recipe
-from evatune.settings import Planning, Section, field_docs
+from evatune.settings import Planning, Section, field_docs, field_types
 from evatune.tasks import DOMAINS
 
 _TITLES = {"task": "task", "output": "output", "measure": "measuring", "train": "training"}
@@ -67,7 +67,7 @@ def add_recipe_options(
 
 def add_options(group: argparse._ArgumentGroup, section: type[Section]) -> None:
     """Add an option for each field of a section; `given_options` reads them."""
-    kinds, docs = typing.get_type_hints(section), field_docs(section)
+    kinds, docs = field_types(section), field_docs(section)
     for field in dataclasses.fields(section):  # type: ignore[arg-type]
         option = "--" + field.name.replace("_", "-")
         kind, text = kinds[field.name], docs[field.name]

@@ -18,7 +18,7 @@ from evatune.settings.measuring import (
     max_components,
 )
 from evatune.settings.reasons import Reason
-from evatune.settings.section import Section, convert, describe_kind, field_docs, number, same_as, takes
+from evatune.settings.section import Section, convert, describe_kind, field_docs, field_types, number, same_as, takes
 from evatune.settings.training import TrainSettings
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "convert",
     "describe_kind",
     "field_docs",
+    "field_types",
     "max_components",
     "number",
     "same_as",

@@ -61,7 +61,7 @@ class Section:
     """Whether a string of plain names (`q_proj,v_proj`) means a list of them where a list or a pattern is allowed."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name = f"{self.section}.{field.name}".lstrip(".")
             value = convert(getattr(self, field.name), hints[field.name], name, splits_names=self.splits_names)
@@ -116,7 +116,7 @@ def takes(cls: type[Section], *, without: Iterable[str] = ()) -> Callable[[Funct
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        hints, docs = typing.get_type_hints(cls), field_docs(cls)
+        hints, docs = field_types(cls), field_docs(cls)
         fields = [field for field in dataclasses.fields(cls) if field.name not in without]  # type: ignore[arg-type]
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         fields = [field for field in fields if field.name not in signature.parameters]
@@ -133,6 +133,15 @@ def takes(cls: type[Section], *, without: Iterable[str] = ()) -> Callable[[Funct
         return function
 
     return decorate
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
+    return _types(cls)
+
+
+_types = cache(typing.get_type_hints)
+"""Read once, since a sweep makes thousands of recipes."""
 
 
 def field_docs(cls: Any) -> dict[str, str]:
