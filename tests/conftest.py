@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 # Nothing in the tests needs a hub; where the network is there, a slip would download something.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+FILE_SIZES = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 TEST_DEVICE = os.environ.get("EVATUNE_TEST_DEVICE", "cpu")
 """Where tests run: the tensors that they make are there."""
@@ -40,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("on_cpu")
         if marker is not None and TEST_DEVICE != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {marker.args[0]}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport() -> None:
+    # A test may have limited the size of files, as on a full disk; what pytest writes next is not under this limit.
+    resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZES)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
