@@ -136,12 +136,14 @@ def test_what_was_measured_is_kept_in_another_place(recipe, measured, elsewhere,
     assert not place.is_dir()
 
 
-def test_where_no_place_is_left_the_first_error_stays(recipe, measured, elsewhere, tmp_path, disk, capsys):
+def test_where_no_place_is_left_the_first_error_stays(recipe, measured, elsewhere, tmp_path, disk, capsys, monkeypatch):
     from evatune.training import setup
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "r.yaml").write_text(recipe().to_yaml())
     measured(setup, disk.fill)
     assert main(["measure", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "out")]) == 1
     disk.make_room()
     assert capsys.readouterr().err.count("evatune: cannot write") == 1
-    assert not list(elsewhere.glob("*/*")) and not (tmp_path / "out").exists()
+    assert not list(elsewhere.iterdir()) and not list(tmp_path.glob("evatune-*")) and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,8 +22,13 @@ def kept_elsewhere(spectra: Spectra, error: EvaError) -> EvaError:
     """
     for place in (Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
         try:
-            folder = spectra.save(Path(tempfile.mkdtemp(prefix="evatune-", dir=place)) / "spectra")
+            made = Path(tempfile.mkdtemp(prefix="evatune-", dir=place))
+        except OSError:
+            continue
+        try:
+            folder = spectra.save(made / "spectra")
         except (EvaError, OSError):
+            shutil.rmtree(made, ignore_errors=True)
             continue
         return EvaError(
             f"{str(error).removesuffix('.')}. What was measured is not lost, it is in {folder}: move it, or go on from "

@@ -74,7 +74,7 @@ def test_mistakes(sources, options, message, folder):
 def test_a_file_is_taken_before_a_task_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gsm8k").mkdir()
-    with pytest.raises(EvaError, match="gsm8k is a folder"):
+    with pytest.raises(EvaError, match="the folder gsm8k holds no data file"):
         load_examples(["gsm8k"])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from evatune.errors import EvaError
 from evatune.tasks.generation import sandbox
-from evatune.tasks.generation.sandbox import Limits, report, run_programs, what_holds
+from evatune.tasks.generation.sandbox import Limits, Ran, report, run_programs, what_holds
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mark = f"left-behind-{os.getpid()}"
     program = (
-        "import os, time\nopen('file', 'w').write('x')\n"
-        f"if not os.fork():\n    os.setsid()\n    open('/proc/self/comm', 'w').write('{mark[:15]}')\n"
+        "import ctypes, os, time\nopen('file', 'w').write('x')\n"
+        f"if not os.fork():\n    os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{mark[:15]}', 0, 0, 0)\n"
         "    time.sleep(30)\n"
     )
     assert run_programs([program])[0].passed
@@ -79,6 +79,14 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     time.sleep(0.2)
     names = [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm") if path.exists()]
     assert mark[:15] not in names
+
+
+def test_what_a_program_has_started_does_not_answer_for_it():
+    both = "import os\npid = os.fork()\nif pid:\n    os.waitpid(pid, 0)\n"
+    assert run_programs([both, both + "else:\n    raise ValueError\n"]) == [
+        Ran(passed=True, reason=""),
+        Ran(passed=True, reason=""),
+    ]
 
 
 def test_where_processes_cannot_be_limited_nothing_runs(monkeypatch):
