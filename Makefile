@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# A skipped test is a silent one: a run fails when another number of tests is skipped. Thirteen need real data, one a model.
+# A skipped test is a silent one: a run fails when another number of tests is skipped. Thirteen fast and three slow ones
+# need real data, two slow ones a browser; all else that tests need is installed here.
 SKIPS      ?= $(if $(EVATUNE_DATA),0,13)
 BROWSER    := $(shell command -v chromium || command -v google-chrome)
 SLOW_SKIPS ?= $(shell expr $(if $(EVATUNE_DATA),0,3) + $(if $(BROWSER),0,2))
@@ -28,7 +29,7 @@ $(VENV)/.data: $(VENV)/.model
 	touch $@
 
 # Its wheel is built here, for the installed torch.
-$(VENV)/.deepspeed: $(VENV)/.model
+$(VENV)/.deepspeed: $(VENV)/.data
 	$(BIN)/pip install --quiet --constraint constraints.txt deepspeed
 	touch $@
 
@@ -41,7 +42,7 @@ test: $(VENV)/.data
 test-slow: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -m slow --skips $(SLOW_SKIPS)
 
-mutants: $(VENV)/.model
+mutants: $(VENV)/.data
 	$(BIN)/python tests/mutants/run.py
 
 lint: $(VENV)/.installed

@@ -145,7 +145,6 @@ def test_what_fails_while_data_are_looked_at_changes_nothing(llama, batches, met
 
 
 def test_a_failure_after_quantizing_brings_the_full_weights_back(llama, batches):
-    pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
     base = llama()
     before = everything(base)
     with pytest.raises(EvaError, match="there was no batch to measure"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -15,8 +16,6 @@ from evatune.adapters import save_adapter, unload
 from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import dequantize_targets, quantize_targets, quantized_bytes
 from evatune.adapters.lora import find_adapter
-
-bnb = pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*4-bit linear may get different generations:UserWarning:peft")
 

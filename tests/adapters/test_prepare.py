@@ -348,7 +348,8 @@ def test_methods_of_matrices_refuse_other_layers(batches, method):
 
 @pytest.mark.parametrize("method", ["qlora", "eva+qlora"])
 def test_qlora_starts_as_the_base_in_four_bits(llama, batches, outputs, tmp_path, method):
-    bnb = pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
+    import bitsandbytes as bnb
+
     from evatune.adapters.four_bits import quantize_targets
 
     quantized = llama()

@@ -30,7 +30,8 @@ def check_same(left, right, *, exact=True):
 
 
 def quantize_with_bitsandbytes(model, bits):
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             if bits == 4:
@@ -52,7 +53,8 @@ def quantize_with_bitsandbytes(model, bits):
 
 
 def quantize_with_torchao(model):
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
     return model
 
@@ -94,7 +96,8 @@ def test_quantized_models(llama, lora, batches, outputs, tmp_path, kind):
 
 def test_measuring_leaves_weights_in_four_bits_as_they_are_packed(vectors):
     """On processors, bitsandbytes repacks them in evaluation mode, and then no gradient passes them any more."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
     model = nn.Sequential(nn.Linear(16, 64), layer.to("cpu"))
     before = model[1].weight.data.clone(), model[1].support_avx512bf16_for_cpu

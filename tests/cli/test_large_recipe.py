@@ -17,7 +17,6 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "paper" / "llama3.1-70b-commons
 
 
 def test_two_processes_run_the_recipe_of_a_model_in_4_bits(tiny_model, tiny_data, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="qlora needs bitsandbytes")
     data = ["--data", tiny_data / "train.jsonl", "--eval", tiny_data / "test.jsonl", "--max-length", "128"]
     short = ["--steps", "2", "--max-batches", "3", "--rank", "4", "--max-eval-examples", "4", "--json"]
     words = ["finetune", RECIPE, "--model", tiny_model, *data, *short, "--output", tmp_path / "run"]

@@ -26,7 +26,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer in llama.cpp's format, with 8-bit weights and tied embeddings."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
     vocabulary = ["<|endoftext|>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "ab"]
     d, d_mlp, n_heads = 32, 64, 2

@@ -108,7 +108,8 @@ def test_a_folder_inside_with_the_name_of_the_split_is_the_split(tmp_path):
 
 
 def test_what_datasets_saves_to_disk_is_read_without_its_descriptions(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     parts["train"].save_to_disk(tmp_path / "one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -32,10 +31,6 @@ from evatune.training.setup import (
     quantize_as_asked,
 )
 from evatune.training.trainer import TaskTrainer
-
-NEEDS_BITSANDBYTES = pytest.mark.skipif(
-    not importlib.util.find_spec("bitsandbytes"), reason="qlora needs bitsandbytes: pip install evatune[qlora]"
-)
 
 
 @pytest.fixture
@@ -105,7 +100,6 @@ def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
     assert all(torch.equal(first[name], last[name]) == (".lora_A." in name) for name in first)
 
 
-@NEEDS_BITSANDBYTES
 def test_eva_beside_4_bits_measures_the_model_that_will_run(recipe, tmp_path):
     spectra = {}
     for method in ("eva", "eva+qlora"):
@@ -147,9 +141,7 @@ def interrupt(wanted: Recipe, monkeypatch: pytest.MonkeyPatch, *, step: int) -> 
             finetune(wanted, progress=False)
 
 
-@pytest.mark.parametrize(
-    "method", ["pissa", "lora-ga", "full", "eva+lora+", pytest.param("eva+qlora", marks=NEEDS_BITSANDBYTES)]
-)
+@pytest.mark.parametrize("method", ["pissa", "lora-ga", "full", "eva+lora+", "eva+qlora"])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch, method):
     whole = finetune(recipe(method, name="whole"), progress=False)
     halved = recipe(method, name="halved")

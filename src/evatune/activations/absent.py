@@ -13,7 +13,8 @@ class AbsentTensor(Tensor):
     """A tensor of the shape, dtype and device of another one, without its values.
 
     All operations on it run on the meta device. Reading a value raises an error, as on the meta device. So does writing
-    it into a tensor with values, because that tensor would keep its old ones.
+    it into a tensor with values, because that tensor would keep its old ones: a `NotImplementedError`, as torch raises
+    for copying out of a meta tensor.
     """
 
     @staticmethod

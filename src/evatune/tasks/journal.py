@@ -18,9 +18,9 @@ class Journal:
     """What an evaluation has found so far, by its part and the place of the example.
 
     Example:
-        >>> with Journal.open("/tmp/outcomes.part", about={"model": "gpt2"}) as journal:
+        >>> with Journal.open("outcomes.part", about={"model": "gpt2"}) as journal:
         ...     journal.add("likelihood", [(0, 1.5), (1, 2.5)])
-        >>> with Journal.open("/tmp/outcomes.part", about={"model": "gpt2"}, resume=True) as journal:
+        >>> with Journal.open("outcomes.part", about={"model": "gpt2"}, resume=True) as journal:
         ...     journal.known("likelihood")
         {0: 1.5, 1: 2.5}
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import warnings
@@ -17,12 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import evatune
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="ZeRO-3 needs deepspeed: pip install deepspeed"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 N_BATCHES = 8
 OPTIONS = {"n_components": 8, "backend": "exact", "tau": None, "min_gain": None, "progress": False}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -50,8 +49,6 @@ def new_model() -> Callable[..., DecisionTransformer]:
 @pytest.fixture(scope="session")
 def reach_episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three episodes of `reach-v3`."""
-    if importlib.util.find_spec("metaworld") is None:
-        pytest.skip("needs evatune[control]")
     from evatune.tasks.control.collecting import collect_episodes
 
     folder = tmp_path_factory.mktemp("episodes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from evatune.tasks.control import collecting
 from evatune.tasks.control.collecting import collect_episodes
 from evatune.tasks.control.environments import make_environment
 from evatune.tasks.control.episodes import Episode, load_episodes
-
-pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 def same(ours: list[Episode], theirs: list[Episode]) -> bool:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from evatune.errors import EvaError
 from evatune.tasks.control.environments import EPISODE_STEPS, episode_seed, make_environment, picture, scripted_policy
-
-needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 def test_training_and_evaluation_never_share_a_seed() -> None:
@@ -23,7 +20,6 @@ def test_training_and_evaluation_never_share_a_seed() -> None:
     assert not train & held_out
 
 
-@needs_metaworld
 def test_the_seed_decides_the_goal() -> None:
     environment = make_environment("push")
     first, other = environment.reset(seed=1)[0], environment.reset(seed=2)[0]
@@ -34,7 +30,6 @@ def test_the_seed_decides_the_goal() -> None:
     assert np.any(first[36:] != other[36:])
 
 
-@needs_metaworld
 def test_a_scripted_policy_succeeds_within_200_steps() -> None:
     environment, policy = make_environment("reach-v2"), scripted_policy("reach-v3")
     observation, info = environment.reset(seed=0)
@@ -66,7 +61,6 @@ except EvaError as error:
 """
 
 
-@needs_metaworld
 @pytest.mark.parametrize("backend", [None, "egl", "osmesa", "glfw", "disable", "nonsense"])
 def test_drawing_works_or_says_why_in_one_sentence(backend: str | None) -> None:
     wanted = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
@@ -80,7 +74,6 @@ def test_drawing_works_or_says_why_in_one_sentence(backend: str | None) -> None:
     assert "Traceback" not in done.stderr
 
 
-@needs_metaworld
 def test_pictures_show_the_robot(needs_pictures: None) -> None:
     environment = make_environment("reach", render=True, size=64)
     environment.reset(seed=0)

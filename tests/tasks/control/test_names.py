@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
 from evatune.errors import EvaError
 from evatune.tasks.control.names import CW10, MT40, environment_names
-
-needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 def test_groups_split_fifty_environments() -> None:
@@ -18,7 +14,6 @@ def test_groups_split_fifty_environments() -> None:
     assert not set(MT40) & set(CW10)
 
 
-@needs_metaworld
 def test_groups_are_all_that_metaworld_has() -> None:
     import metaworld
 

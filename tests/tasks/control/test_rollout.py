@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,9 +16,6 @@ from evatune.tasks.control import rollout
 from evatune.tasks.control.environments import episode_seed, make_environment, quiet, scripted_policy
 from evatune.tasks.control.model import DecisionTransformer
 from evatune.tasks.control.rollout import roll_out
-
-gymnasium = pytest.importorskip("gymnasium")
-pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 class Scripted(torch.nn.Module):

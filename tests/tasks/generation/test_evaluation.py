@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from evatune.errors import EvaError
-from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation import evaluation as evaluation_module
 from evatune.tasks.generation import likelihood as likelihood_module
 from evatune.tasks.generation.encoding import encode_examples
@@ -16,21 +15,6 @@ from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.journal import Journal
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    """The tiny model with larger weights, so that its choices differ."""
-    model = load_model(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
@@ -100,9 +102,7 @@ def test_every_file_type_gives_the_same(tmp_path):
             writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
-    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.json", "b.json", "a.csv", "a.tsv", "a.parquet"):
         assert [example.text for example in load_examples(tmp_path / name)] == expected, name
 

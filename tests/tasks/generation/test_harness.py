@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -19,9 +18,6 @@ from evatune.tasks.generation.likelihood import score
 from evatune.tasks.generation.named import GROUPS, NAMED
 from evatune.training.setup import load_base, open_recipe
 
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="no lm-eval: pip install 'evatune[lm-eval]'"
-)
 ROW = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is true"}
 
 
@@ -57,7 +53,6 @@ def test_every_commonsense_task_is_defined_with_its_data_on_the_hub():
     assert len(group["task"]) == len(GROUPS["commonsense"]) == 8
 
 
-@needs_lm_eval
 def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tmp_path, capsys):
     arguments = ["--model", str(tiny_model), "--folder", str(copies), "--harness", "lm-eval", "--limit", "2"]
     arguments += ["--tasks", "evatune_boolq", "evatune_arc_e", "--save", str(tmp_path / "scores.json")]
@@ -73,7 +68,6 @@ def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tm
     assert asked["choices"][asked["answer"]] == "the correct answer is answer2"
 
 
-@needs_lm_eval
 def test_written_answers_are_judged_as_ours(tiny_model, copies, monkeypatch):
     task, model = opened(str(tiny_model), copies)
     monkeypatch.setattr(
@@ -84,7 +78,6 @@ def test_written_answers_are_judged_as_ours(tiny_model, copies, monkeypatch):
     assert "Let's think step by step" in found["samples"]["evatune_gsm8k"][0]["doc"]["prompt"]
 
 
-@needs_lm_eval
 def test_an_unknown_task_is_named_with_its_near_misses(tiny_model):
     task, model = opened(str(tiny_model))
     with pytest.raises(EvaError, match=r"no task 'evatune_arc' \(did you mean 'evatune_arc_e', 'evatune_arc_c'"):
@@ -112,7 +105,6 @@ def test_wrong_use(arguments, message, tiny_model, capsys):
     assert message in capsys.readouterr().err
 
 
-@needs_lm_eval
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("arc_e", 120), ("obqa", 100)])
 def test_likelihoods_are_those_of_the_harness(name, count, smollm2, real_data):

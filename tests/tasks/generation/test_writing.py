@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from evatune.models import load_model, load_tokenizer
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.writing import Sampling, write_answers
 
 PROMPTS = ("Is red true?", "one two three green blue red: ", "?", "Is blue false? two two two")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    model = load_model(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 def asked(*prompts: str, stops=()) -> list[Example]:
