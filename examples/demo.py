@@ -79,7 +79,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier demo")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default: 20)")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run (default: 16)")
     parser.add_argument("--rank", type=int, default=16, help="average rank of all methods (default: 16)")
     parser.add_argument(
         "--learning-rates",

@@ -226,6 +226,15 @@ def test_json_that_is_no_plan_is_refused():
         RankPlan.from_json({name: value for name, value in whole.items() if name != "ranks"})
 
 
+@pytest.mark.parametrize("entry", ["ranks", "alphas", "base_ranks", "in_features", "out_features"])
+def test_a_plan_that_was_edited_must_name_the_same_targets_everywhere(entry):
+    whole = allocate(HAND, rank=2).to_json()
+    with pytest.raises(EvaError, match=r"the entry '\w+' of the plan does not name the same targets"):
+        RankPlan.from_json(whole | {entry: {"a": whole[entry]["a"]}})
+    with pytest.raises(EvaError, match=f"the entry {entry!r} of the plan does not name the same targets"):
+        RankPlan.from_json(whole | {entry: [2, 2]})
+
+
 def test_the_table_has_one_line_a_kind_of_matrix():
     targets = {f"layers.{i}.{kind}": HAND[name] for i in range(2) for kind, name in (("q", "a"), ("up", "b"))}
     table = allocate(targets, rank=2, rho=2.0).table()

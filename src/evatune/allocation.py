@@ -206,11 +206,13 @@ class RankPlan:
             plan = cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data or name in required})
         except KeyError as error:
             raise EvaError(f"this is not a rank plan: the entry {error} is missing.") from None
+        for entry in ("ranks", "alphas", "base_ranks", "in_features", "out_features"):
+            value = getattr(plan, entry)
+            if not isinstance(value, dict) or value.keys() != plan.ranks.keys():
+                raise EvaError(f"the entry {entry!r} of the plan does not name the same targets as its ranks.")
         for name, rank in plan.ranks.items():
             if type(rank) is not int or rank < 0:
                 raise EvaError(f"the plan gives {name!r} rank {rank!r}, but a rank is a whole number of at least 0.")
-            if any(name not in entries for entries in (plan.alphas, plan.base_ranks, plan.in_features)):
-                raise EvaError(f"the plan gives {name!r} a rank, but no alpha, base rank or width.")
         return plan
 
 

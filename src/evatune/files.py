@@ -78,6 +78,8 @@ _OF_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 def write_failure(error: BaseException, path: Path) -> str | None:
     """Return why a file or folder could not be written, in the system's words; None for an error of another kind."""
+    if isinstance(error, ConnectionError):  # a pipe or a network, no disk
+        return None
     if isinstance(error, OSError):
         name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         related = path in (name, *name.parents) or name in path.parents or name.name.startswith(f".{path.name}-")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LongformerConfig, LongformerModel, MambaConfig, MambaForCausalLM
 
-from evatune import EvaWarning, measure
+from evatune import EvaError, EvaWarning, measure
 
 D = 8
 QUIET = {"progress": False, "tau": None, "min_gain": None, "n_components": 4}
@@ -245,6 +245,19 @@ def test_the_caller_says_which_rows_count():
     assert (spectra["a"].n_rows, spectra["b"].n_rows) == (34, 52)
     spectra = measure(model, batches, row_mask=lambda batch: batch["attention_mask"], **options)
     assert (spectra["a"].n_rows, spectra["b"].n_rows) == (34, 34)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"c": None}, "row_mask names 'c', which is no module"),
+        ([[True]], "row_mask must give tensors, or None for all rows, and gives a list"),
+    ],
+)
+def test_a_mask_of_the_caller_that_means_nothing_is_an_error(given, message):
+    model = Net(lambda m, x, kept: m.a(x).mean(1), "a")
+    with pytest.raises(EvaError, match=message):
+        measure(model, BATCHES, row_mask=lambda batch: given, **QUIET)
 
 
 def test_only_the_first_batch_with_padding_takes_more_passes():

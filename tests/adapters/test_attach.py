@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from evatune import prepare
-from evatune.adapters import save_adapter
+from evatune.adapters import export_portable, save_adapter
 from evatune.adapters.attach import load_adapter
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -25,6 +25,11 @@ def test_frozen_weights_of_a_head_that_is_a_target_are_not_written(method, llama
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(model, tmp_path / "adapter")
+        if method == "lora":
+            export_portable(model, tmp_path / "portable")
+            assert not (tmp_path / "portable" / "README.md").exists()
+            portable = load_file(tmp_path / "portable" / "adapter_model.safetensors")
+            assert all("lora_" in name for name in portable)
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("lm_head" in name for name in names)
     assert all("lora_" in name for name in names)

@@ -74,6 +74,10 @@ def test_options_override_the_runs_recipe(run, tiny_data, tmp_path, capsys):
         (["RUN", "--limit", "0"], "limit is 0, but must be at least 1"),
         (["--model", "MODEL", "--eval", "EVAL", "--adapter", "x"], "x holds no adapter"),
         (["--model", "MODEL"], "names no held-out data"),
+        (
+            ["--model", "MODEL", "--task", "vision", "--page", "p.html"],
+            "task 'vision' does not tell what each",
+        ),
         ([], "nothing to score was named"),
     ],
 )
@@ -83,8 +87,11 @@ def test_what_cannot_be_evaluated(run, tiny_model, tiny_data, capsys, arguments,
     assert message in capsys.readouterr().err
 
 
-def test_an_unfinished_run_is_not_evaluated(run, tmp_path, capsys):
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["first", "extended"])
+def test_an_unfinished_run_is_not_evaluated(run, tmp_path, capsys, has_adapter):
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    if has_adapter:  # of the end that the run had before it was made longer
+        (tmp_path / "adapter").mkdir()
     assert main(["evaluate", str(tmp_path)]) == 1
     assert f"the run in {tmp_path} is not finished; go on with evatune finetune --resume" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ def test_the_readme_says_what_the_adapter_is_and_how_it_was_made(tiny_model, tin
     )
     finetune(recipe, progress=False)
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert text.startswith(f"---\nbase_model: {tiny_model}\nlibrary_name: peft\n")
+    assert text.startswith(f"---\nbase_model: {tiny_model}\nlibrary_name: peft\ntags: [lora, eva]\n")
     assert "Method: `eva`, rank 2 on average over 14 modules, alpha 1" in text
     assert "Trained for 1 steps of 4 examples" in text
     assert "- after training: loss " in text

@@ -139,6 +139,11 @@ def test_processes_share_a_batch(tiny_model):
         dry_run(recipe, processes=3)
 
 
+def test_a_plan_is_looked_at(tiny_model, tmp_path):
+    with pytest.raises(EvaError, match="there is no plan"):
+        dry_run(load_recipe(None, {"model": str(tiny_model), "plan": str(tmp_path / "none.json")}))
+
+
 def test_it_tells_what_a_run_then_does(tiny_model, tiny_data, capsys):
     arguments = ["finetune", "--model", str(tiny_model), "--data", str(tiny_data / "train.jsonl"), "--rank", "2"]
     arguments += ["--method", "lora", "--train.batch-size", "7", "--epochs", "2", "--precision", "bf16"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from evatune.activations.positions import DECODER, INPUTS, LABELS, BatchPositions, Given, entries_of, read_positions
 from evatune.activations.variants import with_entries
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -81,13 +82,29 @@ def reader_of(
         row_mask: if given, it alone says which positions count.
     """
     if row_mask is not None:
-        return lambda batch: BatchPositions(given=row_mask(batch))
+        names = {name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())}
+        return lambda batch: BatchPositions(given=_checked(row_mask(batch), names))
     return partial(
         read_positions,
         encoder_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
         use_label_mask=use_label_mask,
         loss_type=getattr(model, "loss_type", None),
     )
+
+
+def _checked(given: Any, names: Collection[str]) -> Given:
+    """Return the masks that a caller has given, on the CPU.
+
+    Raises:
+        EvaError: one is no tensor, or names no module.
+    """
+    masks: Mapping[str, Any] = given if isinstance(given, Mapping) else {"": given}
+    for name, mask in masks.items():
+        if name not in names:
+            raise EvaError(f"row_mask names {name!r}, which is no module{near_misses(str(name), names)}.")
+        if not isinstance(mask, Tensor | None):
+            raise EvaError(f"row_mask must give tensors, or None for all rows, and gives a {type(mask).__name__}.")
+    return {name: None if mask is None else mask.cpu() for name, mask in masks.items()}
 
 
 def takes_entry(model: nn.Module, name: str) -> bool:

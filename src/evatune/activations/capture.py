@@ -199,5 +199,7 @@ def _restored(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
 
 
 def _has_no_values(value: Any) -> bool:
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    if not isinstance(value, dict | list | tuple):
+        return isinstance(value, AbsentTensor)
+    members = value.values() if isinstance(value, dict) else value
     return any(isinstance(member, AbsentTensor) for member in members)

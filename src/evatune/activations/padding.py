@@ -58,12 +58,6 @@ class RowCounts:
             return "unknown"
         return "removed" if self.is_parted else "dropped" if self.n_dropped else "none"
 
-    def __add__(self, other: RowCounts) -> RowCounts:
-        """Return the counts of the rows of both."""
-        return RowCounts(
-            self.n_dropped + other.n_dropped, self.n_unsure + other.n_unsure, self.is_parted or other.is_parted
-        )
-
 
 class Prints:
     """A few numbers for every row of the activations of a pass; they serve to compare the rows of two passes."""
@@ -138,8 +132,8 @@ class CountedRows:
         for name in set(positions.unread) - self._unread:
             self._unread.add(name)
             warnings.warn(
-                f"{name!r} in the batches is not read: if it marks padding, this padding counts; say with row_mask= "
-                "which rows count.",
+                f"{name!r} in the batches is not understood; if it marks padding, the padding is counted as rows; say "
+                "with row_mask= which rows count.",
                 EvaWarning,
                 stacklevel=2,
             )
@@ -244,6 +238,7 @@ class CountedRows:
         """Begin a new input with all that is known about the input it was split from."""
         self.counts[new] = replace(self.counts.get(key, RowCounts()))
         self._learned |= {(new, *place[1:]): learned for place, learned in self._learned.items() if place[0] == key}
+        self._unfilled |= {(new, *place[1:]) for place in self._unfilled if place[0] == key}
         if key in self._irregular:
             self._irregular.add(new)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Positions:
     labels: str | None = None
     """The entry with a label for each position."""
 
-    @property
+    @cached_property
     def counted(self) -> Tensor:
         """Which positions count."""
         return self.kept & self.learned
@@ -64,17 +65,17 @@ class BatchPositions:
     given: Given | None = None
     """Which rows count, if the caller says so; then nothing else decides it."""
 
-    @property
+    @cached_property
     def has_padding(self) -> bool:
         """Whether any position is padding."""
         return any(not bool(sequence.kept.all()) for sequence in self.sequences)
 
-    @property
+    @cached_property
     def all_count(self) -> bool:
         """Whether every position counts."""
         return all(bool(sequence.counted.all()) for sequence in self.sequences)
 
-    @property
+    @cached_property
     def can_be_perturbed(self) -> bool:
         """Whether every sequence with padding has values there."""
         return all(sequence.entries or sequence.labels or bool(sequence.kept.all()) for sequence in self.sequences)
@@ -124,7 +125,7 @@ def read_positions(
         if isinstance(value := entries.get(name), Tensor) and value.ndim >= 2:
             prefix = DECODER if name.startswith(DECODER) else ""
             dims = value.shape[: value.ndim - name.endswith("embeds")]
-            kept.setdefault(prefix, (torch.ones(dims, dtype=torch.bool, device=value.device), ()))
+            kept.setdefault(prefix, (torch.ones(dims, dtype=torch.bool, device="cpu"), ()))
     owner = DECODER if encoder_decoder else ""
     if labels is not None and encoder_decoder:
         shown, masks = kept.get(DECODER, (None, ()))
@@ -157,8 +158,8 @@ def read_positions(
 
 
 def _marks_on_host(entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the entries; masks, labels and token numbers are on the CPU, so that reading them stalls no device."""
-    endings = (MASK, TORCH_MASK, LABELS, *UNREAD, INPUTS[0])
+    """Return the entries; masks and labels are on the CPU, so that reading them stalls no device."""
+    endings = (MASK, TORCH_MASK, LABELS, *UNREAD)
     return {
         name: value.cpu() if isinstance(value, Tensor) and name.endswith(endings) else value
         for name, value in entries.items()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,11 @@ from evatune.activations.padding import CountedRows
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA, look_all, settle_all
+from evatune.pca.threads import on_one_thread_each
 from evatune.settings import Reason, Stopping
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Needed = Callable[[Mapping[str, str], Mapping[str, InputState]], Mapping[str, int]]
 """A function of the input of each target and of the states of the inputs. It returns how many components of each input
@@ -162,16 +167,18 @@ class Run:
         undone = {key: state for key, state in self.inputs.items() if state.pca.is_fitted and state.reason is None}
         look_all(state.pca for state in undone.values())
         needed = self._needed(self._input_of, self.inputs) if self._needed is not None else {}
-        return {
-            key: find(state, self._rule, n_needed=needed.get(key, self._n_components)) for key, state in undone.items()
-        }
+
+        def found(key: str) -> Finding:
+            return find(undone[key], self._rule, n_needed=needed.get(key, self._n_components))
+
+        return dict(zip(undone, _each(found, list(undone), undone.values()), strict=True))
 
     def conclude(self, findings: Mapping[str, Finding]) -> None:
         """Apply the rules to findings, of this process or of several together, and prepare for the next check."""
         states = {key: self.inputs[key] for key in findings}
         decide(states, findings, self._rule)
-        for state in states.values():
-            begin(state, self._rule, per_doubling=self._per_doubling)
+        again = partial(begin, rule=self._rule, per_doubling=self._per_doubling)
+        _each(again, list(states.values()), states.values())
         self._note()
 
     def _note(self) -> None:
@@ -217,6 +224,12 @@ class Run:
 
     def _most_rows(self) -> int:
         return max((state.pca.n_samples_seen_ for state in self._fitted()), default=0)
+
+
+def _each(function: Callable[[T], R], items: Sequence[T], states: Iterable[InputState]) -> list[R]:
+    """Return what a function of one input gives for each, on a CPU side by side on one thread each."""
+    on_processor = all(state.pca.look().components.device.type == "cpu" for state in states)
+    return on_one_thread_each(function, items) if on_processor else [function(item) for item in items]
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:

@@ -59,14 +59,14 @@ def save_adapter(model: PeftModel, directory: str | Path, *, overwrite: bool = F
         EvaError: the folder exists or cannot be written.
     """
     with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder, quiet_peft():
-        with _without_card(model):
-            model.save_pretrained(str(folder), save_embedding_layers=_saved_embeddings(model))
+        with without_card(model):
+            model.save_pretrained(str(folder), save_embedding_layers=saved_embeddings(model))
         if convert and (change := base_change(model)) is not None:
             convert_saved(model, folder, change)
     return Path(directory)
 
 
-def _saved_embeddings(model: PeftModel) -> bool | str:
+def saved_embeddings(model: PeftModel) -> bool | str:
     """Return what PEFT is to save of embeddings and of the head of a language model.
 
     It would write their frozen weights into the adapter where they are targets, though nothing has changed them.
@@ -76,7 +76,7 @@ def _saved_embeddings(model: PeftModel) -> bool | str:
 
 
 @contextlib.contextmanager
-def _without_card(model: PeftModel) -> Iterator[None]:
+def without_card(model: PeftModel) -> Iterator[None]:
     """Let PEFT write no README, which would be an empty form."""
     vars(model)["create_or_update_model_card"] = lambda output_dir: None
     try:

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
+from evatune.adapters.attach import quiet_peft, saved_embeddings, without_card
 from evatune.adapters.factors import Factors, factors_of, layers_of
 from evatune.adapters.lora import check_layers, find_adapter
 from evatune.errors import EvaError
@@ -61,8 +62,10 @@ def export_portable(
         )
     rank = max(layer.r[adapter_name] for layer in layers.values())
     with replace_folder(directory, holds="adapter_config.json", overwrite=overwrite) as folder:
-        # PEFT knows what else belongs to an adapter (modules_to_save, embeddings, the model card): it saves first.
-        model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+        # PEFT knows what else belongs to an adapter (modules_to_save, embeddings): it saves first.
+        with quiet_peft(), without_card(model):
+            embeddings = saved_embeddings(model)
+            model.save_pretrained(str(folder), selected_adapters=[adapter_name], save_embedding_layers=embeddings)
         saved = folder if adapter_name == "default" else folder / adapter_name
         tensors = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
         for prefix, pair, scale in _pairs(model, layers, adapter_name):

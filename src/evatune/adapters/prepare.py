@@ -202,8 +202,10 @@ def adapter_shapes(
         peft_model: Any = wrap(model, config, targets)
     for name, parameter in peft_model.named_parameters():
         # PEFT loses that AdaLoRA's count of ranks is not trained where it moves it to another device.
-        if ".ranknum." in name or (not settings.train_a and ".lora_A." in name):
+        if ".ranknum." in name:
             parameter.requires_grad_(False)
+    if not settings.train_a:
+        freeze_a(peft_model)
     hold_in(peft_model, settings.adapter_dtype)
     return peft_model, targets
 

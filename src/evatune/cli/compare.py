@@ -6,7 +6,7 @@ import argparse
 
 from evatune.cli.options import answer, say
 
-SUMMARY = "compare methods: a sweep of runs with choice on validation data"
+SUMMARY = "run a sweep: choose on validation data, compare on test data"
 USAGE = "SWEEP"
 DESCRIPTION = """
 Do all runs of a sweep: first every method with every learning rate and what else is searched, scored on validation

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune.report.outcomes import write_outcomes_page
     from evatune.tables import text_table
     from evatune.tasks.scores import score_rows
-    from evatune.training.evaluation import evaluate, saved_run
+    from evatune.training.evaluation import check_tells_examples, evaluate, saved_run
 
     if args.folder and (args.recipe or args.adapter):
         raise EvaError("RUN has a recipe and an adapter of its own; leave out --recipe and --adapter, or RUN.")
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     if args.harness or args.tasks:
         _with_harness(args, recipe, adapter)
         return
+    if args.page:
+        check_tells_examples(recipe)
     files = {name: getattr(args, name) for name in ("outcomes", "resume", "overwrite")} if launch.is_first() else {}
     scores = evaluate(recipe, adapter=adapter, limit=args.limit, force=args.force, **files)
     content = {"task": recipe.task, "model": recipe.model.name, "adapter": adapter and str(adapter)} | scores.to_json()
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _with_harness(args: argparse.Namespace, recipe: Any, adapter: Any) -> None:
     """Score with lm-evaluation-harness."""
+    from evatune import launch
     from evatune.errors import EvaError
     from evatune.files import write_json
     from evatune.tables import text_table
@@ -106,6 +109,6 @@ def _with_harness(args: argparse.Namespace, recipe: Any, adapter: Any) -> None:
     content = {"model": recipe.model.name, "adapter": adapter and str(adapter)} | found
     table = text_table(["task", "metric", "score", "standard error"], harness_rows(found))
     answer(args, text=table, content={name: value for name, value in content.items() if name != "samples"})
-    if args.save:
+    if args.save and launch.is_first():
         write_json(args.save, content)
         say(f"saved     {args.save}")

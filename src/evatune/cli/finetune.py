@@ -50,6 +50,12 @@ def run(args: argparse.Namespace) -> None:
     recipe = recipe_from(args)
     if not args.dry_run and (args.on or args.processes != 1):
         raise EvaError("--on and --processes are for --dry-run; torchrun starts a run of several processes.")
+    if args.resume and not args.recipe and recipe.output:
+        kept = Path(recipe.output) / "recipe.yaml"
+        if kept.is_file():
+            recipe = recipe_from(args, path=str(kept))
+        elif not recipe.model.name:
+            raise EvaError(f"{recipe.output} holds no run to resume: it has no recipe.yaml.")
     if args.dry_run:
         from evatune.training.accelerators import find_accelerator
         from evatune.training.dry_run import dry_run
@@ -57,12 +63,6 @@ def run(args: argparse.Namespace) -> None:
         told = dry_run(recipe, accelerator=find_accelerator(args.on) if args.on else None, processes=args.processes)
         answer(args, text=told.text(), content=told.to_json())
         return
-    if args.resume and not args.recipe and recipe.output:
-        kept = Path(recipe.output) / "recipe.yaml"
-        if kept.is_file():
-            recipe = recipe_from(args, path=str(kept))
-        elif not recipe.model.name:
-            raise EvaError(f"{recipe.output} holds no run to resume: it has no recipe.yaml.")
     recipe.require("model", "data", "output")
 
     from evatune.training.run import finetune

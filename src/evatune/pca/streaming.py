@@ -284,8 +284,9 @@ class StreamingPCA(AnyPCA):
     @property
     def total_variance_(self) -> float:
         """Sum of the variances of all features."""
-        total = self._fitted().moments.variance_d(center=self.center).sum()
-        return float(total) if self._found is None else self._found.total_variance
+        if self._found is not None:
+            return self._found.total_variance
+        return float(self._fitted().moments.variance_d(center=self.center).sum())
 
     @property
     def mean_(self) -> Tensor:

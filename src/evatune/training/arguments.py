@@ -18,18 +18,26 @@ from evatune.training.schedule import rate_factor
 from evatune.training.setup import uses_bf16
 
 
-def check_processes(settings: TrainSettings) -> None:
-    """Check that the processes which train together can share a batch.
+def check_shares(settings: TrainSettings, *, n_processes: int) -> None:
+    """Check that so many processes can share a batch.
 
     Raises:
-        EvaError: the batch cannot be divided equally, or the launcher asks for a sharded model.
+        EvaError: the batch cannot be divided equally.
     """
-    n_processes = launch.n_processes()
     if settings.batch_size % n_processes:
         raise EvaError(
             f"train.batch_size is {settings.batch_size}, which {n_processes} processes cannot share equally; give a "
             f"multiple of {n_processes}, as --train.batch-size {n_processes * -(-settings.batch_size // n_processes)}."
         )
+
+
+def check_processes(settings: TrainSettings) -> None:
+    """Check that the processes which were launched together can train.
+
+    Raises:
+        EvaError: they cannot share a batch equally, or the launcher asks for a sharded model.
+    """
+    check_shares(settings, n_processes=launch.n_processes())
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
             raise EvaError(
@@ -109,4 +117,6 @@ def training_arguments(
         "seed": settings.seed,
         "data_seed": settings.seed,
     }
-    return TrainingArguments(**arguments | dict(further or {}))
+    made = TrainingArguments(**arguments | dict(further or {}))
+    made._n_gpu = min(1, made.n_gpu)  # with more, the Trainer would give each of them a batch of this size
+    return made

@@ -57,8 +57,10 @@ def initial_card(recipe: Recipe, *, n_targets: int, notes: Sequence[str] = ()) -
 
 
 def _head(recipe: Recipe, *, title: str) -> list[str]:
-    tags = "tags: [lora, eva]" if recipe.adapter.method.startswith("eva") else "tags: [lora]"
-    return ["---", f"base_model: {recipe.model.name}", "library_name: peft", tags, "---", "", f"# {title}", ""]
+    method = recipe.adapter.choice.method
+    tags = ", ".join(dict.fromkeys([*(["lora"] if method.is_lora else []), method.name]))
+    front = [f"base_model: {recipe.model.name}", "library_name: peft", f"tags: [{tags}]"]
+    return ["---", *front, "---", "", f"# {title}", ""]
 
 
 def _made(recipe: Recipe, *, n_targets: int) -> str:

@@ -20,8 +20,15 @@ from evatune.tasks import find_domain
 from evatune.tasks.outline import Outline
 from evatune.tasks.task import Task
 from evatune.training.accelerators import Accelerator
-from evatune.training.arguments import total_steps
-from evatune.training.setup import checkpoint_gradients, measures, open_recipe, uses_bf16, without_adapter
+from evatune.training.arguments import check_shares, total_steps
+from evatune.training.setup import (
+    checkpoint_gradients,
+    measures,
+    open_recipe,
+    planned,
+    uses_bf16,
+    without_adapter,
+)
 from evatune.training.step_cost import step_cost
 
 
@@ -162,9 +169,11 @@ def dry_run(recipe: Recipe, *, accelerator: Accelerator | None = None, processes
         EvaError: the recipe, its data or its model has a mistake that would end a run.
     """
     recipe.require("model")
+    recipe, _ = planned(recipe)
     settings = recipe.train
-    if processes < 1 or settings.batch_size % processes:
-        raise EvaError(f"train.batch_size is {settings.batch_size}, which {processes} processes cannot share equally.")
+    if processes < 1:
+        raise EvaError(f"processes is {processes}, but must be at least 1.")
+    check_shares(settings, n_processes=processes)
     task = open_recipe(recipe, offline=True)
     outline = task.outline()
     steps = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from evatune.tasks import DOMAINS, find_domain
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
 from evatune.tasks.task import Task
-from evatune.training.folder import ADAPTER, MODEL, RECIPE
-from evatune.training.origin import check_model, data_of
+from evatune.training.folder import ADAPTER, MODEL, RECIPE, RECORD
+from evatune.training.origin import check_model, content_hash, data_of
 from evatune.training.setup import load_base, open_recipe, quantize_as_asked, use_threads, uses_bf16
 
 
@@ -42,12 +41,13 @@ def saved_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise EvaError(
             f"{folder} holds no run: it has no {RECIPE}; with --adapter, --model and --recipe any adapter is evaluated."
         )
+    if not (folder / RECORD).is_file():  # a run that is made longer still has the adapter of its old end
+        raise EvaError(f"the run in {folder} is not finished; go on with evatune finetune --resume --output {folder}.")
     recipe = load_recipe(folder / RECIPE, overrides)
     if (folder / ADAPTER).is_dir():
         return recipe, folder / ADAPTER
-    if (folder / MODEL).is_dir():
-        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder / MODEL))), None
-    raise EvaError(f"the run in {folder} is not finished; go on with evatune finetune --resume --output {folder}.")
+    trained = dataclasses.replace(recipe.model, name=str(folder / MODEL), gguf_file=None, revision=None)
+    return dataclasses.replace(recipe, model=trained), None
 
 
 def evaluate(
@@ -82,9 +82,10 @@ def evaluate(
         raise EvaError(f"limit is {limit}, but must be at least 1.")
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise EvaError(f"{adapter} holds no adapter: it has no adapter_config.json.")
-    if resume and (outcomes is None or not find_domain(recipe.task).keeps_journal):
-        raise EvaError("--resume needs --outcomes and a task that keeps what it scored so far; leave out --resume.")
+    if resume and outcomes is None:
+        raise EvaError("--resume needs --outcomes, the file to go on with; name it, or leave out --resume.")
     if outcomes is not None:
+        check_tells_examples(recipe)
         check_writable(outcomes, overwrite=overwrite)
         _check_part(_part(outcomes), resume=resume or overwrite)
     task = open_recipe(recipe)
@@ -95,8 +96,6 @@ def evaluate(
     options: dict[str, Any] = {"limit": limit, "bf16": uses_bf16(recipe.train), "progress": progress}
     if outcomes is None or not launch.is_first():
         return task.evaluate(model, **options)
-    if not find_domain(recipe.task).keeps_journal:
-        return _with_outcomes(task.evaluate(model, **options), outcomes)
     part, about = _part(outcomes), _about(recipe, adapter=adapter, limit=limit)
     try:
         with Journal.open(part, about=about, resume=resume) as journal:
@@ -105,16 +104,19 @@ def evaluate(
         if progress:
             print(f"stopped   what was scored is in {part}; go on with --resume", file=sys.stderr)
         raise
-    _with_outcomes(scores, outcomes)
+    write_json_lines(outcomes, scores.examples)
     part.unlink()
     return scores
 
 
-def _with_outcomes(scores: Scores, path: str | Path) -> Scores:
-    if not scores.examples:
-        raise EvaError(f"this task does not tell what each example was, so {path} is not written; leave it out.")
-    write_json_lines(path, scores.examples)
-    return scores
+def check_tells_examples(recipe: Recipe) -> None:
+    """Check that the recipe's task tells question and answer of each example.
+
+    Raises:
+        EvaError: it does not.
+    """
+    if not find_domain(recipe.task).keeps_journal:
+        raise EvaError(f"task {recipe.task!r} does not tell what each example was; leave out --outcomes and --page.")
 
 
 def _part(outcomes: str | Path) -> Path:
@@ -138,7 +140,7 @@ def _about(recipe: Recipe, *, adapter: str | Path | None, limit: int | None) -> 
         "files": data_of(recipe),
         "seed": recipe.train.seed,
         "limit": limit,
-        "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights],
+        "adapter": [content_hash(path) for path in weights],
     }
 
 

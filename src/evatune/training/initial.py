@@ -106,12 +106,12 @@ def write_initial_adapter(
     adapted, plan = new_adapter(recipe, model, spectra, task=task, plan=given_plan, force=force)
     launch.wait()  # all have found that the folder may be written
     folder = Path(recipe.output)
+    counts, notes = count_adapter(adapted, plan), _notes(recipe)
     if launch.is_first():
         save_adapter(adapted, folder, overwrite=overwrite)
         if plan is not None:
             write_json(folder / PLAN, plan.to_json(), indent=2)
-    counts, notes = count_adapter(adapted, plan), _notes(recipe)
-    write_text(folder / "README.md", initial_card(recipe, n_targets=counts["targets"], notes=notes))
+        write_text(folder / "README.md", initial_card(recipe, n_targets=counts["targets"], notes=notes))
     return InitialAdapter(
         folder=folder,
         method=recipe.adapter.method,

@@ -31,7 +31,7 @@ def data_of(recipe: Recipe) -> dict[str, list[str]]:
         if field.metadata.get("path") and value:
             paths = [Path(item).expanduser() for item in ([value] if isinstance(value, str) else value)]
             paths = [Path(file) for path in paths for file in _matching(path)]
-            found[field.name] = [_hash(path) for path in paths if path.exists()]
+            found[field.name] = [content_hash(path) for path in paths if path.exists()]
     return found
 
 
@@ -86,13 +86,17 @@ def check_model(folder: str | Path, model: Any) -> None:
         )
 
 
-def check_data(folder: str | Path, recipe: Recipe) -> None:
-    """Check that the files of a recipe's data are those that a run was started with.
+def check_data(folder: str | Path, now: Mapping[str, list[str]]) -> None:
+    """Check that files of data are those that a run was started with.
+
+    Args:
+        folder: of the run.
+        now: what `data_of` returns.
 
     Raises:
         EvaError: some changed; they are named.
     """
-    kept, now = _read(folder).get("data") or {}, data_of(recipe)
+    kept = _read(folder).get("data") or {}
     changed = [f"data.{name}" for name in kept if kept[name] != now.get(name)]
     if changed:
         raise EvaError(
@@ -112,7 +116,8 @@ def _read(folder: str | Path) -> dict[str, Any]:
         raise EvaError(f"{path} is damaged; delete it to go on without it.") from error
 
 
-def _hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file; of a folder, that of the names and sizes of its files."""
     if path.is_dir():
         names = sorted(f"{item.relative_to(path)} {item.stat().st_size}" for item in path.rglob("*") if item.is_file())
         return hashlib.sha256("\n".join(names).encode()).hexdigest()

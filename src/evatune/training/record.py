@@ -36,7 +36,7 @@ class RunRecord:
     data: dict[str, Any]
     """What the task tells of its data: examples, dropped rows, ..."""
     seconds: dict[str, float]
-    """Wall time of `load`, `measure`, `train` and `evaluate`; of the last session if the run was resumed."""
+    """Wall time of `load`, `measure`, `prepare`, `train` and `evaluate`; of the last session if the run was resumed."""
     resumed_from: int | None
     """Step of the checkpoint that the last session started from."""
     versions: dict[str, str]

@@ -12,6 +12,7 @@ A run is a folder:
     adapter/           the trained adapter, an ordinary PEFT folder; after full fine-tuning `model/` instead
     log.jsonl          one line a logged step
     tensorboard/       the same for TensorBoard, where installed
+    origin.json        fingerprints of the model and the data, which resuming checks
     run.json           the record; it is written last, so a folder that has it is complete
 """
 
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def finetune(
             return RunRecord.load(run.folder)
         check_length(run.folder, n_steps=run.n_steps)
         if not force:
-            check_data(run.folder, recipe)
+            check_data(run.folder, run.data)
     else:
         check_output(run.folder, overwrite=overwrite)
         if recipe.measure.spectra and measures(recipe):
@@ -184,6 +185,11 @@ class _Run:
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return total_steps(self.recipe.train, n_examples=len(self.task.train))
+
+    @cached_property
+    def data(self) -> dict[str, list[str]]:
+        """Hashes of the data, which are read for it once."""
+        return data_of(self.recipe)
 
     def n_steps_before(self) -> int:
         """Return the steps of the whole run as it was started or last extended."""
@@ -230,7 +236,7 @@ class _Run:
             versions=library_versions(),
             machine=describe_machine(),
             started=started.isoformat(timespec="seconds"),
-            fingerprints=fingerprints(weights=self.weights, data=data_of(recipe)),
+            fingerprints=fingerprints(weights=self.weights, data=self.data),
             peak_memory_gib=peak_memory_gib(),
         )
         if launch.is_first():
@@ -323,7 +329,7 @@ class _Run:
             raise kept_elsewhere(spectra, error) from error
 
     def _write_origin(self, folder: Path) -> None:
-        write_origin(folder, weights=self.weights, data=data_of(self.recipe))
+        write_origin(folder, weights=self.weights, data=self.data)
 
     def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[TaskTrainer, int | None]:
         settings, task = self.recipe.train, self.task

@@ -27,7 +27,7 @@ from evatune.errors import EvaError
 from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
-from evatune.settings import Adapter, Targets
+from evatune.settings import Adapter, Reason, Targets
 from evatune.spectra import Spectra
 from evatune.tasks import open_task
 from evatune.tasks.task import Needs, Task, batches
@@ -150,7 +150,7 @@ def quantize_as_asked(recipe: Recipe, model: torch.nn.Module, needs: Needs) -> N
 
 def is_interrupted(spectra: Spectra) -> bool:
     """Return whether Ctrl-C ended the measurement."""
-    return any(spectrum.stopped == "interrupted" for spectrum in spectra.inputs.values())
+    return any(spectrum.stopped == Reason.INTERRUPTED for spectrum in spectra.inputs.values())
 
 
 def measures(recipe: Recipe) -> bool:
