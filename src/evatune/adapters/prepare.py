@@ -105,13 +105,9 @@ def prepare(
     check_train_a(choice, train_a=settings.train_a)
     if not choice.method.has_adapter:
         return model.requires_grad_(True)
-    rules = settings.part(TargetRules)
     with all_or_nothing(model) as before, preserved_random_state():
         torch.manual_seed(settings.seed)
-        targets = find_targets(model, rules)
-        whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
-        targets = _without(targets, whole)
-        _check_targets(choice, targets, settings)
+        targets, whole = _targets(model, choice, settings, modules_to_save)
         common = {"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias}
         with _peft_errors(choice):
             config = at_home(choice.method.config)(
@@ -128,7 +124,7 @@ def prepare(
         trainable = trained_names(model)
         if choice.in_four_bits:
             quantize(model, targets)
-            targets = _without(find_targets(model, rules), whole)
+            targets = _without(find_targets(model, settings.part(TargetRules)), whole)
         finish = None
         if choice.method.start:
             preparation = Preparation(
@@ -180,17 +176,14 @@ def adapter_shapes(
         options: see the list below.
 
     Raises:
-        EvaError: what `prepare` would raise before it looks at data.
+        EvaError: what `prepare` would raise about settings and targets.
     """
     settings = Preparing.of(options, call="evatune.adapters.adapter_shapes")
-    choice, rules = parse_method(settings.method), settings.part(TargetRules)
+    choice = parse_method(settings.method)
     check_train_a(choice, train_a=settings.train_a)
     if not choice.method.has_adapter:
         return model.requires_grad_(True), []
-    targets = find_targets(model, rules)
-    whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
-    targets = _without(targets, whole)
-    _check_targets(choice, targets, settings)
+    targets, whole = _targets(model, choice, settings, modules_to_save)
     with _peft_errors(choice), _quiet_corrections(), preserved_random_state():
         config = at_home(choice.method.config)(
             settings.part(Adapter),
@@ -269,6 +262,22 @@ def _check_data(choice: Choice, batches: Any, spectra: Spectra | None) -> None:
     if method.needs_batches and batches is None and spectra is None:
         what = "batches or spectra" if method.needs_spectra else "batches"
         raise EvaError(f"method {choice.name!r} looks at data before training: pass {what} (batches=loader).")
+
+
+def _targets(
+    model: nn.Module, choice: Choice, settings: Preparing, modules_to_save: Sequence[str] | None
+) -> tuple[list[TargetModule], list[str]]:
+    """Return what a method adapts, and the names of the modules that are trained whole.
+
+    Raises:
+        EvaError: the method cannot adapt one of the targets.
+    """
+    rules = settings.part(TargetRules)
+    targets = find_targets(model, rules)
+    whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
+    targets = _without(targets, whole)
+    _check_targets(choice, targets, settings)
+    return targets, whole
 
 
 def _check_targets(choice: Choice, targets: Sequence[TargetModule], settings: Preparing) -> None:
