@@ -155,6 +155,16 @@ def test_scores_over_the_rate_are_points_in_order_of_rates_with_their_intervals(
     assert axes.get_xscale() == "log" and axes.get_ylabel() == "loss"
 
 
+@pytest.mark.parametrize(("worst", "scale"), [(3.9, "log"), (0.9, "linear")])
+def test_scores_far_apart_get_a_logarithmic_axis(worst, scale):
+    figure = rate_curves({"EVA": {1e-3: (0.2, 0.15, 0.25)}, "LoRA": {1e-3: (worst, worst, worst)}}, name="loss")
+    assert figure.axes[0].get_yscale() == scale
+
+
+def test_scores_that_reach_zero_have_a_linear_axis():
+    assert rate_curves({"EVA": {1e-3: (0.9, 0.0, 1.0)}}, name="accuracy").axes[0].get_yscale() == "linear"
+
+
 def test_methods_keep_their_colour_in_whatever_company():
     assert colours(["LoRA", "EVA"])["EVA"] == colours(["EVA", "x"])["EVA"]
     assert len(set(colours(["a", "EVA", "b", "LoRA", "c"]).values())) == 5

@@ -294,10 +294,7 @@ def gradient_norms(runs: Mapping[str, Log], *, smooth: int = 1, path: str | Path
     """
     figure = _curves(runs, "grad_norm", smooth=smooth)
     axes = figure.axes[0]
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _use_log_scale(axes)
     axes.set_ylabel("norm of the gradient before clipping")
     axes.set_title("Gradient norm while training")
     axes.legend()
@@ -309,6 +306,8 @@ def rate_curves(
     scores: Mapping[str, Mapping[float, Sequence[float]]], *, name: str, path: str | Path | None = None
 ) -> Figure:
     """Draw a score over the learning rate, a line for each method, to see which rate suits which and how sharply.
+
+    Scores that are ten times as large as others, such as the loss of a run that hardly learned, get a logarithmic axis.
 
     Args:
         scores: for each method, by learning rate: the score, and the two ends of its interval.
@@ -336,7 +335,11 @@ def rate_curves(
     axes.set_xlabel("learning rate")
     axes.set_ylabel(name)
     axes.set_title(f"{name[0].upper()}{name[1:]} by learning rate")
-    axes.set_ylim(0, None)
+    ends = [end for points in scores.values() for _, *interval in points.values() for end in interval]
+    if min(ends) > 0 and max(ends) > 10 * min(ends):
+        _use_log_scale(axes)
+    else:
+        axes.set_ylim(0, None)
     axes.legend()
     return save(figure, path)
 
@@ -356,6 +359,13 @@ def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _use_log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _curves(runs: Mapping[str, Log], key: str, *, smooth: int) -> Figure:
