@@ -14,6 +14,7 @@ import transformers
 import evatune
 from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer, save_model
+from evatune.models.loading import local_config
 
 
 @pytest.fixture(autouse=True)
@@ -269,3 +270,13 @@ def test_a_chat_template_of_a_file_replaces_that_of_the_tokenizer(tiny_model, tm
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[a]"
     with pytest.raises(EvaError, match=r"chat.jnja with a chat template \(did you mean 'chat.jinja'"):
         load_tokenizer(tiny_model, chat_template=tmp_path / "chat.jnja")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_whether_code_of_a_model_may_run_is_never_asked(tiny_model, monkeypatch, trusted):
+    """Without an answer transformers asks on the terminal."""
+    asked = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: asked.append(options))
+    for name in (tiny_model, tiny_model / "config.json", "some/model"):
+        local_config(name, trust_remote_code=trusted)
+    assert [options["trust_remote_code"] for options in asked] == [trusted] * 3

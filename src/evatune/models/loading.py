@@ -113,8 +113,28 @@ def load_config(
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def load_positions(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> int | None:
+    """Return how many tokens a pretrained model can read, or None where its configuration does not say it.
+
+    Raises:
+        EvaError: there is no such model.
+    """
+    config = load_config(name_or_path, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config, "max_position_embeddings", None)
+
+
 def local_config(
-    name_or_path: str | os.PathLike[str], *, gguf_file: str | None = None, revision: str | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PretrainedConfig | None:
     """Return the configuration of a model without asking a hub, or None if it is not here.
 
@@ -122,6 +142,7 @@ def local_config(
         name_or_path: see `load_model`; or a file with a configuration.
         gguf_file: see `load_model`.
         revision: see `load_model`.
+        trust_remote_code: see `load_model`.
 
     Raises:
         EvaError: there is no such folder or file, or it holds no configuration.
@@ -134,14 +155,17 @@ def local_config(
             siblings = [child.name for child in path.parent.glob("*.json")]
             raise EvaError(f"there is no configuration file {path}{near_misses(path.name, siblings)}.")
         with explained(path, "configuration"):
-            return AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     found = locate(name_or_path, gguf_file)
     if isinstance(found, Path):
-        where: dict[str, Any] = {} if found.is_dir() else {"gguf_file": found.name}
+        where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        where |= {} if found.is_dir() else {"gguf_file": found.name}
         with explained(name_or_path, "configuration"):
             return AutoConfig.from_pretrained(found if found.is_dir() else found.parent, **where)
     try:
-        return AutoConfig.from_pretrained(found, revision=revision, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            found, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError):  # not in the hub's cache
         return None
 

@@ -42,7 +42,12 @@ def read_shape(source: ModelSettings) -> tuple[PretrainedConfig | None, list[str
         EvaError: there is no such model, or no such file.
     """
     if source.config is None or Path(source.name).expanduser().is_dir():
-        config = local_config(source.name, gguf_file=source.gguf_file, revision=source.revision)
+        config = local_config(
+            source.name,
+            gguf_file=source.gguf_file,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
         if config is not None:
             return config, []
     if source.config is None:
@@ -50,7 +55,8 @@ def read_shape(source: ModelSettings) -> tuple[PretrainedConfig | None, list[str
             f"the model {source.name} is not on this machine and model.config names no file with its configuration, so "
             "targets, parameters and memory are unknown"
         ]
-    return local_config(source.config), [f"the model's shape was read from {source.config}, not from {source.name}"]
+    config = local_config(source.config, trust_remote_code=source.trust_remote_code)
+    return config, [f"the model's shape was read from {source.config}, not from {source.name}"]
 
 
 def count_examples(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.models import load_config, load_model, load_tokenizer
+from evatune.models import load_model, load_tokenizer
+from evatune.models.loading import load_positions
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.examples import Examples, Part
 from evatune.tasks.generation.answers import check_judges
@@ -64,7 +65,7 @@ class Generation:
         """How many tokens the model can read; None where no configuration says it."""
         source = self.source
         try:
-            config = load_config(
+            return load_positions(
                 source.name,
                 gguf_file=source.gguf_file,
                 revision=source.revision,
@@ -72,7 +73,6 @@ class Generation:
             )
         except EvaError:  # a tokenizer may stand alone in its folder; a model that is missing is told when it is loaded
             return None
-        return getattr(config, "max_position_embeddings", None)
 
     @cached_property
     def max_length(self) -> int:
