@@ -87,6 +87,11 @@ def count_examples(
     return min(stated, limit or stated), notes
 
 
+def without_share(count: int, share: float) -> int:
+    """Return how many of so many examples are trained on if this share of them is held out."""
+    return count - max(1, round(share * count))
+
+
 def parameters_of(source: ModelSettings) -> dict[str, Any]:
     """Return what a model without weights is made with."""
     import torch

@@ -58,7 +58,7 @@ def files_of(name: str, *, split: str) -> list[str]:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / split).is_dir():
+        if split and (path / split).is_dir():
             return files_of(str(path / split), split=split)
         found = [child for child in sorted(path.rglob("*")) if child.suffix in SUFFIXES and child.is_file()]
         found = [child for child in found if child.name not in _NO_DATA]

@@ -65,3 +65,17 @@ def test_the_headline_is_what_was_asked_for(opened, texts):
     task = opened(**data, headline="matthew")
     with pytest.raises(EvaError, match=r"data\.headline is 'matthew', but must be .*\(did you mean 'matthews'"):
         task.evaluate(model, limit=8, progress=False)
+
+
+def test_a_class_that_is_stated_is_not_a_hidden_label(opened, write_rows):
+    path = write_rows("rows.jsonl", *({"text": f"red {n}", "label": n} for n in (-1, 0, 1)))
+    assert len(opened(train=(path,), classes=("-1", "0", "1")).examples) == 3
+    assert opened(train=(path,)).examples.dropped == 1
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_an_unknown_headline_is_told_before_a_run(opened, texts, is_seen):
+    task = opened(train=(str(texts / "train.jsonl"),), headline="acuracy" if is_seen else "macro_f1")
+    for early in (task.facts, task.outline):
+        with pytest.raises(EvaError, match=r"data.headline is .*, but must be one of accuracy, matthews, loss, f1"):
+            early()

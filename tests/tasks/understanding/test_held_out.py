@@ -50,3 +50,38 @@ def test_splits_of_a_hub_data_set_are_joined_by_a_plus(monkeypatch):
     assert len(held_out.examples) == 10
     assert set(held_out.sets) == {"validation_matched", "validation_mismatched"}
     assert [example.texts[0] for example in held_out.examples] == list(held_out.sets)
+
+
+@pytest.fixture
+def read():
+    def read_with(**data):
+        settings = UnderstandingData(**data)
+        return read_held_out(settings, kind_of(settings).converter, seed=0)
+
+    return read_with
+
+
+@pytest.mark.parametrize("place", ["data", "dat?"])
+@pytest.mark.parametrize("split", ["test", "dev", "dev+test"])
+def test_a_folder_has_splits(read, write_rows, tmp_path, split, place):
+    for name, count in (("train", 5), ("test", 3), ("dev", 2)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write_rows(f"data/{name}/rows.jsonl", *({"text": f"{name} {n}", "label": n % 2} for n in range(count)))
+    found = read(eval=(str(tmp_path / place),), eval_split=split)
+    assert [example.texts[0].split()[0] for example in found.examples] == list(found.sets)
+    assert sorted(found.sets) == sorted(["dev"] * 2 * ("dev" in split) + ["test"] * 3 * ("test" in split))
+
+
+def test_a_folder_without_splits_is_read_once(read, write_rows, tmp_path):
+    write_rows("part.jsonl", {"text": "red", "label": 0})
+    assert len(read(eval=(str(tmp_path),), eval_split="dev+test").examples) == 1
+
+
+def test_a_pattern_is_read_once_and_may_fit_folders(read, write_rows, tmp_path):
+    for n in range(2):
+        write_rows(f"dev_{n}.jsonl", {"text": f"red {n}", "label": n})
+    (tmp_path / "dev_2.jsonl").mkdir()
+    write_rows("dev_2.jsonl/part.jsonl", {"text": "red 2", "label": 0})
+    found = read(eval=(str(tmp_path / "dev_*.jsonl"),), eval_split="validation_matched+validation_mismatched")
+    assert sorted(example.texts[0] for example in found.examples) == ["red 0", "red 1", "red 2"]
+    assert set(found.sets) == {"dev_*"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from evatune.errors import EvaError
 from evatune.tasks.understanding.answers import agreement, best_span
@@ -138,3 +141,51 @@ def test_rows_and_their_mistakes(opened, write_rows):
     path = write_rows("long.jsonl", asked("red is true", "true", question="red " * 40))
     with pytest.raises(EvaError, match=r"leaves \d+ of 32 tokens for its context, but windows share 8"):
         _ = opened(kind="question-answering", train=(path,), max_length=32, stride=8).train
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"text": "Ada", "answer_start": 0}, "must have the lists 'text' and 'answer_start'"),
+        ({"text": None, "answer_start": None}, "must have the lists"),
+        ({"text": ["Ada"], "answer_start": ["0"]}, "'answer_start' whole numbers"),
+        ({"text": [None], "answer_start": [0]}, "'text' must hold strings"),
+    ],
+)
+def test_answers_in_other_forms_are_refused(answers, message):
+    row = {"question": "who?", "context": "Ada wrote it.", "answers": answers}
+    with pytest.raises(EvaError, match=message):
+        PLAIN.converter(row, "rows")(row)
+
+
+@pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, {"text": [""], "answer_start": [-1]}])
+def test_no_text_is_no_answer(answers):
+    row = {"question": "who?", "context": "Ada wrote it.", "answers": answers}
+    example = PLAIN.converter(row, "rows")(row)
+    assert (example.answers, example.begin) == ((), None)
+    answers = {name: [*values, other] for (name, values), other in zip(answers.items(), ("wrote", 4), strict=True)}
+    example = PLAIN.converter(row, "rows")(row | {"answers": answers})
+    assert (example.answers, example.begin) == (("wrote",), 4)
+
+
+def test_the_room_for_a_context_is_that_of_a_pair(opened, write_rows, encoder, tmp_path):
+    """The template of a pair has two tokens more than that of one text, as RoBERTa's has."""
+    tokenizer = json.loads((encoder / "tokenizer.json").read_text())
+    name, number = next(iter(AutoTokenizer.from_pretrained(encoder).get_vocab().items()))
+    mark = {"SpecialToken": {"id": name, "type_id": 0}}
+    one, two = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [one],
+        "pair": [mark, one, mark, two],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = write_rows("long.jsonl", asked(" ".join(["red"] * 80 + ["true"]), "true"))
+    length = len(AutoTokenizer.from_pretrained(encoder)("which one?", add_special_tokens=False)["input_ids"])
+    with pytest.raises(EvaError, match=r"leaves 8 of .* tokens for its context, but windows share 8"):
+        opened(folder, kind="question-answering", train=(path,), max_length=length + 10, stride=8).train  # noqa: B018
+    task = opened(folder, kind="question-answering", train=(path,), max_length=length + 11, stride=8)
+    assert len(task.train.rows) > 2

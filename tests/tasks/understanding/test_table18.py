@@ -75,3 +75,7 @@ def test_the_command_prints_lines_of_json(capsys):
     assert "not of dora: search for them" in capsys.readouterr().err
     with pytest.raises(EvaError, match="Table 18 has the best settings of lora and eva, not of boft: search for them"):
         runs("roberta-large", method="boft")
+    with pytest.raises(EvaError, match=r"Table 18 has no model 'roberta' \(did you mean 'roberta-large'\?\); it has"):
+        runs("roberta")
+    with pytest.raises(EvaError, match=r"Table 18 has no task 'sts-b' \(did you mean 'stsb'"):
+        runs("roberta-large", tasks=["sts-b"])

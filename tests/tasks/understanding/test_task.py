@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
 from evatune.spectra import Spectra
+from evatune.tasks import open_task
+from evatune.tasks.settings import ModelSettings
+from evatune.tasks.understanding.settings import UnderstandingData
 from evatune.training import finetune
 from evatune.training.evaluation import evaluate
 
@@ -207,3 +211,52 @@ def test_a_search_is_scored_on_a_share_of_the_training_texts(texts, opened):
     task, whole = opened(validate=True, held_out=0.25, **files), opened(**files)
     assert len(task.held_out) == round(0.25 * len(whole.train))
     assert len(task.train) + len(task.held_out) == len(whole.train)
+
+
+@pytest.mark.parametrize("stated", ["regression", "multi_label_classification", "single_label_classification"])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_the_loss_is_that_of_the_kind_and_not_of_the_checkpoint(opened, encoder, write_rows, tmp_path, stated, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": stated}))
+    path = write_rows("rows.jsonl", *({"text": f"red {n}", "label": n % 3} for n in range(6)))
+    task = opened(folder, train=(path,), eval=(path,), kind=kind)
+    model = task.load_model()
+    with torch.no_grad():
+        loss = float(model(**task.collate(task.train.rows)).loss)
+    assert loss == pytest.approx(task.evaluate(model, progress=False)["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", [None, 64])
+def test_how_long_a_sequence_may_be_is_asked_with_the_settings_of_the_model(encoder, monkeypatch, positions):
+    """Where the tokenizer does not say it."""
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append(options)
+        return SimpleNamespace(max_position_embeddings=positions)
+
+    source = ModelSettings(name=str(encoder), revision="main", trust_remote_code=True)
+    task = open_task("understanding", UnderstandingData(max_length=4096), model=source, seed=0)
+    tokenizer = load_tokenizer(encoder)
+    tokenizer.model_max_length = 10**30
+    monkeypatch.setattr("evatune.tasks.understanding.task.load_tokenizer", lambda *args, **options: tokenizer)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    if positions is None:
+        assert task.tokenizer is tokenizer
+    else:
+        with pytest.raises(EvaError, match=r"data.max_length is 4096, but .* takes 64 tokens at most"):
+            task.tokenizer  # noqa: B018
+    assert asked == [{"revision": "main", "trust_remote_code": True}]
+
+
+@pytest.mark.parametrize("settings", [{"classes": ("bad", "good")}, {"kind": "question-answering"}])
+def test_training_data_are_not_read_for_outputs_that_are_known(opened, settings):
+    assert len(opened(train=("no_such.jsonl",), **settings).labels) == 2
+
+
+def test_one_class_is_nothing_to_learn(opened, write_rows):
+    task = opened(train=(write_rows("rows.jsonl", {"text": "red", "label": "good"}),), classes=("bad", "good"))
+    with pytest.raises(EvaError, match="all training texts are of class 'good'"):
+        task.summary()

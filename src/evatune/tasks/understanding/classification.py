@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Classification:
     data: UnderstandingData
     head = "sequence-classification"
     task_type = "SEQ_CLS"
+    problem_type = "single_label_classification"
     targets = ("labels",)
     too_long = "cut at the {cut}"
 
@@ -63,10 +64,12 @@ class Classification:
         return find_columns(row, source, data=self.data, read_label=self._read)
 
     def _read(self, label: str) -> str | None:
+        known = self.stated
+        if known and label in known:
+            return label
         if label in HIDDEN:
             return None
-        known = self.stated
-        if not known or label in known:
+        if not known:
             return label
         if label.isdigit() and int(label) < len(known):
             return known[int(label)]
@@ -109,7 +112,7 @@ class Classification:
             if label not in numbers:
                 raise EvaError(
                     f"label {label!r} is no class of the training data{near_misses(label, labels)}; they are "
-                    f"{', '.join(labels)}."
+                    f"{', '.join(labels)}; name all of them with data.classes."
                 )
             return numbers[label]
 
@@ -122,6 +125,10 @@ class Classification:
     def outputs(self, output: Any) -> Tensor:
         """Return the logits."""
         return output.logits
+
+    def metrics(self, labels: Sequence[str]) -> Mapping[str, Metric]:
+        """Return the metrics; the F1 score is that of the second of two classes, else a mean."""
+        return METRICS | (F1 if len(labels) == 2 else MACRO_F1)
 
     def outcomes(
         self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Labelled], labels: Sequence[str]
@@ -142,7 +149,6 @@ class Classification:
                 | {"right": labels[given] == one.label}
                 for one, given in zip(examples, predicted.tolist(), strict=True)
             ],
-            metrics=METRICS | (F1 if len(labels) == 2 else MACRO_F1),
         )
 
     def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evatune.errors import EvaError, near_misses
 from evatune.hardware import autocast
 from evatune.tasks.journal import Journal
-from evatune.tasks.scores import Scores
+from evatune.tasks.scores import Metric, Scores
 from evatune.tasks.understanding.kind import Kind, Outcomes
 
 PART = "outputs"
@@ -76,26 +75,25 @@ def predict(
 
 
 def scores_of(
-    outcomes: Outcomes, *, headline: str | None, sets: Sequence[str], counts: Mapping[str, int], seconds: float
+    outcomes: Outcomes,
+    *,
+    metrics: Mapping[str, Metric],
+    headline: str,
+    sets: Sequence[str],
+    counts: Mapping[str, int],
+    seconds: float,
 ) -> Scores:
     """Return the scores of all examples, and the headline of each held-out set if there are several.
 
     Args:
         outcomes: of all examples.
-        headline: the metric that is reported first; None takes the usual one.
+        metrics: of these outcomes.
+        headline: the one of them that is reported first.
         sets: which held-out set each example is from; each of several has a metric such as `accuracy (name)`.
         counts: see `Scores`.
         seconds: time that it took.
-
-    Raises:
-        EvaError: there is no metric of the headline's name.
     """
-    metrics, columns = dict(outcomes.metrics), dict(outcomes.columns)
-    headline = headline or next(iter(metrics))
-    if headline not in metrics:
-        raise EvaError(
-            f"data.headline is {headline!r}, but must be one of {', '.join(metrics)}{near_misses(headline, metrics)}."
-        )
+    metrics, columns = dict(metrics), dict(outcomes.columns)
     names = sorted(set(sets))
     for name in names if len(names) > 1 else ():
         apart = {column: f"{column} ({name})" for column in metrics[headline].columns}

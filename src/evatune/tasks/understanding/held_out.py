@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.tasks.examples import Convert, Examples, gather
-from evatune.tasks.rows import Row
+from evatune.tasks.rows import Row, files_of, may_be_hub_id
 from evatune.tasks.understanding.settings import UnderstandingData
 
 
@@ -21,14 +21,14 @@ class HeldOut:
     examples: Examples[Any] = field(default_factory=Examples)
     """The examples."""
     sets: tuple[str, ...] = ()
-    """The set of each example: a split of a hub data set, or a file."""
+    """The set of each example: a split of a hub data set or of a folder, or a file."""
 
 
 def read_held_out(data: UnderstandingData, converter: Callable[[Row, str], Convert[Any]], *, seed: int) -> HeldOut:
     """Read the held-out examples.
 
     Args:
-        data: names files, or a hub data set and its splits, joined by plus signs.
+        data: names files, or a folder or hub data set and its splits, joined by plus signs.
         converter: see `gather`.
         seed: of the order.
 
@@ -50,11 +50,7 @@ def read_held_out(data: UnderstandingData, converter: Callable[[Row, str], Conve
         return HeldOut(examples=examples, sets=("validation",) * len(examples))
     if not data.eval:
         return HeldOut()
-    places = [
-        (source, split)
-        for source in data.eval
-        for split in (data.eval_split.split("+") if not Path(source).expanduser().exists() else [""])
-    ]
+    places = [(source, split) for source in data.eval for split in _splits(source, data.eval_split.split("+"))]
     limit = data.max_eval_examples
     parts = [
         gather(
@@ -79,6 +75,14 @@ def read_held_out(data: UnderstandingData, converter: Callable[[Row, str], Conve
         ),
         sets=tuple(name for name, _ in marked[:limit]),
     )
+
+
+def _splits(source: str, wanted: list[str]) -> list[str]:
+    """Return the wanted splits of a source, or an empty name for all of one that is not divided into them."""
+    if may_be_hub_id(source):
+        return wanted
+    whole = files_of(source, split="")
+    return [split for split in wanted if files_of(source, split=split) != whole] or [""]
 
 
 def _names(places: list[tuple[str, str]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,10 +15,6 @@ from evatune.tasks.scores import Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-IGNORED = -100
-"""Target of a token of which nothing is learned."""
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -45,8 +41,6 @@ class Outcomes:
 
     columns: Mapping[str, Sequence[float]]
     """One number an example, by name."""
-    metrics: Mapping[str, Metric]
-    """The metrics of these columns, the usual headline first."""
     told: Sequence[Mapping[str, Any]]
     """Of each example its `question`, what was `expected`, what was `given`, and `right` where one can tell."""
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -60,6 +54,8 @@ class Kind(Protocol):
     """Head of the model, see `evatune.models.load_model`."""
     task_type: str
     """PEFT's task type."""
+    problem_type: Literal["single_label_classification", "regression"] | None
+    """What transformers computes the loss by; it must not come from the checkpoint."""
     targets: tuple[str, ...]
     """Names of what is learned in a row and in a batch."""
     too_long: str
@@ -89,6 +85,9 @@ class Kind(Protocol):
 
     def outputs(self, output: Any) -> Tensor:
         """Return the numbers of the head from a model's output: (rows, ...) or (rows, tokens, ...)."""
+
+    def metrics(self, labels: Sequence[str]) -> Mapping[str, Metric]:
+        """Return the metrics of the outcomes, the usual headline first."""
 
     def outcomes(
         self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Any], labels: Sequence[str]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evatune.models.loading import HEADS
-from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape
+from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape, without_share
 from evatune.tasks.rows import may_be_hub_id
 from evatune.tasks.understanding.glue import TASKS
 
@@ -25,19 +25,24 @@ def outline(task: Understanding) -> Outline:
 
     data, kind, source = task.data, task.kind, task.source
     config, notes = read_shape(source)
+    stated = data.train_size or (TASKS[data.glue].train_size if data.glue else None)
+    if stated is not None and data.validate:
+        stated = without_share(stated, data.held_out)
     n_examples, more = count_examples(
         data.train,
         lambda: len(task.examples),
         away=[name for name in data.train if may_be_hub_id(name)],
-        stated=data.train_size or (TASKS[data.glue].train_size if data.glue else None),
+        stated=stated,
         limit=data.max_train_examples,
     )
     labels = kind.stated or (_ASSUMED if more else task.labels)
     if labels is _ASSUMED:
         more.append(f"the classes are unknown, and {len(_ASSUMED)} are assumed")
+    else:
+        task.headline_of(labels)
     if config is not None:
         config.num_labels = len(labels)
-        config.problem_type = "regression" if len(labels) == 1 else "single_label_classification"
+        config.problem_type = kind.problem_type
         config.pad_token_id = config.pad_token_id or 0
 
     def build() -> nn.Module:

@@ -5,7 +5,7 @@ Rajpurkar et al. 2016 (arXiv:1606.05250), and 2018 (arXiv:1806.03822) for questi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class QuestionAnswering:
     data: UnderstandingData
     head = "question-answering"
     task_type = "QUESTION_ANS"
+    problem_type = None
     targets = ("start_positions", "end_positions")
     too_long = "read in several windows"
 
@@ -95,7 +96,8 @@ class QuestionAnswering:
         rows: list[dict[str, Any]] = []
         cut = 0
         for number, example in enumerate(examples):
-            room = max_length - len(tokenizer(example.question, "", verbose=False)["input_ids"])
+            asked = tokenizer(example.question, add_special_tokens=False, verbose=False)["input_ids"]
+            room = max_length - len(asked) - tokenizer.num_special_tokens_to_add(pair=True)
             if room <= self.data.stride:
                 raise EvaError(
                     f"question {example.question!r} leaves {max(room, 0)} of {max_length} tokens for its context, but "
@@ -132,6 +134,10 @@ class QuestionAnswering:
         """Return the scores of each token as begin and as end of the answer: (rows, tokens, 2)."""
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
+    def metrics(self, labels: Sequence[str]) -> Mapping[str, Metric]:
+        """Return the metrics."""
+        return METRICS
+
     def outcomes(
         self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Asked], labels: Sequence[str]
     ) -> Outcomes:
@@ -159,7 +165,6 @@ class QuestionAnswering:
         return Outcomes(
             columns=columns,
             told=told,
-            metrics=METRICS,
             counts={"windows": len(encoded), "without_answer": sum(not example.answers for example in examples)},
         )
 
@@ -186,16 +191,24 @@ def _asked(row: Row) -> Asked | None:
     question, context, answers = (row[name] for name in COLUMNS)
     if not isinstance(question, str) or not isinstance(context, str):
         raise EvaError("question and context must be strings.")
-    if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+    known = answers if isinstance(answers, dict) else {}
+    texts, begins = known.get("text"), known.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(begins, list):
         raise EvaError(f"answers is {answers!r}, but must have the lists 'text' and 'answer_start'.")
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(begin, int) for begin in begins):
+        raise EvaError(f"answers is {answers!r}, but 'text' must hold strings and 'answer_start' whole numbers.")
     if not question.strip() or not context.strip():
         return None
-    texts, begins = list(answers["text"]), list(answers["answer_start"])
     if len(texts) != len(begins):
         raise EvaError(f"answers has {len(texts)} texts, but {len(begins)} places (answer_start).")
-    if texts and context[begins[0] : begins[0] + len(texts[0])] != texts[0]:
-        raise EvaError(f"the answer {texts[0]!r} does not stand at character {begins[0]} of its context.")
-    return Asked(question=question, context=context, answers=tuple(texts), begin=begins[0] if texts else None)
+    # Some files write an empty text for "no answer".
+    given = [(text, begin) for text, begin in zip(texts, begins, strict=True) if text.strip()]
+    if not given:
+        return Asked(question=question, context=context, answers=(), begin=None)
+    text, begin = given[0]
+    if context[begin : begin + len(text)] != text:
+        raise EvaError(f"the answer {text!r} does not stand at character {begin} of its context.")
+    return Asked(question=question, context=context, answers=tuple(text for text, _ in given), begin=begin)
 
 
 def _answer_places(example: Asked, offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Regression:
     data: UnderstandingData
     head = "sequence-classification"
     task_type = "SEQ_CLS"
+    problem_type = "regression"
     targets = ("labels",)
     too_long = "cut at the {cut}"
 
@@ -100,6 +101,10 @@ class Regression:
         """Return the number."""
         return output.logits
 
+    def metrics(self, labels: Sequence[str]) -> Mapping[str, Metric]:
+        """Return the metrics."""
+        return METRICS
+
     def outcomes(
         self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Labelled], labels: Sequence[str]
     ) -> Outcomes:
@@ -113,7 +118,6 @@ class Regression:
                 {"question": SEPARATOR.join(one.texts), "expected": float(one.label), "given": given}
                 for one, given in zip(examples, predicted.tolist(), strict=True)
             ],
-            metrics=METRICS,
         )
 
     def learned(self, row: dict[str, Any], labels: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 from evatune.tasks.understanding.glue import TASKS
 
 FIVE_SEEDS = ("cola", "rte", "mrpc", "stsb")
@@ -71,8 +71,12 @@ def runs(model: str, *, method: str | None = None, tasks: Iterable[str] = TASKS)
         For each run the settings in which it differs from the recipe, by their dotted names.
 
     Raises:
-        EvaError: the table does not have the method.
+        EvaError: the table does not have the model, the method or a task.
     """
+    _check("model", model, TABLE_18)
+    tasks = list(tasks)
+    for task in tasks:
+        _check("task", task, TABLE_18[model])
     known = next(iter(TABLE_18[model].values())).best
     if method is not None and method not in known:
         raise EvaError(f"Table 18 has the best settings of {' and '.join(known)}, not of {method}: search for them.")
@@ -90,6 +94,11 @@ def runs(model: str, *, method: str | None = None, tasks: Iterable[str] = TASKS)
         }
         found += [settings | {"train.seed": seed} for seed in range(5 if task in FIVE_SEEDS else 3)]
     return found
+
+
+def _check(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise EvaError(f"Table 18 has no {what} {name!r}{near_misses(name, known)}; it has {', '.join(known)}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

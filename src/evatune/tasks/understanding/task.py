@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 from evatune.models import load_model, load_tokenizer
-from evatune.models.loading import load_config
+from evatune.models.loading import load_positions
+from evatune.settings import IGNORED_LABEL
 from evatune.tasks.examples import Examples, gather
 from evatune.tasks.journal import Journal
 from evatune.tasks.outline import Outline
@@ -24,7 +25,7 @@ from evatune.tasks.task import Needs, Preview
 from evatune.tasks.understanding.evaluation import predict, scores_of
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.held_out import HeldOut, read_held_out
-from evatune.tasks.understanding.kind import IGNORED, Encoded, Kind
+from evatune.tasks.understanding.kind import Encoded, Kind
 from evatune.tasks.understanding.kinds import kind_of
 from evatune.tasks.understanding.outline import outline
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -74,11 +75,15 @@ class Understanding:
                 f"the tokenizer of {self.source.name} has neither a padding token nor an end token; set pad_token in "
                 "its tokenizer_config.json."
             )
-        longest = tokenizer.model_max_length
-        if longest > NO_LIMIT and not self.source.gguf_file:
-            config = load_config(self.source.name, revision=self.source.revision)
-            longest = getattr(config, "max_position_embeddings", 0)
-        if 0 < longest < self.data.max_length:
+        longest: int | None = tokenizer.model_max_length
+        if tokenizer.model_max_length > NO_LIMIT:
+            longest = load_positions(
+                self.source.name,
+                gguf_file=self.source.gguf_file,
+                revision=self.source.revision,
+                trust_remote_code=self.source.trust_remote_code,
+            )
+        if longest and longest < self.data.max_length:
             raise EvaError(
                 f"data.max_length is {self.data.max_length}, but {self.source.name} takes {longest} tokens at most."
             )
@@ -102,18 +107,37 @@ class Understanding:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names of the head's outputs."""
-        return self.kind.labels(self.examples)
+        """Names of the head's outputs; the training data are read only where nothing else says them."""
+        return self.kind.stated or self.kind.labels(self.examples)
 
     @cached_property
     def train(self) -> Encoded:
-        """The training examples as tokens."""
+        """The training examples as tokens.
+
+        Raises:
+            EvaError: there is nothing to tell apart, such as texts of one class.
+        """
+        self.kind.labels(self.examples)
         return self._encoded(self.examples)
 
     @cached_property
     def held_out(self) -> Encoded:
         """The held-out examples as tokens."""
         return self._encoded(self._held_out.examples)
+
+    def headline_of(self, labels: Sequence[str]) -> str:
+        """Return the metric that is reported first, for a head of these outputs.
+
+        Raises:
+            EvaError: there is no metric of this name.
+        """
+        metrics, wanted = self.kind.metrics(labels), self.data.headline
+        wanted = wanted or (TASKS[self.data.glue].headline if self.data.glue else next(iter(metrics)))
+        if wanted not in metrics:
+            raise EvaError(
+                f"data.headline is {wanted!r}, but must be one of {', '.join(metrics)}{near_misses(wanted, metrics)}."
+            )
+        return wanted
 
     def kinds(self) -> list[str]:
         """Return what is learned of each training row."""
@@ -134,6 +158,7 @@ class Understanding:
             head=self.kind.head,
             labels=self.labels,
         )
+        model.config.problem_type = self.kind.problem_type
         if model.config.pad_token_id is None:  # decoders read their last token that is not padding
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -169,12 +194,14 @@ class Understanding:
         """Score a model on held-out texts; a journal knows what was computed before."""
         started = time.perf_counter()
         examples = self._held_out.examples[:limit]
+        headline = self.headline_of(self.labels)
         encoded = self.held_out if limit is None else self._encoded(examples)
         options: dict[str, Any] = {"bf16": bf16, "progress": progress, "journal": journal}
         outputs = predict(model, encoded.rows, self.collate, kind=self.kind, **options)
         return scores_of(
             self.kind.outcomes(outputs, encoded, examples, self.labels),
-            headline=self.data.headline or (TASKS[self.data.glue].headline if self.data.glue else None),
+            metrics=self.kind.metrics(self.labels),
+            headline=headline,
             sets=self._held_out.sets[:limit],
             counts={"examples": len(examples), "dropped": self._held_out.examples.dropped, "cut": encoded.cut},
             seconds=time.perf_counter() - started,
@@ -204,7 +231,12 @@ class Understanding:
         return f"{self.examples.summary()}, {self.kind.about(self.labels)}, {long}"
 
     def facts(self) -> dict[str, Any]:
-        """Return the counts for the record."""
+        """Return the counts for the record.
+
+        Raises:
+            EvaError: see `headline_of`.
+        """
+        self.headline_of(self.labels)  # before a run, not after it
         return {
             "train": len(self.examples),
             "train_dropped": self.examples.dropped,
@@ -232,4 +264,4 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _padded(target: Any, length: int) -> Any:
     """Return a target as long as the batch, if it is one for each token."""
-    return target + [IGNORED] * (length - len(target)) if isinstance(target, list) else target
+    return target + [IGNORED_LABEL] * (length - len(target)) if isinstance(target, list) else target

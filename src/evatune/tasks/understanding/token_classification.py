@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError, near_misses
+from evatune.settings import IGNORED_LABEL
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
 from evatune.tasks.understanding.entities import entities, is_entity_tag
-from evatune.tasks.understanding.kind import IGNORED, Encoded, Outcomes
+from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class TokenClassification:
     data: UnderstandingData
     head = "token-classification"
     task_type = "TOKEN_CLS"
+    problem_type = None
     targets = ("labels",)
     too_long = "cut at the {cut}"
 
@@ -138,12 +140,12 @@ class TokenClassification:
                 text, truncation=True, max_length=max_length, return_offsets_mapping=True, verbose=False
             )
             places = _first_tokens(text, example.words, whole.pop("offset_mapping"))
-            targets = [IGNORED] * len(whole["input_ids"])
+            targets = [IGNORED_LABEL] * len(whole["input_ids"])
             for word, place in places.items():
                 if (tag := example.tags[word]) not in numbers:
                     raise EvaError(
                         f"tag {tag!r} is none of the training data{near_misses(tag, labels)}; they are "
-                        f"{', '.join(labels)}."
+                        f"{', '.join(labels)}; name all of them with data.classes."
                     )
                 targets[place] = numbers[tag]
             first, last = min(places, default=0), max(places, default=-1)
@@ -158,6 +160,10 @@ class TokenClassification:
     def outputs(self, output: Any) -> Tensor:
         """Return the logits."""
         return output.logits
+
+    def metrics(self, labels: Sequence[str]) -> Mapping[str, Metric]:
+        """Return those of entities, if the tags are such, and those of words."""
+        return (ENTITIES if all(map(is_entity_tag, labels)) else {}) | WORD_METRICS
 
     def outcomes(
         self, outputs: Sequence[Tensor], encoded: Encoded, examples: Sequence[Tagged], labels: Sequence[str]
@@ -190,11 +196,9 @@ class TokenClassification:
             question = " ".join(example.words)
             told.append({"question": question, "expected": marked[0], "given": marked[1]})
             told[-1]["right"] = outcome["right_words"] == outcome["words"]
-        has_entities = all(map(is_entity_tag, labels))
         return Outcomes(
             columns=columns,
             told=told,
-            metrics=(ENTITIES if has_entities else {}) | WORD_METRICS,
             counts={name: int(sum(columns[name])) for name in ("words", "seen_words")},
         )
 
