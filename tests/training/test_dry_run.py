@@ -233,3 +233,47 @@ def test_every_kind_of_understanding(kind, glue):
     told = dry_run(load_recipe(None, settings))
     assert told.memory is not None and told.flops_a_step, told.unchecked
     assert told.steps == 13 and told.model.startswith("BertFor")
+
+
+def test_control_asks_no_hub(monkeypatch, tmp_path):
+    def refuse(*args, **options):
+        raise AssertionError("a hub was asked")
+
+    monkeypatch.setattr("evatune.tasks.control.task.load_config", refuse)
+    (tmp_path / "episodes").mkdir()
+    settings = {"task": "control", "data": f"reach-v3,{tmp_path / 'episodes'}"}
+    told = dry_run(load_recipe(None, settings | {"model": "some/model"}))
+    assert told.model is None and "the model some/model is not on this machine" in told.unchecked[0]
+    assert "episodes of reach-v3, which are collected first" in told.columns
+    new = dry_run(load_recipe(None, settings | {"model": "new:1x2x8", "model.config": "no_such.json"}))
+    assert new.model == "DecisionTransformer"
+    shape = {"model": "some/model", "model.config": str(RECIPES / "shapes/minilm-l6.json")}
+    with pytest.raises(EvaError, match="'some/model' is a model of type 'bert', but task 'control' needs a Decision"):
+        dry_run(load_recipe(None, settings | shape))
+
+
+@pytest.mark.parametrize(
+    ("data", "n_examples"),
+    [
+        ({"data": "vtab:dtd"}, 1000),
+        ({"data": "vtab:dtd", "validate": True}, 800),
+        ({"data": "vtab:dtd", "validate": True, "held_out": 0.1}, 900),
+        ({"data": "vtab:dtd", "max_train_examples": 100}, 100),
+        ({"data": "some/pictures", "eval": "some/others", "train_size": 50}, 50),
+        ({"data": "some/pictures", "eval": "some/others", "train_size": 50, "validate": True}, 40),
+        ({"data": "some/pictures", "train_size": 50, "max_train_examples": 20}, 16),
+        ({"data": "some/pictures", "train_size": 50, "held_out": 0.1, "validate": True}, 41),
+        ({"data": "some/pictures"}, None),
+    ],
+)
+def test_pictures_on_a_hub_are_counted_by_what_is_stated(data, n_examples):
+    told = dry_run(load_recipe(None, {"task": "vision", "model": "some/model"} | data))
+    assert told.n_examples == n_examples
+    assert any("on a hub" in note for note in told.unchecked)
+    assert ("the classes are unknown, and 10 are assumed" in told.unchecked) == (data["data"] == "some/pictures")
+
+
+@pytest.mark.parametrize(("validate", "n_examples"), [(False, 2490), (True, 1992)])
+def test_a_share_of_glue_is_held_out_for_a_search(validate, n_examples):
+    settings = {"task": "understanding", "model": "some/model", "data.glue": "rte", "validate": validate}
+    assert dry_run(load_recipe(None, settings)).n_examples == n_examples

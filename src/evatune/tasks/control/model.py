@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.utils import ModelOutput
 
+from evatune.errors import EvaError
+
 
 class DecisionTransformerConfig(GPT2Config):
     """The sizes of a Decision Transformer; those of its blocks have GPT-2's names (`n_layer`, `n_head`, `n_embd`).
@@ -62,6 +64,27 @@ class DecisionTransformerConfig(GPT2Config):
             "use_cache": False,
         }
         super().__init__(**{**own, **options})
+
+
+def checked_config(config: Any, *, name: str, context: int | None) -> DecisionTransformerConfig:
+    """Return the configuration of a pretrained model, if it is one for control.
+
+    Args:
+        config: what was read.
+        name: of the model.
+        context: steps that the settings ask for; None takes those of the model.
+
+    Raises:
+        EvaError: it is another model, or one for another number of steps.
+    """
+    if not isinstance(config, DecisionTransformerConfig):
+        raise EvaError(
+            f"{name!r} is a model of type {config.model_type!r}, but task 'control' needs a Decision Transformer; "
+            "pretrain one with evatune finetune recipes/small/metaworld-pretrain.yaml."
+        )
+    if context not in (None, config.context):
+        raise EvaError(f"data.context is {context}, but {name!r} was made for {config.context} steps.")
+    return config
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evatune.tasks.control.model import DecisionTransformer
+from evatune.tasks.control.model import DecisionTransformer, checked_config
 from evatune.tasks.control.names import environment_names
 from evatune.tasks.outline import Outline, read_shape
 
@@ -21,12 +21,15 @@ def outline(task: Control) -> Outline:
     data, source = task.data, task.source
     notes: list[str] = []
     config: Any
-    if source.config is not None and not Path(source.name).expanduser().exists():
-        config, notes = read_shape(source)
-    else:
+    path = Path(source.name).expanduser()
+    if source.name.startswith("new:") or path.exists() or (source.config is None and path.is_absolute()):
         config = task.config
+    else:
+        config, notes = read_shape(source)
+        config = config and checked_config(config, name=source.name, context=data.context)
     stored = [name for name in data.train if Path(name).expanduser().exists()]
-    played = environment_names(name for name in data.train if name not in stored)
+    played = [name for name in data.train if name not in stored]
+    environment_names(played)  # one that is unknown is an error
     if not data.train:
         notes.append("no training data were given (data.train, --data)")
     if stored:
@@ -43,7 +46,7 @@ def outline(task: Control) -> Outline:
             "attention_mask": torch.ones(shape, dtype=torch.long),
         }
 
-    first = f"{data.episodes:,} episodes of {', '.join(data.train)}, which are collected first" if played else ""
+    first = f"{data.episodes:,} episodes of {', '.join(played)}, which are collected first" if played else ""
     return Outline(
         columns=first or "episodes in Minari's format: observations, actions, rewards",
         build=None if config is None else lambda: DecisionTransformer(config),

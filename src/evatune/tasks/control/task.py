@@ -23,7 +23,7 @@ from evatune.tasks.control.collecting import collect_episodes
 from evatune.tasks.control.environments import ACTION_SIZE, EPISODE_STEPS, STATE_SIZE, episode_seed
 from evatune.tasks.control.episodes import Episode, load_episodes
 from evatune.tasks.control.filmstrip import write_video
-from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
+from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig, checked_config
 from evatune.tasks.control.names import environment_names
 from evatune.tasks.control.outline import outline
 from evatune.tasks.control.preview import preview
@@ -144,15 +144,7 @@ class Control:
                     f"the user's cache holds no model {name} yet; make it with "
                     "evatune finetune recipes/small/metaworld-pretrain.yaml."
                 )
-            config: Any = load_config(name, revision=self.source.revision)
-            if not isinstance(config, DecisionTransformerConfig):
-                raise EvaError(
-                    f"{name!r} is a model of type {config.model_type!r}, but task 'control' needs a Decision "
-                    "Transformer; pretrain one with evatune finetune recipes/small/metaworld-pretrain.yaml."
-                )
-            if data.context not in (None, config.context):
-                raise EvaError(f"data.context is {data.context}, but {name!r} was made for {config.context} steps.")
-            return config
+            return checked_config(load_config(name, revision=self.source.revision), name=name, context=data.context)
         sizes = re.fullmatch(r"new:(\d+)x(\d+)x(\d+)", name)
         layers, heads, width = map(int, sizes.groups()) if sizes else (0, 0, 0)
         if not (layers and heads and width) or width % heads:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from evatune.tasks.outline import Outline, parameters_of, read_shape
+from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape, without_share
 from evatune.tasks.rows import may_be_hub_id
 from evatune.tasks.vision.model import ImageClassifier, is_timm, timm_model
 from evatune.tasks.vision.sources import DIGITS, FILES
@@ -25,17 +25,23 @@ def outline(task: Vision) -> Outline:
     config, notes = (None, []) if is_timm(source) else read_shape(source)
     away = [name for name in data.train if name != DIGITS and may_be_hub_id(name, suffixes=FILES)]
     vtab = next((name for name in data.train if name.startswith(PREFIX)), None)
-    n_classes, n_examples = _CLASSES, data.train_size
-    if vtab is not None:
-        n_classes, n_examples = find_task(vtab).classes, N_EXAMPLES * 4 // 5 if data.validate else N_EXAMPLES
-    if away and (vtab is None or data.vtab_folder is None):
-        notes += [f"the pictures of {', '.join(away)} are on a hub, so they were not looked at"]
-        notes += [f"their classes are unknown, and {_CLASSES} are assumed"] if vtab is None else []
-        notes += ["without data.train_size their number is unknown"] if n_examples is None else []
-    elif data.train:
-        n_examples, n_classes = len(task.found.train), len(task.found.classes)
-    else:
-        notes += ["no training data were given (data.train, --data)"]
+    here = vtab is not None and data.vtab_folder is not None
+    n_examples, more = count_examples(
+        data.train,
+        lambda: len(task.found.train),
+        away=[] if here else away,
+        stated=(data.max_train_examples or N_EXAMPLES) if vtab else data.train_size,
+        limit=data.max_train_examples,
+    )
+    n_classes = _CLASSES if vtab is None else find_task(vtab).classes
+    if not more:
+        n_classes = len(task.found.classes)
+    elif data.train and vtab is None:
+        more.append(f"the classes are unknown, and {_CLASSES} are assumed")
+    if more and n_examples is not None:
+        # A share is for the report, where there are no other pictures for it, and one for a search.
+        for _ in range(data.validate + (vtab is None and not data.eval)):
+            n_examples = without_share(n_examples, data.held_out)
 
     def build() -> nn.Module:
         from transformers import AutoModel
@@ -57,5 +63,5 @@ def outline(task: Vision) -> Outline:
         build=build if is_timm(source) or config is not None else None,
         batch=batch,
         sample=f"{data.image_size} x {data.image_size} pixels",
-        unchecked=tuple(notes),
+        unchecked=(*notes, *more),
     )

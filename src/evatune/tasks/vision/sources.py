@@ -135,8 +135,8 @@ def _class_folders(path: Path) -> Source:
     strays = sorted(child for child in path.iterdir() if child.is_file() and child.suffix.lower() in SUFFIXES)
     if strays:
         raise EvaError(
-            f"{len(strays)} pictures lie in {path} itself, outside of a class, the first is {strays[0].name}; put each "
-            "into the folder of its class, or remove them."
+            f"pictures lie in {path} itself, outside of a class ({len(strays)}, the first is {strays[0].name}); put "
+            "each into the folder of its class, or remove them."
         )
     pictures: list[Picture] = []
     for folder in folders:
@@ -163,7 +163,7 @@ def _file(path: Path, columns: Columns) -> Source:
             columns=columns,
             names=_class_names((table.schema.metadata or {}).get(b"huggingface")),
         )
-    raise EvaError(f"cannot read {path}: its ending must be one of {', '.join(_TABLES + _LISTS)}.")
+    raise EvaError(f"cannot read {path}: its ending must be one of {', '.join(FILES)}.")
 
 
 def _list(path: Path) -> Source:
