@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fake_device import fake_device
 from torch import nn
 
 from evatune.analyses.kernel import alignment, gradient_kernels
@@ -43,6 +44,17 @@ def test_the_kernel_of_a_start_is_that_of_training_b(small):
         hidden = model[0](example) + example @ a.T @ b.T
         rows.append(torch.autograd.grad(model[2](model[1](hidden)).sum(), b)[0].flatten())
     assert torch.allclose(found, torch.stack(rows) @ torch.stack(rows).T)
+
+
+def test_kernels_of_a_model_on_another_device_are_on_the_cpu(small):
+    model, examples = small
+    starts = {"a": {"0": torch.randn(2, 6, dtype=torch.float64)}}
+    expected = gradient_kernels(model, examples, loss, starts=starts)
+    with fake_device() as device:
+        moved = [example.to(device) for example in examples]
+        found = gradient_kernels(model.to(device), moved, loss, starts=starts)
+    for name in ("full", "a"):
+        assert found[name].device.type == "cpu" and torch.allclose(found[name], expected[name])
 
 
 def test_what_was_frozen_stays_frozen_also_after_an_error(small):

@@ -74,7 +74,7 @@ def alignment(first_nn: Tensor, second_nn: Tensor, *, n_leading: int) -> float:
 
 
 def _gram(stacked_nmk: Tensor) -> Tensor:
-    rows = stacked_nmk.flatten(1).double()
+    rows = stacked_nmk.flatten(1).cpu().double()
     return rows @ rows.T
 
 

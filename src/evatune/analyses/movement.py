@@ -52,30 +52,40 @@ def read_factors(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     return factors
 
 
-def distances(first: str | Path, last: str | Path) -> dict[str, Distance]:
-    """Return how far the matrices A of two adapters are from each other, for each target of the same rank.
+def read_a(folder: str | Path, *, initial: str | Path | None = None) -> dict[str, Tensor]:
+    """Return A (k, d) of each target of a saved LoRA adapter, in double precision.
 
     Args:
-        first: folder of an adapter, such as the initial one.
-        last: folder of another one, such as the same after training.
+        folder: the adapter.
+        initial: the same adapter before training; a converted one is cut to its rank.
 
     Raises:
-        EvaError: one is no LoRA adapter, or they have no target of the same shape in common.
+        EvaError: a folder holds no such adapter.
     """
-    old, new = read_factors(first), read_factors(last)
-    found = {}
-    for name in old:
-        before, after = old[name][0], new[name][0] if name in new else None
-        if after is not None and len(after) >= len(before) and after.shape[1] == before.shape[1]:
-            if len(after) == 2 * len(before):  # converted
-                after = after[: len(before)]
-            if after.shape == before.shape:
-                found[name] = Distance(
-                    spectral_norm=float(torch.linalg.matrix_norm(after - before, ord=2)),
-                    cosine=float(torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)),
-                )
+    ranks = {name: len(a) for name, a in read_a(initial).items()} if initial is not None else {}
+    return {name: a[: ranks.get(name)] for name, (a, _) in read_factors(folder).items()}
+
+
+def distances(first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> dict[str, Distance]:
+    """Return how far the matrices A of two adapters are from each other, for each target where both have one shape.
+
+    Args:
+        first: A (k, d) by target, such as those before training; see `read_a`.
+        last: those of another adapter, such as the same after training.
+
+    Raises:
+        EvaError: they have no target of the same shape in common.
+    """
+    found = {
+        name: Distance(
+            spectral_norm=float(torch.linalg.matrix_norm(last[name] - before, ord=2)),
+            cosine=float(torch.cosine_similarity(before.flatten(), last[name].flatten(), dim=0)),
+        )
+        for name, before in first.items()
+        if name in last and last[name].shape == before.shape
+    }
     if not found:
-        raise EvaError(f"the adapters in {first} and {last} have no target of the same shape in common.")
+        raise EvaError("the two adapters have no target of the same shape in common.")
     return found
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
-from evatune.analyses.movement import Distance, distances, update_cosines
+from evatune.analyses.movement import Distance, distances, read_a, update_cosines
+from evatune.errors import EvaError
 from evatune.exhibits.view import View
 from evatune.report import comparisons
 from evatune.report.grid import locate
@@ -27,11 +29,16 @@ def apart(view: View) -> Table:
     """Return how far the trained A of each method is from that of the reference, by matrix (Table 7)."""
     name = view.board.reference(view.against)
     adapters = view.adapters(view.one_task)
-    found = {
-        method: [distances(ours, theirs) for (_, ours), (_, theirs) in zip(pairs, adapters[name], strict=False)]
-        for method, pairs in adapters.items()
-        if method != name
-    }
+    if name not in adapters:
+        raise EvaError(f"{name} kept no adapters on {view.one_task}; name one of {', '.join(adapters)} with --against.")
+    trained = {seed: read_a(last, initial=first) for seed, (first, last) in adapters[name].items()}
+    found = {}
+    for method, runs in adapters.items():
+        if method != name:
+            own = {seed: read_a(last, initial=first) for seed, (first, last) in runs.items() if seed in trained}
+            found[method] = [distances(a, trained[seed]) for seed, a in own.items() if _share_a_shape(a, trained[seed])]
+    if not any(found.values()):
+        raise EvaError(f"no other method shares a seed and ranks with {name} on {view.one_task}.")
     caption = f"Cosine / spectral norm of the difference of the trained A from {name}'s, same seed, on {view.one_task}."
     return _by_matrix(found, name="distance", caption=caption)
 
@@ -46,17 +53,25 @@ def moved_figure(view: View) -> Figure:
 
 
 def updates(view: View) -> Figure:
-    """Draw the cosines of the trained updates B A between methods, first seed."""
-    last = {method: pairs[0][1] for method, pairs in view.adapters(view.one_task).items()}
+    """Draw the cosines of the trained updates B A between methods, first seed that all have."""
+    adapters = view.adapters(view.one_task)
+    shared = set.intersection(*(set(runs) for runs in adapters.values()))
+    if not shared:
+        raise EvaError(f"no seed has adapters of all methods on {view.one_task}.")
+    last = {method: runs[min(shared)][1] for method, runs in adapters.items()}
     values = np.abs(np.asarray(update_cosines(last)))
     return comparisons.matrix(values, list(last), title=f"Trained updates, {view.one_task}", name="|cosine| of B A")
 
 
 def _movements(view: View) -> Found:
     return {
-        method: [distances(before, after) for before, after in pairs]
-        for method, pairs in view.adapters(view.one_task).items()
+        method: [distances(read_a(first), read_a(last, initial=first)) for first, last in runs.values()]
+        for method, runs in view.adapters(view.one_task).items()
     }
+
+
+def _share_a_shape(first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> bool:
+    return any(name in last and last[name].shape == a.shape for name, a in first.items())
 
 
 def _by_matrix(found: Found, *, name: str, caption: str) -> Table:

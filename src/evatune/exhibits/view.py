@@ -83,18 +83,19 @@ class View:
         defaults = {name: measured[name] for name in ("rank", "rho") if measured.get(name) is not None}
         return Planning(**{**defaults, **self.planning})
 
-    def adapters(self, task: str) -> Mapping[str, list[tuple[Path, Path]]]:
-        """Return the folders of the initial and the trained adapter of each test run, by method.
+    def adapters(self, task: str) -> Mapping[str, Mapping[int, tuple[Path, Path]]]:
+        """Return the folders of the initial and the trained adapter of each test run, by method and seed.
 
         Raises:
             EvaError: the sweep kept none.
         """
-        found: dict[str, list[tuple[Path, Path]]] = {}
+        found: dict[str, dict[int, tuple[Path, Path]]] = {}
         for method, records in self.test_runs(task).items():
             for record in records:
                 folder = self.results.folder / RUNS / record["name"]
                 if (folder / "adapter").is_dir() and (folder / "initial_adapter").is_dir():
-                    found.setdefault(method, []).append((folder / "initial_adapter", folder / "adapter"))
+                    pair = folder / "initial_adapter", folder / "adapter"
+                    found.setdefault(method, {})[record["seed"]] = pair
         if not found:
             raise EvaError(f"{self.results.folder} kept no adapters; run the sweep with `keep: adapters`.")
         return found
