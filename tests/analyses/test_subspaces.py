@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.analyses.subspaces import matched_cosines, overlap
+from evatune.analyses.subspaces import overlap
 
 
 def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
@@ -15,9 +15,3 @@ def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
     angle = 0.3
     line = torch.cos(torch.tensor(angle)) * basis[:1] + torch.sin(torch.tensor(angle)) * basis[1:2]
     assert overlap(basis[:1], line) == pytest.approx(float(torch.cos(torch.tensor(angle)) ** 2), abs=1e-6)
-
-
-def test_matched_cosines_compare_components_of_the_same_number():
-    basis = torch.eye(5)
-    assert matched_cosines(basis[:3], -basis[:3]).tolist() == [1.0, 1.0, 1.0]
-    assert matched_cosines(basis[:2], basis[1:3]).tolist() == [0.0, 0.0]

@@ -25,12 +25,6 @@ def overlap(first_kd: Tensor, second_kd: Tensor) -> float:
     return float(product.square().sum() / min(product.shape))
 
 
-def matched_cosines(first_kd: Tensor, second_kd: Tensor) -> Tensor:
-    """Return |cosine| of each component with the one of the same number in the other, (k,)."""
-    n = min(len(first_kd), len(second_kd))
-    return (first_kd[:n].double() * second_kd[:n].double()).sum(dim=1).abs()
-
-
 def similarity(measured: Sequence[Spectra], *, n_components: int = 16) -> Tensor:
     """Return the mean overlap of the leading components over all inputs, for each pair of measurements (Figure 11).
 

@@ -26,11 +26,6 @@ class Estimate:
     interval: tuple[float, float] | None
     """None where nothing can be resampled: a single seed."""
 
-    def shown(self, form: str = ".3f") -> str:
-        """Return number and interval as text."""
-        ends = f" ({self.interval[0]:{form}} to {self.interval[1]:{form}})" if self.interval else ""
-        return f"{self.value:{form}}{ends}"
-
 
 def interquartile_mean(scores: Array) -> float:
     """Return the mean of the middle half of all scores."""

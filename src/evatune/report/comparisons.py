@@ -166,9 +166,7 @@ def alike(ranks: Mapping[str, float], distance: float) -> list[tuple[str, str]]:
 
 
 @styled
-def bars(
-    values: Mapping[str, float], *, x: str, title: str, log: bool = False, path: str | Path | None = None
-) -> Figure:
+def bars(values: Mapping[str, float], *, x: str, title: str, path: str | Path | None = None) -> Figure:
     """Draw one horizontal bar with its number for each label.
 
     Raises:
@@ -187,8 +185,6 @@ def bars(
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
-    if log:
-        axes.set_xscale("log")
     axes.set_xlabel(x)
     axes.set_title(title)
     return save(figure, path)
