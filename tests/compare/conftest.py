@@ -76,13 +76,17 @@ class FakeEngine:
         return [job.run.name for job in self.started]
 
 
-def write_run(job: Job, value: float) -> None:
-    """Write the folder of a run that scored this accuracy."""
+def write_run(job: Job, value: float | None) -> None:
+    """Write the folder of a run that scored this accuracy; None is one that is not finite."""
     (job.folder / "adapter").mkdir(parents=True)
     (job.folder / "adapter" / "weights").write_text("x")
     if job.run.spectra_key and job.recipe["measure"]["spectra"] is None:
         (job.folder / "spectra").mkdir()
-    scores = {"headline": "accuracy", "metrics": {"accuracy": value, "loss": 1 - value}, "intervals": {}}
+    scores = {
+        "headline": "accuracy",
+        "metrics": {"accuracy": value, "loss": None if value is None else 1 - value},
+        "intervals": {},
+    }
     record = {
         "recipe": job.recipe,
         "log": [{"step": 1, "loss": 0.123456789}],
@@ -90,7 +94,7 @@ def write_run(job: Job, value: float) -> None:
         "after": scores,
         "parameters": {"trainable": 12},
         "versions": {"evatune": "0.1.0"},
-        "seconds": {"train": 1.0},
+        "seconds": {"prepare": 0.5, "train": 1.0},
     }
     (job.folder / "run.json").write_text(json.dumps(record))
     (job.folder / "after.json").write_text(json.dumps(scores | {"outcomes": {"right": [1.0, 0.0, 0.123456]}}))

@@ -14,6 +14,7 @@ import pytest
 
 from evatune.cli.main import main
 from evatune.compare.command import open_engine
+from evatune.compare.local import gpu_names
 from evatune.compare.loop import compare
 from evatune.compare.results import Results
 from evatune.compare.standing import standings
@@ -82,6 +83,20 @@ def test_an_interrupted_sweep_goes_on(tiny_sweep):
 def test_numbers_of_workers_that_make_no_sense_are_refused(tiny_sweep):
     with pytest.raises(EvaError, match="--workers is 0, but must be at least 1"):
         open_engine(Sweep.load(tiny_sweep()), workers=0, threads=None)
+
+
+def test_more_gpus_than_are_visible_are_refused(tiny_sweep, monkeypatch):
+    sweep = Sweep.load(tiny_sweep())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(EvaError, match="--gpus is 2, but CUDA_VISIBLE_DEVICES=3 names 1; give --gpus 1, or name more"):
+        open_engine(sweep, workers=2, threads=1, gpus=2)
+    assert gpu_names(1) == ["3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_names(0) == []
+    with pytest.raises(EvaError, match="CUDA_VISIBLE_DEVICES= names 0; give --gpus 0"):
+        gpu_names(1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu_names(2) == ["0", "1"]
 
 
 def test_ray_is_asked_for_where_it_is_missing(tiny_sweep, monkeypatch):

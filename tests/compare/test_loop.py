@@ -7,9 +7,10 @@ import json
 import pytest
 
 from evatune.compare import loop
-from evatune.compare.loop import compare
+from evatune.compare.loop import Progress, compare
 from evatune.compare.results import Results
 from evatune.compare.standing import standings
+from evatune.compare.sweep import Sweep
 from evatune.errors import EvaError
 
 
@@ -176,10 +177,61 @@ def test_two_processes_do_not_write_into_one_folder(sweep, fake_engine):
         compare(sweep(), fake_engine(best_in_the_middle))
 
 
+def test_choices_are_written_also_if_the_sweep_is_interrupted(sweep, fake_engine):
+    def interrupted(run):
+        if run.name == "task/lora/lr0.01-seed1":
+            raise KeyboardInterrupt
+        return best_in_the_middle(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(sweep(methods=["lora"]), fake_engine(interrupted))
+    row = standings(Results(sweep().output)).rows[0]
+    assert row.point == {"train.learning_rate": 1e-2} and list(row.scores) == [0]
+    assert Results(sweep().output).choices[0]["missing"] == 1
+
+
+def test_a_sweep_goes_on_from_another_folder(sweep, fake_engine, tmp_path, monkeypatch):
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    sweep()
+    compare(Sweep.load("sweep.yaml"), fake_engine(best_in_the_middle), limit=4)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = fake_engine(best_in_the_middle)
+    results = compare(Sweep.load("../sweep.yaml"), again)
+    assert len(again.names) == 10 - 4
+    record = results.records["task/lora/lr0.001-seed1000"]
+    assert record["recipe"]["data"]["train"] == ["../train.jsonl"]
+    content = json.loads((results.folder / "sweep.json").read_text())["sweep"]
+    assert "output" not in content and content["recipes"] == {"task": "../task.yaml"}
+
+
+def test_a_score_that_is_not_finite_is_told_and_no_other_run_is_lost(sweep, fake_engine):
+    lines = []
+    results = compare(
+        sweep(methods=["lora"]),
+        fake_engine(lambda run: None if rate(run) == 1e-1 else best_in_the_middle(run)),
+        say=lines.append,
+    )
+    assert lines[2].endswith("task/lora/lr0.1-seed1000  accuracy not finite")
+    assert standings(results).rows[0].point == {"train.learning_rate": 1e-2}
+
+
+def test_a_run_that_went_on_does_not_tell_how_long_others_take():
+    lines = []
+    progress = Progress(say=lines.append, slots=1)
+    scores = {"headline": "accuracy", "metrics": {"accuracy": 0.5}}
+    record = {"name": "a", "state": "done", "after": scores}
+    progress.tell(record | {"wall_seconds": 1.0, "seconds": {"train": 0.5}}, running=0, left=2)
+    progress.tell(record | {"wall_seconds": 30.0, "seconds": {"prepare": 1.0, "train": 28.0}}, running=0, left=1)
+    assert "[1 done, 0 running, 2 waiting]" in lines[0] and "[2 done, 0 running, 1 waiting, 30 s left]" in lines[1]
+
+
 def test_too_little_disk_is_told_before_a_run_is_started(sweep, fake_engine, monkeypatch):
     monkeypatch.setattr(loop, "LEAST_DISK", 1 << 60)
     engine = fake_engine(best_in_the_middle)
-    with pytest.raises(EvaError, match="MB of disk left, and a run needs"):
+    with pytest.raises(EvaError, match=r"has .*iB of disk left, and a run needs 1073741824\.0 GiB"):
         compare(sweep(), engine)
     assert engine.names == [] and engine.closed
 

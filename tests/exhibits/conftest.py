@@ -33,6 +33,7 @@ def record(task: str, method: str, seed: int, *, metric: str, value: float, rng:
                 "method": method.split()[0],
                 "rho": float(method[-1]) if "ρ" in method else 2.0,
                 "lora_alpha": 1.0,
+                "rank": 4,
             },
             "measure": {"spectra": None},
         },

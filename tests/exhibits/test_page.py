@@ -51,6 +51,25 @@ def test_the_page_holds_tables_figures_runs_and_failures(page):
     assert not re.search(r'(src|href)="(?!data:|#)[^"]*:', text)  # nothing from elsewhere
 
 
+def test_a_page_elsewhere_leads_to_the_runs(results, tmp_path):
+    folder = results({"sst2": "accuracy"})
+    record = folder / "runs" / "sst2" / "lora" / "lr0.01-seed0" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    for file in (folder / "report.html", tmp_path / "pages" / "page.html"):
+        file.parent.mkdir(exist_ok=True)
+        text = write_results_page(View(folders=(str(folder),)), file).read_text(encoding="utf-8")
+        assert (file.parent / re.search(r'href="([^"#]*run\.json)"', text)[1]).resolve() == record
+
+
+def test_a_comparison_without_lora_has_a_page(results, tmp_path):
+    folder = results({"sst2": "accuracy"})
+    choices = [one for one in json.loads((folder / "choices.json").read_text()) if one["method"] != "lora"]
+    (folder / "choices.json").write_text(json.dumps(choices))
+    text = write_results_page(View(folders=(str(folder),)), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'alt="training loss over the steps, sst2."' in text
+
+
 def test_a_part_of_a_comparison_is_called_one(results, tmp_path):
     folder = results()
     choices = json.loads((folder / "choices.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 from evatune.errors import EvaError
 from evatune.exhibits import scores
-from evatune.exhibits.curves import steps_saved
+from evatune.exhibits.curves import cost, steps_saved
 from evatune.exhibits.view import View
 from evatune.tables import Marked
 
@@ -91,6 +91,30 @@ def test_what_cannot_be_compared_is_told(results, tmp_path):
     with pytest.raises(EvaError, match=r"it has no records\.jsonl"):
         scores.scores(View(folders=(str(tmp_path),)))
     assert math.isnan(scores.ranking_of(View(folders=(folder,)).board)[0].p) is False
+
+
+@pytest.mark.parametrize("n_tasks", [2, 5])
+def test_ranks_of_a_part_in_which_no_method_is_complete_are_refused(results, n_tasks):
+    folder = results({f"task{number}": "accuracy" for number in range(n_tasks)})
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "records.jsonl").write_text("".join(line for line in lines if '"task": "task0"' in line))
+    view = View(folders=(str(folder),))
+    assert view.board.complete == []
+    with pytest.raises(EvaError, match="ranks need two methods"):
+        scores.ranks(view)
+
+
+def test_costs_leave_out_runs_that_went_on_after_an_interruption(results):
+    folder = results({"sst2": "accuracy"})
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["seed"] == 0 or record["method"] == "pissa":
+            record |= {"seconds": {"train": 1.0}}  # of the session that began with a checkpoint
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    view = View(folders=(str(folder),))
+    cells = {row[1]: row[2:] for row in scores.costs(view).rows}
+    assert cells["eva ρ=1"][:3] == [900, "1.5", "6.0"] and "pissa" not in cells
+    assert cost(view) is not None
 
 
 def test_a_single_method_is_not_compared(results):

@@ -140,7 +140,7 @@ def add_view_options(parser: argparse.ArgumentParser, *, save_required: bool = F
     parser.add_argument("--save", metavar="FILE", required=save_required, help="write it to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
     group = parser.add_argument_group("of results")
-    group.add_argument("--score", metavar="NAME", help="the metric that counts (default: each task's headline)")
+    group.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
     group.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
     group.add_argument("--task", metavar="NAME", help="the task that a figure shows (default: the first one)")
     group = parser.add_argument_group("of spectra")

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("results", metavar="RESULTS", help="folder that `evatune compare` wrote")
     parser.add_argument("--save", metavar="FILE", help="the page (default: report.html in the folder, replaced)")
-    parser.add_argument("--score", metavar="NAME", help="the metric that counts (default: each task's headline)")
+    parser.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
     parser.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 

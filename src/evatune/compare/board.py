@@ -38,7 +38,7 @@ class Board:
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks, with their models where there are several."""
-        return list(dict.fromkeys(title_of(row) for row in self.rows))
+        return list(dict.fromkeys(row.title for row in self.rows))
 
     @cached_property
     def methods(self) -> list[str]:
@@ -47,11 +47,11 @@ class Board:
 
     def at(self, method: str, task: str) -> Standing | None:
         """Return one method on one task."""
-        return next((row for row in self.rows if row.method == method and title_of(row) == task), None)
+        return next((row for row in self.rows if row.method == method and row.title == task), None)
 
     def metric(self, task: str) -> str:
         """Return what the scores of a task are."""
-        return next((row.metric for row in self.rows if title_of(row) == task and row.metric), "")
+        return next((row.metric for row in self.rows if row.title == task and row.metric), "")
 
     def sign(self, task: str) -> int:
         """Return 1 where a higher score is a better one, else -1."""
@@ -84,8 +84,8 @@ class Board:
     def untuned(self, task: str) -> float | None:
         """Return the score before training, mean over all test runs of a task; new heads are random."""
         metric = self.metric(task)
-        scored = [r["before"] for row in self.rows if title_of(row) == task for r in row.records if r.get("before")]
-        values = [scores["metrics"][metric] for scores in scored if metric in scores["metrics"]]
+        scored = [r["before"] for row in self.rows if row.title == task for r in row.records if r.get("before")]
+        values = [value for scores in scored if (value := scores["metrics"].get(metric)) is not None]
         return float(np.mean(values)) if values else None
 
     def _ends(self, task: str) -> tuple[float, float]:
@@ -110,11 +110,6 @@ class Board:
         return found
 
 
-def title_of(row: Standing) -> str:
-    """Return the task of a row, with its model where there are several."""
-    return f"{row.task} {row.model}".strip()
-
-
 def paired_outcomes(ours: Standing, theirs: Standing) -> list[np.ndarray]:
     """Return for each seed of both the differences of the outcomes of its examples, ours minus theirs.
 
@@ -134,7 +129,8 @@ def paired_outcomes(ours: Standing, theirs: Standing) -> list[np.ndarray]:
 def _outcomes(record: dict, metric: str) -> np.ndarray | None:
     """Return one number an example whose mean is the metric, if there is such a column."""
     after = record["after"]
-    for values in after.get("outcomes", {}).values():
+    for column in after.get("outcomes", {}).values():
+        values = np.asarray(column, dtype=float)  # one that is not finite is null in the record
         if abs(np.mean(values) - after["metrics"][metric]) < 1e-3 * max(1.0, abs(after["metrics"][metric])):
-            return np.asarray(values, dtype=float)
+            return values
     return None

@@ -27,9 +27,12 @@ class Choice:
     point: Mapping[str, Any] | None
     """The chosen setting; None if it is not known yet, or no run on validation data has a score."""
     open: tuple[str, ...] = ()
-    """Searched settings whose best value is at the end of their grid, although the grid grew as often as it may."""
+    """Searched settings whose best value is at the end of their grid, although the grid grew as often as it may,
+    or a value beyond the end is not allowed."""
     curve: tuple[tuple[Mapping[str, Any], float], ...] = ()
     """Every setting that was tried with its mean score on validation data."""
+    metric: str = ""
+    """What these scores are; empty where there are none."""
 
     def to_json(self, cell: Cell) -> dict[str, Any]:
         """Return plain values, with what is compared in the cell."""
@@ -39,6 +42,7 @@ class Choice:
             "method": cell.label,
             "point": None if self.point is None else dict(self.point),
             "open": list(self.open),
+            "metric": self.metric,
             "curve": [[dict(point), score] for point, score in self.curve],
             "missing": len(self.missing),
             "test_seeds": len(cell.task.test.seeds),
@@ -56,22 +60,26 @@ def choose(cell: Cell, kept: Kept, *, metric: str | None, widen: int) -> Choice:
     """
     grid = dict(cell.contender.grid)
     for grown in range(widen + 1):
-        tried = {_key(point): (point, runs_of(cell, "validation", point)) for point in points(grid)}
-        missing = [run for _, runs in tried.values() for run in runs if kept(run) is None]
+        tried = [(point, [(run, kept(run)) for run in runs_of(cell, "validation", point)]) for point in points(grid)]
+        missing = [run for _, runs in tried for run, record in runs if record is None]
         if missing:
             return Choice(missing=tuple(missing), point=None)
-        scored = [(point, mean_score([kept(run) for run in runs], metric)) for point, runs in tried.values()]
+        scored = [(point, mean_score([record for _, record in runs], metric)) for point, runs in tried]
         curve = tuple((point, score) for point, score in scored if score is not None)
         if not curve:
             return Choice(missing=(), point=None)
-        sign = 1 if is_better_higher(_metric_of(cell, kept, metric)) else -1
+        name = metric or next(
+            record["after"]["headline"] for _, runs in tried for _, record in runs if record and record.get("after")
+        )
+        sign = 1 if is_better_higher(name) else -1
         best = max(curve, key=lambda entry: sign * entry[1])[0]
         ends = {path: beyond for path, values in grid.items() if (beyond := _beyond(values, best[path])) is not None}
-        if not ends or grown == widen:
+        allowed = {path: beyond for path, beyond in ends.items() if _is_allowed(cell, {**best, path: beyond})}
+        if not allowed or grown == widen:
             break
-        grid |= {path: tuple(sorted((*grid[path], beyond))) for path, beyond in ends.items()}
+        grid |= {path: tuple(sorted((*grid[path], beyond))) for path, beyond in allowed.items()}
     missing = [run for run in runs_of(cell, "test", best) if kept(run) is None]
-    return Choice(missing=tuple(missing), point=best, open=tuple(ends), curve=curve)
+    return Choice(missing=tuple(missing), point=best, open=tuple(ends), curve=curve, metric=name)
 
 
 def score(record: Record, metric: str | None = None) -> float | None:
@@ -101,11 +109,13 @@ def mean_score(records: list[Any], metric: str | None) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(scores) else None
 
 
-def _metric_of(cell: Cell, kept: Kept, metric: str | None) -> str:
-    if metric:
-        return metric
-    runs = (run for point in points(cell.contender.grid) for run in runs_of(cell, "validation", point))
-    return next(record["after"]["headline"] for run in runs if (record := kept(run)) and record.get("after"))
+def _is_allowed(cell: Cell, point: Mapping[str, Any]) -> bool:
+    """Return whether a run may have these values; a dropout beyond 0.5 would be 2.5."""
+    try:
+        _ = runs_of(cell, "validation", point)[0].recipe
+    except EvaError:
+        return False
+    return True
 
 
 def _beyond(values: tuple[Any, ...], best: Any) -> float | None:
@@ -121,7 +131,3 @@ def _beyond(values: tuple[Any, ...], best: Any) -> float | None:
         return None
     grown = type(best)(float(f"{beyond:.{DIGITS}g}"))
     return grown if grown > 0 and grown not in values else None
-
-
-def _key(point: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(point.items())

@@ -37,7 +37,7 @@ def open_engine(
         gpus: accelerators that local workers share, or that each run of a cluster has.
 
     Raises:
-        EvaError: a number is out of range, or there is no such engine.
+        EvaError: a number is out of range, CUDA_VISIBLE_DEVICES names fewer GPUs, or Ray is missing.
     """
     for name, value, low in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0)):
         if value is not None and value < low:
@@ -46,8 +46,9 @@ def open_engine(
         from evatune.compare.cluster import RayEngine
 
         return RayEngine(workers=workers, threads=threads or 1, gpus=gpus)
-    from evatune.compare.local import LocalEngine
+    from evatune.compare.local import LocalEngine, gpu_names
 
     workers = workers or 1
+    gpu_names(gpus)
     share = max(1, (os.cpu_count() or 1) // workers)
     return LocalEngine(workers=workers, threads=threads or share, logs=Path(sweep.output) / RUNS, gpus=gpus)

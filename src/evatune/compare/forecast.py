@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evatune.compare.choosing import choose
-from evatune.compare.results import RECORDS, Results
+from evatune.compare.results import RECORDS, Results, is_whole
 from evatune.compare.runs import Cell, cells, points
 from evatune.compare.sweep import Sweep
-from evatune.tables import duration, text_table
+from evatune.tables import byte_size, duration, text_table
 
 Row = dict[str, Any]
 
@@ -43,9 +43,7 @@ class Forecast:
             if self.seconds is not None
             else "time unknown: no run of some task has been measured yet"
         )
-        disk = (
-            f"about {self.record_bytes / 2**20:.1f} MB of records" if self.record_bytes else "size of records unknown"
-        )
+        disk = f"about {byte_size(self.record_bytes)} of records" if self.record_bytes else "size of records unknown"
         return f"{table}\n\n{time}, {disk} in {self.output}; grids may grow by `widen` values"
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def _of_task(name: str, compared: Sequence[Cell], sweep: Sweep, results: Results
         choice = choose(cell, results.kept, metric=sweep.metric, widen=sweep.widen)
         left += len(choice.missing) + (n_test if choice.point is None and choice.missing else 0)
     done = [record for record in results.records.values() if record["task"] == name]
-    seconds = [record["wall_seconds"] for record in done if record["state"] == "done"]
+    seconds = [record["wall_seconds"] for record in done if is_whole(record)]
     return {
         "task": name,
         "validation": stages["validation"],

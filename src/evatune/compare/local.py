@@ -11,9 +11,28 @@ from typing import Any
 
 from evatune.compare.engine import Job, Outcome
 from evatune.compare.worker import work
+from evatune.errors import EvaError
 
 PATIENCE = 60.0
 """Seconds that a run has to save a checkpoint when the sweep is interrupted."""
+
+
+def gpu_names(count: int) -> list[str]:
+    """Return so many accelerators as CUDA_VISIBLE_DEVICES names them: the first of those that it names already.
+
+    Raises:
+        EvaError: it is set and names fewer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(map(str, range(count)))
+    named = [name for name in visible.split(",") if name]
+    if len(named) < count:
+        raise EvaError(
+            f"--gpus is {count}, but CUDA_VISIBLE_DEVICES={','.join(named)} names {len(named)}; give --gpus "
+            f"{len(named)}, or name more."
+        )
+    return named[:count]
 
 
 class LocalEngine:
@@ -79,9 +98,7 @@ class LocalEngine:
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         environment["TRANSFORMERS_VERBOSITY"] = "error"
         if self.gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            ids = [name for name in visible if name] or list(map(str, range(self.gpus)))
-            environment["CUDA_VISIBLE_DEVICES"] = ids[number % self.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = gpu_names(self.gpus)[number % self.gpus]
         process = self._context.Process(
             target=work,
             args=(theirs,),

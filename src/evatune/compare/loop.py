@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from evatune.compare.choosing import Choice, choose
 from evatune.compare.engine import Engine, Job, Outcome
-from evatune.compare.results import RUNS, SPECTRA, Record, Results, record_of
+from evatune.compare.results import RUNS, SPECTRA, Record, Results, is_whole, record_of
 from evatune.compare.runs import Cell, Run, cells
 from evatune.compare.sweep import Sweep
 from evatune.errors import EvaError
-from evatune.tables import duration
+from evatune.tables import byte_size, duration
 
 LEAST_DISK = 200 * 2**20
 """Bytes that must be free before a run is started."""
@@ -32,7 +32,7 @@ class Progress:
     def tell(self, record: Record, *, running: int, left: int) -> None:
         """Say what became of a run, and how many there still are."""
         self.counts[record["state"]] += 1
-        if record["state"] == "done":
+        if is_whole(record):
             self.seconds.append(record["wall_seconds"])
         counts = ", ".join(
             f"{self.counts[state]} {state}" for state in ("done", "refused", "failed") if self.counts[state]
@@ -40,7 +40,10 @@ class Progress:
         mean = sum(self.seconds) / len(self.seconds) if self.seconds else None
         rest = f", {duration(mean * (left + running) / self.slots)} left" if mean is not None and left + running else ""
         after = record.get("after")
-        result = f"{after['headline']} {after['metrics'][after['headline']]:.4g}" if after else record.get("reason", "")
+        result = record.get("reason", "")
+        if after:
+            value = after["metrics"][after["headline"]]
+            result = f"{after['headline']} {'not finite' if value is None else f'{value:.4g}'}"
         self.say(f"[{counts}, {running} running, {left} waiting{rest}]  {record['name']}  {result}")
 
 
@@ -84,7 +87,11 @@ def compare(
                 left = None if limit is None else limit - progress.counts.total()
                 if left is not None and left <= 0:
                     break
-                _do(missing[:left], sweep=sweep, results=results, engine=engine, progress=progress)
+                try:
+                    _do(missing[:left], sweep=sweep, results=results, engine=engine, progress=progress)
+                except BaseException:  # Ctrl-C, a full disk: the tables are of everything that is done
+                    _chosen(sweep, compared, results)
+                    raise
     finally:
         engine.close()
     return results
@@ -125,8 +132,8 @@ def _job(run: Run, tries: int, *, results: Results, engine: Engine) -> Job:
     free = shutil.disk_usage(results.folder).free
     if free < LEAST_DISK:
         raise EvaError(
-            f"{results.folder} has {free / 2**20:.0f} MB of disk left, and a run needs {LEAST_DISK / 2**20:.0f} MB at "
-            "least; make room and give the command again: finished runs are kept."
+            f"{results.folder} has {byte_size(free)} of disk left, and a run needs {byte_size(LEAST_DISK)} at least; "
+            "make room and give the command again: finished runs are kept."
         )
     folder = (results.folder / RUNS / run.name).absolute()
     key = run.spectra_key
@@ -149,6 +156,7 @@ def _finish(job: Job, outcome: Outcome, *, results: Results, keep: str) -> Recor
     reason = outcome.reason + (f", {job.tries} times" if outcome.state == "died" else "")
     record = record_of(
         job.run,
+        results,
         state="failed" if outcome.state == "died" else outcome.state,
         seconds=time.perf_counter() - job.started,
         tries=job.tries,

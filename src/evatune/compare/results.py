@@ -61,12 +61,22 @@ class Results:
         record = self.records.get(run.name)
         if record is None:
             return None
-        if changed := changed_settings(_with_new_settings(record["recipe"]), portable(run.recipe.to_dict())):
+        if changed := changed_settings(_with_new_settings(record["recipe"]), self.recipe_of(run)):
             raise EvaError(
                 f"{self.folder} holds {run.name} of another sweep: {'; '.join(changed)}; choose another output, or "
                 f"remove the line from {RECORDS}."
             )
         return record
+
+    def recipe_of(self, run: Run) -> dict[str, Any]:
+        """Return the recipe of a run as its record has it."""
+        return portable(run.recipe.with_absolute_paths().to_dict(), self.folder)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that the sweep asks for; None if it is each task's headline."""
+        path = self.folder / SWEEP
+        return json.loads(path.read_text(encoding="utf-8"))["sweep"].get("metric") if path.is_file() else None
 
     @property
     def choices(self) -> list[dict[str, Any]]:
@@ -101,17 +111,26 @@ class Results:
             _take(lock, self.folder)
             if (self.folder / RECORDS).is_file():  # without the part of a line that a crash may have left
                 write_text(self.folder / RECORDS, "".join(json_text(record) + "\n" for record in self.records.values()))
-            write_json(self.folder / SWEEP, {"evatune": version, "sweep": portable(dict(sweep))}, indent=1)
+            asked = {key: value for key, value in sweep.items() if key != "output"}  # the folder may be moved
+            write_json(self.folder / SWEEP, {"evatune": version, "sweep": portable(asked, self.folder)}, indent=1)
             yield
 
 
 def record_of(
-    run: Run, *, state: str, seconds: float, tries: int, reason: str = "", folder: Path | None = None
+    run: Run,
+    results: Results,
+    *,
+    state: str,
+    seconds: float,
+    tries: int,
+    reason: str = "",
+    folder: Path | None = None,
 ) -> Record:
     """Return the record of a run.
 
     Args:
         run: the run.
+        results: where the record will be.
         state: `done`, `refused` (an error that its sentence explains) or `failed` (the process died or broke).
         seconds: time of the whole run, loading included.
         tries: how often it was started.
@@ -119,7 +138,7 @@ def record_of(
         folder: where its own record is.
 
     Returns:
-        Plain values without the machine's paths. Outcomes are those of the headline metric of test runs.
+        Plain values without the machine's paths. Outcomes of single examples, all columns, are those of test runs.
     """
     cell = run.cell
     record: Record = {
@@ -133,7 +152,7 @@ def record_of(
         "seed": run.seed,
         "tries": tries,
         "wall_seconds": round(seconds, 1),
-        "recipe": portable(run.recipe.to_dict()),
+        "recipe": results.recipe_of(run),
         "versions": library_versions(),
     }
     if folder is None:
@@ -151,21 +170,34 @@ def record_of(
     return record
 
 
-def portable(value: Any) -> Any:
-    """Return plain values whose paths below known folders begin with the variable that recipes have for them."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
+def portable(value: Any, folder: Path) -> Any:
+    """Return plain values without the machine's paths.
+
+    Paths below known folders begin with the variable that recipes have for them; other ones that exist are taken from
+    the folder of the results, wherever the command was given.
+    """
+    if isinstance(value, Mapping):
+        return {key: portable(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
+        return [portable(item, folder) for item in value]
     if not isinstance(value, str):
         return value
     roots = {"EVATUNE_DATA": os.environ.get("EVATUNE_DATA"), "EVATUNE_CACHE": str(user_cache())}
-    for name, root in roots.items():
-        if root and (value == root or value.startswith(root.rstrip("/") + "/")):
-            return f"${{{name}}}" + value[len(root.rstrip("/")) :]
-    if os.path.isabs(value) and os.path.exists(value):
-        return os.path.relpath(value)
+    for name, given in roots.items():
+        for root in (given.rstrip("/"), os.path.abspath(given)) if given else ():
+            if value == root or value.startswith(root + "/"):
+                return f"${{{name}}}" + value[len(root) :]
+    if "/" in value and os.path.exists(value):
+        return os.path.relpath(value, folder)
     return value
+
+
+def is_whole(record: Record) -> bool:
+    """Return whether a run is done and went to its end in one go, so that its times are those of all of it.
+
+    A run that goes on has its adapter already, and prepares none.
+    """
+    return record["state"] == "done" and "prepare" in record["seconds"]
 
 
 def _with_new_settings(content: dict[str, Any]) -> dict[str, Any]:

@@ -107,14 +107,12 @@ class Run:
         }
         return hashlib.sha256(json_text(parts).encode()).hexdigest()[:16]
 
-    def recipe_in(self, folder: Path, *, spectra: Path | None, threads: int | None) -> Recipe:
+    def recipe_in(self, folder: Path, *, spectra: Path | None, threads: int) -> Recipe:
         """Return the recipe with its output, the spectra that were measured before, and the threads."""
         recipe = dataclasses.replace(self.recipe, output=str(folder))
         if spectra is not None:
             recipe = dataclasses.replace(recipe, measure=dataclasses.replace(recipe.measure, spectra=str(spectra)))
-        if threads is not None:
-            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, threads=threads))
-        return recipe
+        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, threads=threads))
 
 
 def cells(sweep: Sweep) -> list[Cell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from evatune.compare.choosing import score
@@ -37,6 +37,11 @@ class Standing:
     """The runs on test data."""
 
     @property
+    def title(self) -> str:
+        """Task, with its model where there are several."""
+        return title_of(self.task, self.model)
+
+    @property
     def mean(self) -> float | None:
         """Mean over seeds."""
         return statistics.fmean(self.scores.values()) if self.scores else None
@@ -65,7 +70,7 @@ class Standings:
             notes += ["one seed: no interval"] if len(row.scores) == 1 else []
             rows.append(
                 [
-                    f"{row.task} {row.model}".strip(),
+                    row.title,
                     row.method,
                     score,
                     f"{len(row.scores)} of {row.n_seeds}",
@@ -81,10 +86,14 @@ class Standings:
         """Return plain values, without the records."""
         rows = []
         for row in self.rows:
-            content = asdict(row)
-            content.pop("records")
+            content = {part.name: getattr(row, part.name) for part in fields(row) if part.name != "records"}
             rows.append(content | {"mean": row.mean, "deviation": row.deviation})
         return {"standings": rows}
+
+
+def title_of(task: str, model: str) -> str:
+    """Return what tables call a task: its name, and that of the model where there are several."""
+    return f"{task} {model}".strip()
 
 
 def standings(results: Results, *, metric: str | None = None) -> Standings:
@@ -92,8 +101,9 @@ def standings(results: Results, *, metric: str | None = None) -> Standings:
 
     Args:
         results: a folder of results.
-        metric: the metric; by default each task's headline.
+        metric: the metric; by default that of the sweep, which is each task's headline where it names none.
     """
+    metric = metric or results.metric
     rows = []
     for choice in results.choices:
         name = (choice["task"], choice["model"], choice["method"])

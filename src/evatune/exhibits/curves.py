@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evatune.compare.results import Record
+from evatune.compare.results import Record, is_whole
+from evatune.compare.standing import title_of
 from evatune.errors import EvaError
 from evatune.exhibits.scores import ranking_of
 from evatune.exhibits.view import View
@@ -14,6 +15,7 @@ from evatune.report import comparisons
 from evatune.report.figures import series, trailing_mean
 from evatune.report.style import Figure
 from evatune.tables import Table
+from evatune.tasks.scores import is_better_higher
 
 SMOOTH = 5
 """Steps that a curve over steps is the mean of."""
@@ -42,18 +44,18 @@ def first_gradient(view: View) -> Figure:
 def rates(view: View) -> Figure:
     """Draw the validation score of each method over the learning rates that were tried."""
     curves = {}
-    for choice in view.results.choices:
-        if f"{choice['task']} {choice['model']}".strip() == view.one_task:
-            best: dict[float, float] = {}
-            for point, score in choice["curve"]:
-                if (rate := point.get("train.learning_rate")) is not None:
-                    better = max if view.board.sign(view.one_task) > 0 else min
-                    best[rate] = better(score, best.get(rate, score))
-            places = sorted(best)
-            values = [best[rate] for rate in places]
-            if values:
-                curves[choice["method"]] = (places, values, values, values)
-    metric = view.board.metric(view.one_task)
+    choices = [one for one in view.results.choices if title_of(one["task"], one["model"]) == view.one_task]
+    metric = next((one["metric"] for one in choices if one.get("metric")), view.board.metric(view.one_task))
+    better = max if is_better_higher(metric) else min
+    for choice in choices:
+        best: dict[float, float] = {}
+        for point, score in choice["curve"]:
+            if (rate := point.get("train.learning_rate")) is not None:
+                best[rate] = better(score, best.get(rate, score))
+        places = sorted(best)
+        values = [best[rate] for rate in places]
+        if values:
+            curves[choice["method"]] = (places, values, values, values)
     return comparisons.bands(
         curves, x="learning rate", y=f"{metric} on validation data", title=f"Which rate, {view.one_task}", log_x=True
     )
@@ -84,7 +86,7 @@ def rho(view: View) -> Figure:
         row = view.board.at(method, task)
         adapter = records[0]["recipe"]["adapter"]
         if row is not None and row.mean is not None:
-            label = f"{adapter['method']} α={adapter['lora_alpha']:g}"
+            label = f"{adapter['method']} r={adapter['rank']} α={adapter['lora_alpha']:g}"
             found.setdefault(label, {})[adapter["rho"]] = (row.mean, row.deviation or 0.0)
     curves = {}
     for label, by_rho in found.items():
@@ -108,7 +110,7 @@ def cost(view: View) -> Figure:
     shares = {}
     for method, records in view.test_runs(view.one_task).items():
         whole = []
-        for record in records:
+        for record in filter(is_whole, records):
             seconds = record["seconds"]
             start = seconds.get("measure", 0.0) + seconds["prepare"]
             if not record["recipe"]["measure"]["spectra"]:

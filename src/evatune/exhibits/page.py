@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 
 from evatune.compare.choosing import score
 from evatune.compare.results import RUNS, Record
+from evatune.compare.standing import title_of
 from evatune.errors import EvaError
 from evatune.exhibits import FIGURES, TABLES, make
 from evatune.exhibits.view import View
@@ -49,18 +51,15 @@ def write_results_page(view: View, path: str | Path) -> Path:
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
         sections.append(Section(title=task, content=content))
     sections.append(Section(title="What failed", content=[_failed(records)]))
-    sections.append(Section(title="All runs", content=[_runs(view, records)]))
+    sections.append(Section(title="All runs", content=[_runs(view, records, Path(path).parent)]))
     sections.append(Section(title="What was run", content=[_facts(records)]))
     return write_page(path, title=f"Comparison: {results.folder.name}", lead=lead, sections=sections)
 
 
 def _table(view: View, name: str) -> Table | None:
     """Return a table whose scores lead to their runs; None if these results have none of it."""
-    try:
-        table = make(TABLES[name], view)
-    except EvaError:
-        return None
-    if name != "scores":
+    table = _made(view, name)
+    if table is None or name != "scores":
         return table
     tasks = dict(enumerate(view.board.tasks, start=2))  # by their columns
     rows = [
@@ -68,6 +67,13 @@ def _table(view: View, name: str) -> Table | None:
         for row in table.rows
     ]
     return dataclasses.replace(table, rows=rows)
+
+
+def _made(view: View, name: str) -> Table | None:
+    try:
+        return make(TABLES[name], view)
+    except EvaError:  # such as a comparison with LoRA, where it was not run
+        return None
 
 
 def _linked(view: View, method: object, task: str, cell: object) -> object:
@@ -83,21 +89,20 @@ def _figure(view: View, name: str, numbers: str | None) -> list[Block]:
         figure = make(FIGURES[name], view)
     except EvaError:  # such as the score over rho, where there is one value
         return []
+    table = _rates(view) if numbers == "rates" else None if numbers is None else _made(view, numbers)
     idea = FIGURES[name].idea
     blocks: list[Block] = [
         Picture(figure=figure, alt=f"{idea}, {view.task or 'all tasks'}.", caption=f"{idea[0].upper()}{idea[1:]}.")
     ]
-    if numbers == "rates":
-        blocks.append(Folded(title="numbers", table=_rates(view)))
-    elif numbers is not None:
-        blocks.append(Folded(title="numbers", table=dataclasses.replace(make(TABLES[numbers], view), name="")))
+    if table is not None:
+        blocks.append(Folded(title="numbers", table=dataclasses.replace(table, name="")))
     return blocks
 
 
 def _rates(view: View) -> Table:
     rows = []
     for choice in view.results.choices:
-        if f"{choice['task']} {choice['model']}".strip() == view.one_task:
+        if title_of(choice["task"], choice["model"]) == view.one_task:
             for point, value in choice["curve"]:
                 setting = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in point.items())
                 rows.append([choice["method"], setting, f"{value:.4f}"])
@@ -109,13 +114,14 @@ def _failed(records: list[Record]) -> Table | str:
     return Table(headers=["run", "state", "tries", "why"], rows=rows) if rows else "Nothing."
 
 
-def _runs(view: View, records: list[Record]) -> Table:
+def _runs(view: View, records: list[Record], folder: Path) -> Table:
+    """Return all runs; a run's own record is linked from the folder of the page."""
     rows = []
     for record in records:
-        path = Path(RUNS) / record["name"] / "run.json"
+        path = view.results.folder / RUNS / record["name"] / "run.json"
         name = record["name"]
-        shown = Marked(name, href=path.as_posix()) if (view.results.folder / path).is_file() else name
-        value = score(record, view.score) if record["state"] == "done" else None
+        shown = Marked(name, href=Path(os.path.relpath(path, folder)).as_posix()) if path.is_file() else name
+        value = score(record, view.metric) if record["state"] == "done" else None
         rows.append([shown, record["stage"], record["state"], value, record["wall_seconds"], record.get("started")])
     return Table(headers=["run", "stage", "state", "score", "seconds", "started"], rows=rows, name="runs")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from evatune.compare.board import Board, paired_outcomes, title_of
+from evatune.compare.board import Board, paired_outcomes
+from evatune.compare.results import is_whole
 from evatune.compare.statistics import (
+    Ranking,
     holm,
     interquartile_mean,
     mean_ranks,
@@ -64,7 +66,7 @@ def settings(view: View) -> Table:
         ends = ", ".join(path.rpartition(".")[2] for path in row.open)
         rows.append(
             [
-                title_of(row),
+                row.title,
                 row.method,
                 shown or None,
                 ends or None,
@@ -172,8 +174,15 @@ def ranks(view: View) -> Table:
     )
 
 
-def ranking_of(board: Board) -> tuple[Any, str]:
-    """Return the ranks of the complete methods, and what they are taken over: tasks, or seeds where tasks are few."""
+def ranking_of(board: Board) -> tuple[Ranking, str]:
+    """Return the ranks of the complete methods, and what they are taken over: tasks, or seeds where tasks are few.
+
+    Raises:
+        EvaError: fewer than two methods are complete, or they share no seed.
+    """
+    needed = "ranks need two methods with scores on every task, and a seed that was run with all of them."
+    if len(board.complete) < 2:
+        raise EvaError(needed)
     if len(board.tasks) >= 5:
         means = {m: [float(task.mean()) for task in board.values(m)] for m in board.complete}
         return mean_ranks(means), "tasks"
@@ -190,8 +199,8 @@ def ranking_of(board: Board) -> tuple[Any, str]:
         ]
         for m in board.complete
     }
-    if len(by_block) < 2 or not any(by_block.values()):
-        raise EvaError("ranks need two methods with scores on every task, and a seed that was run with all of them.")
+    if not any(by_block.values()):
+        raise EvaError(needed)
     return mean_ranks(by_block), "pairs of task and seed"
 
 
@@ -219,7 +228,7 @@ def costs(view: View) -> Table:
     board = view.board
     rows = []
     for row in board.rows:
-        runs = [record for record in row.records if record["state"] == "done"]
+        runs = [record for record in row.records if is_whole(record)]
         if runs:
             seconds = {
                 name: [r["seconds"][name] for r in runs if name in r["seconds"]]
@@ -230,7 +239,7 @@ def costs(view: View) -> Table:
             peak = [r["peak_memory_gib"] for r in runs if r.get("peak_memory_gib")]
             rows.append(
                 [
-                    title_of(row),
+                    row.title,
                     row.method,
                     row.trainable,
                     f"{start:.1f}",
@@ -240,7 +249,10 @@ def costs(view: View) -> Table:
                 ]
             )
     headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
-    caption = "Means over the test runs. `start` is measuring, where a run measured itself, and initializing."
+    caption = (
+        "Means over the test runs that nothing interrupted. `start` is measuring, where a run measured itself, and "
+        "initializing."
+    )
     return Table(name="costs", headers=headers, rows=rows, caption=caption)
 
 

@@ -22,7 +22,7 @@ class View:
     folders: tuple[str, ...]
     """One folder of results, or folders of spectra."""
     score: str | None = None
-    """The metric of results; by default each task's headline."""
+    """The metric of results; by default that of the sweep, which is each task's headline where it names none."""
     against: str | None = None
     """The method that others are compared with; by default plain LoRA."""
     task: str | None = None
@@ -50,7 +50,12 @@ class View:
     @cached_property
     def board(self) -> Board:
         """The test scores of the results."""
-        return Board.of(self.results, metric=self.score)
+        return Board.of(self.results, metric=self.metric)
+
+    @cached_property
+    def metric(self) -> str | None:
+        """The metric of all tasks; None if it is each one's headline."""
+        return self.score or self.results.metric
 
     @property
     def one_task(self) -> str:

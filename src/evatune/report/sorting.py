@@ -6,7 +6,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], titles = table.tHead ? [...table.tHead.rows[0].cells] : [];
   const value = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    const number = /^[-+−]?[\\d.,]+/.exec(text);
+    const number = /^[-+−]?[\\d.,]+(e[-+]?\\d+)?(?=$|[\\s%])/i.exec(text);
     return number ? parseFloat(number[0].replace("−", "-").replaceAll(",", "")) : text.toLowerCase();
   };
   const compare = (a, b) => {

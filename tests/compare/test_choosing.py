@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evatune.compare.loop import compare
+from evatune.compare.standing import standings
+
+
+def test_a_grid_does_not_grow_beyond_what_its_setting_allows(sweep, fake_engine):
+    engine = fake_engine(lambda run: run.point["adapter.lora_dropout"])
+    results = compare(sweep(methods=["lora"], learning_rates=None, search={"lora_dropout": [0.02, 0.1, 0.5]}), engine)
+    assert len(engine.names) == 3 + 2
+    assert results.choices[0]["point"] == {"adapter.lora_dropout": 0.5}
+    assert results.choices[0]["open"] == ["adapter.lora_dropout"]
+
+
+def test_another_setting_still_grows_beside_one_that_may_not(sweep, fake_engine):
+    def peak(run):
+        return run.point["adapter.lora_dropout"] - abs(run.point["train.learning_rate"] - 1.0)
+
+    results = compare(sweep(methods=["lora"], search={"lora_dropout": [0.1, 0.5]}), fake_engine(peak))
+    assert results.choices[0]["point"] == {"train.learning_rate": 1.0, "adapter.lora_dropout": 0.5}
+    assert results.choices[0]["open"] == ["adapter.lora_dropout"]
+
+
+def test_the_metric_of_the_sweep_is_chosen_by_and_compared(sweep, fake_engine):
+    scores = {1e-3: 0.5, 1e-2: 0.9, 1e-1: 0.1}
+    results = compare(sweep(metric="loss"), fake_engine(lambda run: scores[run.point["train.learning_rate"]]))
+    assert results.metric == "loss" and results.choices[0]["metric"] == "loss"
+    row = standings(results).rows[0]
+    assert row.metric == "loss" and row.point == {"train.learning_rate": 1e-2}
+    assert row.scores == pytest.approx({0: 0.1, 1: 0.1})
+    assert "loss" in json.dumps(standings(results).to_json())
+    assert standings(results, metric="accuracy").rows[0].scores == pytest.approx({0: 0.9, 1: 0.9})
