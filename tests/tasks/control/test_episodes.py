@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -75,6 +77,77 @@ def test_arrays_of_transitions_are_cut_at_the_ends_of_episodes(axis: bool, tmp_p
     assert (len(first), len(second), first.seed) == (5, 5, None)
     np.testing.assert_allclose(second.states, content["observations"].reshape(-1, 39)[5:10], rtol=1e-6)
     np.testing.assert_allclose(second.rewards, content["rewards"].reshape(-1)[5:10], rtol=1e-6)
+
+
+def one_file_each(folder: Path, *, suffix: str, episodes: int) -> list[np.ndarray]:
+    """Write files of one episode each, as the later code of Schmied et al. reads them; return the states."""
+    folder.mkdir(parents=True)
+    chance, written = np.random.default_rng(0), []
+    for number in range(episodes):
+        rows = {
+            "states": chance.standard_normal((5, 39)).astype(np.float32),
+            "actions": chance.uniform(-1, 1, (5, 4)),
+            "rewards": chance.uniform(0, 1, 5),
+            "returns_to_go": np.zeros(5),
+            "dones": np.array(True),
+        }
+        path = folder / f"{number}{suffix}"
+        if suffix == ".npz":
+            np.savez_compressed(path, **rows)  # type: ignore[arg-type]
+        elif suffix == ".hdf5":
+            with h5py.File(path, "w") as file:
+                for name, values in rows.items():
+                    file[name] = values
+        else:
+            path.write_bytes(pickle.dumps(defaultdict(list, rows)))
+        written.append(rows["states"])
+    return written
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5", ".pkl"])
+def test_folders_with_one_file_an_episode(suffix: str, tmp_path: Path) -> None:
+    states = one_file_each(tmp_path / "hammer-v2", suffix=suffix, episodes=11)
+    one_file_each(tmp_path / "push", suffix=suffix, episodes=1)
+    both = load_episodes(tmp_path)
+    assert [episode.environment for episode in both] == ["hammer-v3"] * 11 + ["push-v3"]
+    np.testing.assert_array_equal(both[10].states, states[10])  # 10 comes after 9
+    assert (both[0].actions.shape, both[0].rewards.shape) == ((5, 4), (5,))
+    order = {str(number): 10 - number for number in range(11)}
+    (tmp_path / "hammer-v2" / "episode_trjids.json").write_text(json.dumps(order))
+    (first,) = load_episodes(tmp_path / "hammer-v2", limit=1)
+    np.testing.assert_array_equal(first.states, states[10])
+
+
+def test_one_file_an_episode_says_which_is_wrong(tmp_path: Path) -> None:
+    one_file_each(tmp_path / "hammer-v2", suffix=".npz", episodes=2)
+    path = tmp_path / "hammer-v2" / "1.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500])
+    with pytest.raises(EvaError, match=r"cannot read .*hammer-v2/1\.npz: .*; it may be cut short"):
+        load_episodes(tmp_path)
+    np.savez(path, states=np.zeros((5, 39)), rewards=np.zeros(5))
+    with pytest.raises(EvaError, match=r"1\.npz holds no actions; it has states, rewards\."):
+        load_episodes(tmp_path)
+    np.savez(path, states=np.zeros((5, 39)), actions=np.zeros((5, 6)), rewards=np.zeros(5))
+    with pytest.raises(EvaError, match=r"1\.npz holds actions of shape \(5, 6\) for 5 rewards; hammer-v3 needs"):
+        load_episodes(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "hammer-v2").rename(tmp_path / "mine")
+    with pytest.raises(EvaError, match=r"neither .*mine nor 0\.npz in it is named after an environment"):
+        load_episodes(tmp_path)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "hammer-v2.tar.gz"
+    path.write_bytes(b"")
+    with pytest.raises(EvaError, match=r"holds no episodes: .*; unpack it first\."):
+        load_episodes(path)
+
+
+def test_a_data_set_that_still_grows_is_left_out(reach_episodes: Path, tmp_path: Path) -> None:
+    shutil.copytree(reach_episodes / "reach-v3", tmp_path / "reach-v3")
+    shutil.copytree(reach_episodes / "reach-v3", tmp_path / ".reach-v3.growing")
+    assert len(load_episodes(tmp_path)) == 3
 
 
 class ReplayBuffer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 
 from evatune.errors import EvaError
 from evatune.tasks.control.environments import ACTION_SIZE, STATE_SIZE
-from evatune.tasks.control.names import environment_names
+from evatune.tasks.control.names import environment_names, is_environment
 
 _METADATA = Path("data") / "metadata.json"
-_SUFFIXES = (".npz", ".pkl")
+_SUFFIXES = (".npz", ".pkl", ".hdf5")
+_ORDER = "episode_trjids.json"
+"""A file beside files of one episode each, which numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,20 +51,18 @@ def load_episodes(source: str | Path, *, limit: int | None = None) -> list[Episo
     """Read episodes, environment after environment.
 
     Args:
-        source: a Minari data set, a file of Schmied et al. (2024), `NAME.npz` or `NAME.pkl`, or a folder of several.
+        source: a Minari data set; data of Schmied et al. (2024): a file of transitions that is named after its
+            environment, `hammer-v2.npz`, or a folder of that name with one file an episode; or a folder of several.
         limit: read this many of each environment, the first ones.
 
     Raises:
         EvaError: there is nothing to read, a file is damaged, or observations or actions have another size.
     """
     source = Path(source).expanduser()
-    if (source / _METADATA).is_file() or source.suffix in _SUFFIXES:
-        paths = [source]
-    else:
-        paths = sorted(path.parent.parent for path in source.glob(f"*/{_METADATA}"))
-        paths += sorted(path for path in source.glob("*") if path.suffix in _SUFFIXES)
+    paths = _data_sets(source)
     if not paths:
-        raise EvaError(f"{source} holds no episodes: neither Minari data sets nor .npz or .pkl files.")
+        unpacked = "; unpack it first" if ".tar" in source.suffixes else ""
+        raise EvaError(f"{source} holds no episodes: neither Minari data sets nor .npz, .hdf5 or .pkl files{unpacked}.")
     episodes: list[Episode] = []
     for path in paths:
         found = _read(path, limit=limit)
@@ -71,15 +72,38 @@ def load_episodes(source: str | Path, *, limit: int | None = None) -> list[Episo
     return episodes
 
 
+def _data_sets(source: Path) -> list[Path]:
+    """Return the data sets of a source, each of one environment."""
+    if (source / _METADATA).is_file() or source.suffix in _SUFFIXES:
+        return [source]
+    files = _files(source)
+    if files and not any(is_environment(file.stem) for file in files):
+        return [source]
+    folders = [path for path in source.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    return sorted([*files, *(path for path in folders if (path / _METADATA).is_file() or _files(path))])
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may hold episodes, 2 before 10."""
+
+    def parts(path: Path) -> list[tuple[int, str]]:
+        return [(int(part or 0), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.stem)]
+
+    return sorted((path for path in folder.glob("[!.]*") if path.suffix in _SUFFIXES), key=parts)
+
+
 def _read(path: Path, *, limit: int | None) -> list[Episode]:
+    read = _transitions if path.is_file() else _minari if (path / _METADATA).is_file() else _one_each
     try:
-        return list(islice(_minari(path) if path.is_dir() else _transitions(path), limit))
+        return list(islice(read(path), limit))
     except EvaError:
         raise
-    except Exception as error:  # h5py, zipfile and pickle fail in many ways on a file that was cut short
-        raise EvaError(
-            f"cannot read {path}: {' '.join(str(error).split()).rstrip('.')}; it may be cut short."
-        ) from error
+    except Exception as error:  # h5py fails in many ways on a file that was cut short
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> EvaError:
+    return EvaError(f"cannot read {path}: {' '.join(str(error).split()).rstrip('.')}; it may be cut short.")
 
 
 def _minari(path: Path) -> Iterator[Episode]:
@@ -110,18 +134,63 @@ def _transitions(path: Path) -> Iterator[Episode]:
     for the environment. Rows after the last `done` are an incomplete episode, which is left out.
     """
     (name,) = environment_names([path.stem])
-    if path.suffix == ".pkl":
-        with path.open("rb") as file:
-            content = vars(_ArraysOnly(file).load())
-    else:
-        content = dict(np.load(path, allow_pickle=False))
-    rows = {key: np.asarray(content[key]) for key in ("observations", "actions", "rewards", "dones")}
-    rows = {key: array.reshape(len(array), -1) for key, array in rows.items()}
+    rows = _arrays(path, "observations", "actions", "rewards", "dones")
     start = 0
     for end in (np.flatnonzero(rows["dones"][:, 0]) + 1).tolist():
         part = {key: array[start:end] for key, array in rows.items()}
         yield _episode(path, name, part["observations"], part["actions"], part["rewards"])
         start = end
+
+
+def _one_each(folder: Path) -> Iterator[Episode]:
+    """Yield the episodes of a folder in the other layout of Schmied et al. (2024): one file an episode.
+
+    A file holds `states`, `actions` and `rewards`, one row a step. The files come in the order that
+    `episode_trjids.json` gives, else in that of their names.
+    """
+    files, name = _files(folder), folder.absolute().name
+    if not is_environment(name):
+        raise EvaError(
+            f"neither {folder} nor {files[0].name} in it is named after an environment, as a folder with one file an "
+            "episode must be, and a file of transitions: hammer-v2, for example."
+        )
+    (name,) = environment_names([name])
+    if (folder / _ORDER).is_file():
+        order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
+        files.sort(key=lambda file: order.get(file.stem, len(order)))
+    for path in files:
+        rows = _arrays(path, "states", "actions", "rewards")
+        yield _episode(path, name, rows["states"], rows["actions"], rows["rewards"])
+
+
+def _arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a file that have these names, each with one row a step."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as content:
+                return _named(path, content, names)
+        if path.suffix == ".hdf5":
+            import h5py
+
+            with h5py.File(path) as content:
+                return _named(path, content, names)
+        with path.open("rb") as file:
+            content = _ArraysOnly(file).load()
+        return _named(path, content if isinstance(content, dict) else vars(content), names)
+    except EvaError:
+        raise
+    except Exception as error:  # zipfile, h5py and pickle fail in many ways on a file that was cut short
+        raise _damaged(path, error) from error
+
+
+def _named(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise EvaError(
+            f"{path} holds no {' and no '.join(missing)}; it has {', '.join(map(str, content)) or 'nothing'}."
+        )
+    arrays = {name: np.asarray(content[name]) for name in names}
+    return {name: array.reshape(len(array), -1) for name, array in arrays.items()}
 
 
 def _episode(path: Path, name: str, states: Any, actions: Any, rewards: Any, *, seed: int | None = None) -> Episode:
@@ -149,6 +218,9 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        self.__dict__[str(name)] = value  # it stands for a kind of dictionary
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -67,6 +67,11 @@ MT40 = (
 GROUPS = {"MT40": MT40, "CW10": CW10}
 
 
+def is_environment(name: str) -> bool:
+    """Return whether `name` means one environment: `hammer-v3`, `hammer-v2` or `hammer`."""
+    return _current(name) in MT40 + CW10
+
+
 def environment_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return the environments that `names` mean, in their order and each once.
 
@@ -76,15 +81,17 @@ def environment_names(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         EvaError: there is no such environment.
     """
-    known = MT40 + CW10
     found: dict[str, None] = {}
     for name in names:
         if name.upper() in GROUPS:
             found |= dict.fromkeys(GROUPS[name.upper()])
             continue
-        current = name.removesuffix("-v2").removesuffix("-v3") + "-v3"
-        if current not in known:
-            near = near_misses(current, known + tuple(GROUPS))
+        if not is_environment(name):
+            near = near_misses(_current(name), (*MT40, *CW10, *GROUPS))
             raise EvaError(f"there is no environment {name!r}{near}, nor such a file or folder of episodes.")
-        found[current] = None
+        found[_current(name)] = None
     return tuple(found)
+
+
+def _current(name: str) -> str:
+    return name.removesuffix("-v2").removesuffix("-v3") + "-v3"
