@@ -1,1 +1,1 @@
-"""What the paper looks at beside scores: similarity of components, distance that adapters travel, kernels."""
+"""What the paper looks at beside scores: similarity of components, movement of adapters, kernels, curvature."""
