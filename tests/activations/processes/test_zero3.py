@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 N_BATCHES = 8
 OPTIONS = {"n_components": 8, "backend": "exact", "tau": None, "min_gain": None, "progress": False}
-UNEVEN = {2: [range(N_BATCHES), []], 4: [[0, 1, 2, 3], [4], [5, 6, 7], []]}
+UNEVEN = {2: [range(7), [7]], 4: [[0, 1, 2, 3], [4], [5, 6], [7]]}
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     # Every parameter is spread, however small.
