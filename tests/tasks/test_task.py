@@ -1,11 +1,13 @@
-"""Batches of training examples: drawn at random, or in equal shares of each kind."""
+"""Batches of training examples, at random or in equal shares of each kind; and modes that are restored."""
 
 from __future__ import annotations
 
 from collections import Counter
 from types import SimpleNamespace
 
-from evatune.tasks.task import batches
+from torch import nn
+
+from evatune.tasks.task import batches, evaluating
 
 KINDS = ["a"] * 40 + ["b"] * 8 + ["c"] * 12
 
@@ -30,3 +32,11 @@ def test_each_kind_keeps_the_seeded_order_among_its_own():
     for kind in "abc":
         assert of(kind, drawn(seed=3, sampling="stratified")) == of(kind, drawn(seed=3))
     assert drawn(seed=3, sampling="stratified") != drawn(seed=4, sampling="stratified")
+
+
+def test_each_module_has_its_mode_again():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    model[1].eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]

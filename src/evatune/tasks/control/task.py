@@ -33,7 +33,7 @@ from evatune.tasks.control.windows import Windows, padded, state_statistics
 from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Metric, Scores
 from evatune.tasks.settings import ModelSettings
-from evatune.tasks.task import Needs, Preview
+from evatune.tasks.task import Needs, Preview, evaluating
 
 EMBEDDINGS = ("embed_state", "embed_action", "embed_return", "embed_reward", "embed_time")
 """They stay frozen and without an adapter: the paper adapts "all pre-trained weight matrices except for the embedding
@@ -205,18 +205,12 @@ class Control:
         seeds: dict[str, list[int]] = {}
         for name, seed in chosen:
             seeds.setdefault(name, []).append(seed)
-        was_training = model.training
-        model.eval()
-        try:
-            with (
-                tqdm(
-                    total=len(chosen), desc="act", unit="episode", leave=False, disable=None if progress else True
-                ) as bar,
-                autocast(next(model.parameters()).device, "bfloat16" if bf16 else None),
-            ):
-                outcomes = roll_out(model, seeds, self.targets, context=self.config.context, tell=bar.update)
-        finally:
-            model.train(was_training)
+        with (
+            evaluating(model),
+            tqdm(total=len(chosen), desc="act", unit="episode", leave=False, disable=None if progress else True) as bar,
+            autocast(next(model.parameters()).device, "bfloat16" if bf16 else None),
+        ):
+            outcomes = roll_out(model, seeds, self.targets, context=self.config.context, tell=bar.update)
         if self.data.video:
             self._write_videos(outcomes)
         succeeded = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from evatune.errors import EvaError
@@ -21,13 +19,10 @@ from evatune.tasks.generation.sandbox import report
 from evatune.tasks.generation.writing import Sampling, write_answers
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Scores
+from evatune.tasks.task import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SCORINGS = ("likelihood", "generated", "both")
-"""`likelihood`: loss, and `accuracy`, the share of the questions whose right choice is the most probable one.
-`generated`: the share of the written answers that are right."""
 
 
 def evaluate(
@@ -51,7 +46,8 @@ def evaluate(
         model: a causal language model, with or without adapter; its mode is restored.
         examples: held-out examples.
         tokenizer: the model's tokenizer.
-        scoring: one of `SCORINGS`.
+        scoring: `likelihood`: loss, and `accuracy`, the share of the questions whose right choice is the most probable
+            one; `generated`: the share of the written answers that are right; or `both`.
         sampling: how answers are written; by default the most probable token each time.
         max_length: longest sequence in tokens.
         max_prompt: longest prompt in tokens that an answer is written to; by default `max_length`.
@@ -78,7 +74,7 @@ def evaluate(
         )
     if scoring != "likelihood" and any(examples[index].program for index in written):
         report()  # if no program can run here, that is known before any is written
-    with _evaluating(model):
+    with evaluating(model):
         if scoring != "generated":
             batches = score(
                 model,
@@ -125,16 +121,6 @@ def _judged(batch: Sequence[tuple[int, Example, Sequence[str]]]) -> list[tuple[i
         verdicts = [next(ran) if example.program else JUDGES[example.judge](text, example) for text in texts]
         found.append((index, {"texts": list(texts), "verdicts": [asdict(verdict) for verdict in verdicts]}))
     return found
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _bar(name: str, total: int, journal: Journal, *, part: str, progress: bool) -> Any:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from evatune.hardware import autocast
 from evatune.tasks.journal import Journal
 from evatune.tasks.scores import Metric, Scores
+from evatune.tasks.task import evaluating
 from evatune.tasks.understanding.kind import Kind, Outcomes
 
 PART = "outputs"
@@ -46,31 +47,29 @@ def predict(
     device = next(model.parameters()).device
     outputs = {index: torch.tensor(values) for index, values in (journal.known(PART) if journal else {}).items()}
     order = sorted(set(range(len(rows))) - set(outputs), key=lambda index: (-len(rows[index]["input_ids"]), index))
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(
+    with (
+        evaluating(model),
+        tqdm(
             total=len(rows),
             initial=len(outputs),
             desc="evaluate",
             unit="row",
             leave=False,
             disable=None if progress else True,
-        ) as bar:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
-                inputs = {name: tensor for name, tensor in batch.items() if name not in kind.targets}
-                with autocast(device, "bfloat16" if bf16 else None):
-                    found = kind.outputs(model(**inputs)).float().cpu()
-                kept = batch["attention_mask"].bool().cpu()
-                for index, output, mask in zip(chosen, found, kept, strict=True):
-                    outputs[index] = output[mask] if found.ndim > 2 else output
-                if journal is not None:
-                    journal.add(PART, [(index, outputs[index].tolist()) for index in chosen])
-                bar.update(len(chosen))
-    finally:
-        model.train(was_training)
+        ) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+            inputs = {name: tensor for name, tensor in batch.items() if name not in kind.targets}
+            with autocast(device, "bfloat16" if bf16 else None):
+                found = kind.outputs(model(**inputs)).float().cpu()
+            kept = batch["attention_mask"].bool().cpu()
+            for index, output, mask in zip(chosen, found, kept, strict=True):
+                outputs[index] = output[mask] if found.ndim > 2 else output
+            if journal is not None:
+                journal.add(PART, [(index, outputs[index].tolist()) for index in chosen])
+            bar.update(len(chosen))
     return [outputs[index] for index in range(len(rows))]
 
 

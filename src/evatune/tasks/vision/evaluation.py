@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from evatune.hardware import autocast
 from evatune.tasks.scores import Metric, Scores
+from evatune.tasks.task import evaluating
 from evatune.tasks.vision.dataset import Pictures
 
 METRICS = {"accuracy": Metric(columns=("right",), form=".1%"), "loss": Metric(columns=("loss",))}
@@ -45,22 +46,18 @@ def evaluate(
     device = next(model.parameters()).device
     n_pictures = min(len(pictures), len(pictures) if limit is None else limit)
     outcomes: dict[str, list[float]] = {"right": [], "loss": [], "expected": [], "predicted": []}
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=n_pictures, desc="evaluate", leave=False, disable=None if progress else True) as bar:
-            for start in range(0, n_pictures, batch_size):
-                rows = [pictures[index] for index in range(start, min(start + batch_size, n_pictures))]
-                labels, logits = _classify(model, collate(rows), device, bf16=bf16)
-                losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-                predicted = logits.argmax(dim=-1)
-                outcomes["right"] += (predicted == labels).float().tolist()
-                outcomes["loss"] += losses.tolist()
-                outcomes["expected"] += labels.tolist()
-                outcomes["predicted"] += predicted.tolist()
-                bar.update(len(rows))
-    finally:
-        model.train(was_training)
+    shown = tqdm(total=n_pictures, desc="evaluate", leave=False, disable=None if progress else True)
+    with evaluating(model), shown as bar:
+        for start in range(0, n_pictures, batch_size):
+            rows = [pictures[index] for index in range(start, min(start + batch_size, n_pictures))]
+            labels, logits = _classify(model, collate(rows), device, bf16=bf16)
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            predicted = logits.argmax(dim=-1)
+            outcomes["right"] += (predicted == labels).float().tolist()
+            outcomes["loss"] += losses.tolist()
+            outcomes["expected"] += labels.tolist()
+            outcomes["predicted"] += predicted.tolist()
+            bar.update(len(rows))
     return Scores(
         headline="accuracy",
         metrics=METRICS,

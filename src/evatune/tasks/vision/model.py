@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from evatune.errors import EvaError
 from evatune.models import load_model
 from evatune.tasks.settings import ModelSettings
+from evatune.tasks.task import evaluating
 from evatune.tasks.vision.images import IMAGENET
 
 HEAD_STD = 2e-5
@@ -135,11 +136,9 @@ class ImageClassifier(nn.Module):
 
     def _shapes(self, size: int) -> tuple[TokenLayout, int]:
         """Return what the tokens are, and d."""
-        was_training = self.backbone.training
         device = next(self.backbone.parameters()).device
         try:
-            with torch.inference_mode():
-                self.backbone.eval()
+            with torch.inference_mode(), evaluating(self.backbone):
                 hidden, pooled = self._features(torch.zeros(1, 3, size, size, device=device))
         except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
@@ -147,8 +146,6 @@ class ImageClassifier(nn.Module):
                 f"{type(self.backbone).__name__} takes no pictures of 3 x {size} x {size}: {reason}; is it a vision "
                 "model, and is data.image_size right for it?"
             ) from error
-        finally:
-            self.backbone.train(was_training)
         classes, registers = _tokens(self.backbone, _CLASS_TOKENS), _tokens(self.backbone, _REGISTERS)
         if not classes or hidden.ndim != 3:
             return TokenLayout(), pooled.shape[-1]
