@@ -87,11 +87,17 @@ def test_a_folder_means_its_data_files_those_of_the_split_if_some_are(tmp_path):
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "notes.txt"):
         (tmp_path / name).write_text(json.dumps({"name": name}))
     assert [Path(name).name for name in files_of(str(tmp_path), split="train")] == ["train-0.jsonl", "train-1.jsonl"]
-    assert [Path(name).name for name in files_of(str(tmp_path), split="validation")] == [
-        "test.jsonl",
-        "train-0.jsonl",
-        "train-1.jsonl",
-    ]
+    message = r"has no files of split 'validation'; it has test\.jsonl, train-0\.jsonl, .*; set the split, or name its"
+    with pytest.raises(EvaError, match=message):  # else what was trained on would be scored
+        files_of(str(tmp_path), split="validation")
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("a.jsonl", "testimony.jsonl"):
+        (other / name).write_text("{}")
+    assert [Path(name).name for name in files_of(str(other), split="train")] == ["a.jsonl", "testimony.jsonl"]
+    (other / "Training_1.jsonl").write_text("{}")
+    with pytest.raises(EvaError, match=r"has no files of split 'eval'; it has Training_1\.jsonl; set the split"):
+        files_of(str(other), split="eval")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(EvaError, match="holds no data file; their endings are"):
@@ -105,6 +111,10 @@ def test_a_folder_inside_with_the_name_of_the_split_is_the_split(tmp_path):
         (tmp_path / name).write_text("{}")
     assert [Path(name).name for name in files_of(str(tmp_path), split="train")] == ["a.jsonl", "b.jsonl"]
     assert [Path(name).name for name in files_of(str(tmp_path), split="test")] == ["c.jsonl"]
+    with pytest.raises(EvaError, match=r"it has test/c\.jsonl, train/a\.jsonl, train/deep/b\.jsonl; set the split"):
+        files_of(str(tmp_path), split="validation")
+    (tmp_path / "train" / "test-a.jsonl").write_text("{}")  # the folder tells, whatever its files are called
+    assert len(files_of(str(tmp_path), split="train")) == 3
 
 
 def test_what_datasets_saves_to_disk_is_read_without_its_descriptions(tmp_path):

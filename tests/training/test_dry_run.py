@@ -16,6 +16,7 @@ from pyarrow import parquet
 from evatune import estimate
 from evatune.cli.main import main
 from evatune.errors import EvaError
+from evatune.models import load_config
 from evatune.recipe import load_recipe
 from evatune.training.accelerators import ACCELERATORS, find_accelerator
 from evatune.training.dry_run import dry_run
@@ -155,6 +156,26 @@ def test_it_tells_what_a_run_then_does(tiny_model, tiny_data, capsys):
     assert told["fits"] and told["least_seconds"] > 0 and told["unchecked"] == []
     assert told["memory"]["total"] == sum(told["memory"][name] for name in ("weights", "optimizer", "step"))
     assert told["memory"]["optimizer"] == 8 * told["n_trainable"]
+
+
+def test_what_is_kept_for_validation_is_not_counted(tiny_model, tiny_data):
+    values = {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl"), "validate": True, "held_out": 0.1}
+    assert dry_run(load_recipe(None, values)).n_examples == 54
+
+
+def test_a_data_set_on_a_hub_is_not_read_though_named_tasks_are_on_disk(tmp_path):
+    values = {"model": "some/model", "data": "some/data", "format": "gsm8k", "folder": str(tmp_path)}
+    assert "the rows of some/data are on a hub" in dry_run(load_recipe(None, values)).unchecked[1]
+
+
+def test_the_tokenizer_of_a_hub_model_is_not_asked_for(tiny_model, tmp_path, monkeypatch):
+    config = load_config(tiny_model)
+    monkeypatch.setattr("evatune.tasks.outline.local_config", lambda *args, **options: config)  # in the hub's cache
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: pytest.fail("asked"))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}))
+    told = dry_run(load_recipe(None, {"model": "some/model", "data": str(tmp_path / "turns.jsonl")}))
+    assert (told.n_examples, told.columns) == (1, "messages")
 
 
 def test_without_a_configuration_it_says_what_is_unknown():

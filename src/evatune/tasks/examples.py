@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Part = Literal["all", "training", "validation"]
 _PART_SEED = 20241010
 Convert = Callable[[Row], Item | None]
-"""Makes an example of a row, or None if the row has no answer."""
+"""Makes an example of a row, or None if the row has no question or no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Examples(Sequence[Item], Generic[Item]):
     sources: tuple[str, ...] = ()
     """Where they come from."""
     dropped: int = 0
-    """Rows left out because they have no answer."""
+    """Rows left out because they have no question or no answer."""
 
     def __len__(self) -> int:
         return len(self.items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
 _NO_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 """Files that `datasets` writes beside data (`save_to_disk`)."""
+
+_SPLIT = re.compile(
+    r"(train(ing)?|valid(ation)?|val|dev|eval(uation)?|test(ing)?|held_?out)(?![a-z])", flags=re.IGNORECASE
+)
+"""Beginnings of names of files and folders that tell the split."""
 
 Row = dict[str, Any]
 
@@ -51,10 +57,11 @@ def files_of(name: str, *, split: str) -> list[str]:
 
     Args:
         name: of a source.
-        split: if there is a folder of this name inside, or names of files begin with it, only these are taken.
+        split: if there is a folder of this name inside, or names of files begin with it, only these are taken; all
+            files where no name tells a split.
 
     Raises:
-        EvaError: the folder holds no data file, or nothing fits the pattern.
+        EvaError: the folder holds no data file, or only those of other splits, or nothing fits the pattern.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -64,7 +71,15 @@ def files_of(name: str, *, split: str) -> list[str]:
         found = [child for child in found if child.name not in _NO_DATA]
         if not found:
             raise EvaError(f"the folder {path} holds no data file; their endings are {', '.join(SUFFIXES)}.")
-        return [str(child) for child in found if child.name.startswith(split)] or [str(child) for child in found]
+        own = [child for child in found if child.name.startswith(split)]
+        names = [str(child.relative_to(path)) for child in found]
+        others = [name for name in names if any(_SPLIT.match(part) for part in Path(name).parts)]
+        if others and not own and path.name != split:  # what is learned must not be scored on
+            raise EvaError(
+                f"the folder {path} has no files of split {split!r}; it has {_listed(others[:5])}"
+                f"{', ...' if others[5:] else ''}; set the split, or name its files."
+            )
+        return [str(child) for child in own or found]
     if is_pattern(name) and not path.exists():
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
-from evatune.tasks.generation.formats import FORMATS, find_format
+from evatune.tasks.generation.formats import FORMATS, find_format, in_chat
+from evatune.tasks.generation.settings import GenerationData
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,12 @@ def test_alpaca_with_input():
     example = converted({"instruction": "Add.", "input": "1 {prompt} 2", "output": "3"})
     assert example.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 {prompt} 2\n\n### Response:\n")
     assert converted({"instruction": "Add.", "input": "1 2", "output": " "}) is None
+
+
+@pytest.mark.parametrize(("extra", "asked"), [("", "Add."), ("1 2", "Add.\n\n1 2")])
+def test_alpaca_in_a_chat_has_no_template_of_its_own(extra, asked, tokenizer):
+    example = in_chat(converted({"instruction": "Add.", "input": extra, "output": "3"}), tokenizer)
+    assert example.text == f"<user> {asked}</s><assistant> 3</s>"
 
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -135,3 +144,7 @@ def test_a_template_that_refuses_says_so(tokenizer, monkeypatch):
 def test_an_unknown_format_has_near_names():
     with pytest.raises(EvaError, match=r"no data format 'alpacca' \(did you mean 'alpaca'"):
         converted({"text": "a"}, name="alpacca")
+
+
+def test_the_setting_has_every_format():
+    assert get_args(get_type_hints(GenerationData)["format"]) == ("auto", *FORMATS)

@@ -37,7 +37,8 @@ def load_examples(
         folder: holds copies of the named tasks; None takes them from the hub.
         chat: write every format with the chat template.
         held_out: of named tasks take the rows to score on, not those to learn from.
-        options: `limit`, `seed`, `split`, `hub_config` and `columns` of `evatune.tasks.examples.gather`.
+        options: `limit`, `seed`, `split`, `hub_config`, `columns`, `part` and `share` of
+            `evatune.tasks.examples.gather`.
 
     Returns:
         The examples; rows without a question or an answer are dropped and counted.

@@ -39,7 +39,7 @@ class Format:
     fields: tuple[str, ...]
     """Fields that every row must have."""
     convert: Callable[..., Example | None]
-    """One row to one example, or None if its answer is missing; with `is_chat` also takes the tokenizer."""
+    """One row to one example, or None if its question or answer is missing; with `is_chat` also takes the tokenizer."""
     question: str = ""
     """The field without which there is nothing to answer; rows where it is empty are left out."""
     is_chat: bool = False
@@ -53,15 +53,13 @@ def _alpaca(row: Row) -> Example | None:
     if not extra.strip() or not output.strip():
         return prompted(_ALPACA, prompt, output)
     text = _ALPACA_INPUT.replace("{prompt}", prompt).replace("{input}", extra)
-    return Example(pieces=((text, False), (output, True)), template=_ALPACA)
+    return Example(pieces=((text, False), (output, True)), template=_ALPACA, question=f"{prompt}\n\n{extra}")
 
 
 def _completion(row: Row) -> Example | None:
     """Read a prompt and a completion; with a list of `choices` that holds the completion, it is a question."""
-    example, choices = (
-        prompted(PLAIN, text_of(row, "prompt"), text_of(row, "completion")),
-        tuple(row.get("choices") or ()),
-    )
+    example = prompted(PLAIN, text_of(row, "prompt"), text_of(row, "completion"))
+    choices = tuple(row.get("choices") or ())
     if example is None or example.completion not in choices:
         return example
     answer = choices.index(example.completion)

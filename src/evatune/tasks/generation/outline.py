@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from evatune.models.sources import locate
 from evatune.tasks.examples import gather
 from evatune.tasks.generation.formats import FORMATS, Format, find_format, fitting_format
-from evatune.tasks.generation.named import NAMED, expanded, places, stated_size
+from evatune.tasks.generation.named import GROUPS, NAMED, expanded, places, stated_size
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape
 from evatune.tasks.rows import Row, may_be_hub_id
@@ -24,12 +26,16 @@ def outline(task: Generation) -> Outline:
 
     data = task.data
     config, notes = read_shape(task.source)
-    has_tokenizer = config is not None and not notes
+    has_tokenizer = not notes and isinstance(locate(task.source.name, task.source.gguf_file), Path)
     found: list[Format] = []
     n_examples, more = count_examples(
         data.train,
         lambda: _count(task, has_tokenizer=has_tokenizer, found=found),
-        away=[] if data.folder else [name for name in data.train if may_be_hub_id(name)],
+        away=[
+            name
+            for name in data.train
+            if may_be_hub_id(name) and not (data.folder and (name in NAMED or name in GROUPS))
+        ],
         stated=data.train_size or stated_size(data.train),
         limit=data.max_train_examples,
     )
@@ -54,7 +60,7 @@ def outline(task: Generation) -> Outline:
 
 
 def _count(task: Generation, *, has_tokenizer: bool, found: list[Format]) -> int:
-    """Return how many rows have an answer, and note the formats; without tokenizer, conversations are not read."""
+    """Return how many rows are trained on, and note the formats; without tokenizer, conversations are not read."""
     data = task.data
 
     def converter(row: Row, name: str) -> Any:
@@ -75,6 +81,8 @@ def _count(task: Generation, *, has_tokenizer: bool, found: list[Format]) -> int
             split=data.train_split,
             hub_config=data.hub_config,
             columns=data.columns,
+            part="training" if data.validate else "all",
+            share=data.held_out,
         )
     )
 
