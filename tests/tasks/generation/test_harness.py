@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from dataclasses import replace
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 
 from evatune.cli.main import main
 from evatune.errors import EvaError
@@ -66,6 +69,48 @@ def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tm
     asked = samples["evatune_arc_e"][0]["doc"]
     assert asked["prompt"].endswith("Answer1: 1 Answer2: 2\n\nAnswer format: answer1/answer2\n")
     assert asked["choices"][asked["answer"]] == "the correct answer is answer2"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow"])
+def test_copies_of_every_kind_in_a_folder_that_is_like_a_task(suffix, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder of the task's name is no obstacle
+    path, row = tmp_path / "gsm8k" / f"test{suffix}", {"question": 'A "1" + 1?', "answer": "It is 1 + 1. #### 2"}
+    table = pyarrow.Table.from_pylist([row] * 2)
+    if suffix == ".jsonl":
+        path.write_text((json.dumps(row) + "\n") * 2)
+    elif suffix == ".parquet":
+        parquet.write_table(table, path)
+    elif suffix == ".arrow":
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write(table)
+    else:
+        mark, form = {".csv": (",", csv.QUOTE_ALL), ".tsv": ("\t", csv.QUOTE_NONE)}[suffix]
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter=mark, quoting=form, quotechar=None if suffix == ".tsv" else '"').writerows(
+                [list(row), *[list(row.values())] * 2]
+            )
+    task, model = opened(str(tiny_model), ".")
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", lambda *args, **_: ["so 2", "#### 3"])
+    found = harness.evaluate(task, model, ["evatune_gsm8k"])
+    assert found["results"]["evatune_gsm8k"]["acc,none"] == 0.5
+    assert 'A "1" + 1?' in found["samples"]["evatune_gsm8k"][0]["doc"]["prompt"]
+
+
+@pytest.mark.parametrize("name", ["evatune_piqa", "evatune_commonsense"])
+def test_a_copy_that_is_missing_is_not_taken_from_the_hub(name, tiny_model, copies):
+    task, model = opened(str(tiny_model), copies)
+    with pytest.raises(EvaError, match=r"has no copy of task 'commonsense/.*; name only the tasks that are there"):
+        harness.evaluate(task, model, [name])
+
+
+def test_copies_of_several_endings(tiny_model, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("test-1.json", "test-2.csv"):
+        (tmp_path / "gsm8k" / name).write_text("[]")
+    task, model = opened(str(tiny_model), tmp_path)
+    with pytest.raises(EvaError, match=r"the copies of task 'gsm8k' have several endings \(.*\); keep one"):
+        harness.evaluate(task, model, ["evatune_gsm8k"])
 
 
 def test_written_answers_are_judged_as_ours(tiny_model, copies, monkeypatch):

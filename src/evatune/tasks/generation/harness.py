@@ -7,6 +7,8 @@ The definitions of the latter are files in `lm_eval/` beside this module, which 
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
 import logging
 import tempfile
 import time
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evatune.errors import EvaError, near_misses
-from evatune.tasks.generation.named import NAMED, places
+from evatune.tasks.generation.named import NAMED, copies_of
+from evatune.tasks.task import evaluating
 
 if TYPE_CHECKING:
     from evatune.tasks.generation.task import Generation
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 DEFINITIONS = Path(__file__).parent / "lm_eval"
 """Folder of the task definitions."""
 _PREFIX = "evatune_"
+_LOADERS: dict[str, dict[str, Any]] = {
+    ".jsonl": {"dataset_path": "json"},
+    ".json": {"dataset_path": "json"},
+    ".csv": {"dataset_path": "csv"},
+    ".tsv": {"dataset_path": "csv", "dataset_kwargs": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}},
+    ".parquet": {"dataset_path": "parquet"},
+    ".arrow": {"dataset_path": "arrow"},
+}
+"""What reads copies of the data, by their ending."""
 
 
 def evaluate(
@@ -51,7 +63,8 @@ def evaluate(
         example) and `seconds`.
 
     Raises:
-        EvaError: lm-eval is not installed, there is no such task, or its data cannot be loaded.
+        EvaError: lm-eval is not installed, there is no such task, there is no copy of its data in the folder, or they
+            cannot be loaded.
     """
     try:
         import lm_eval
@@ -63,7 +76,7 @@ def evaluate(
         ) from None
     started = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are not for users of this program
-    with _definitions(task.data.folder) as folder:
+    with evaluating(model), _definitions(names, copies=task.data.folder) as folder:
         ours = all(name.startswith(_PREFIX) for name in names)  # the index of all others takes a while
         manager = TaskManager(include_path=str(folder), include_defaults=not ours)
         for name in names:
@@ -75,7 +88,6 @@ def evaluate(
             batch_size=batch_size,
             mixed_precision_dtype="bfloat16" if bf16 else None,
         )
-        was_training = model.training
         try:
             found = lm_eval.simple_evaluate(
                 model=language_model,
@@ -90,8 +102,6 @@ def evaluate(
         except Exception as error:  # data sets of a hub fail in any way
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise EvaError(f"lm-eval cannot score {', '.join(names)}: {reason.rstrip('.')}.") from error
-        finally:
-            model.train(was_training)
     assert found is not None
     wanted = ("results", "groups", "versions", "n-samples", "samples")
     content = {name.replace("-", "_"): found[name] for name in wanted if name in found}
@@ -99,8 +109,8 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _definitions(copies: str | None) -> Iterator[Path]:
-    """Give the folder of the definitions; with copies of the data on disk, one whose tasks read them."""
+def _definitions(names: Sequence[str], *, copies: str | None) -> Iterator[Path]:
+    """Give the folder of the definitions; with copies of the data on disk, one where the named tasks read them."""
     if copies is None:
         yield DEFINITIONS
         return
@@ -108,19 +118,22 @@ def _definitions(copies: str | None) -> Iterator[Path]:
         folder = Path(name)
         for path in DEFINITIONS.glob("[!_]*.yaml"):
             task = path.stem if path.stem in NAMED else f"commonsense/{path.stem}"
-            lines = [f"include: {path}"]
-            if task in NAMED and (files := _copies(task, copies)):
-                lines += ["dataset_path: json", "dataset_name: null", "test_split: test"]
-                lines += [f"dataset_kwargs: {{data_files: {{test: {files}}}}}"]
+            group, _, own = task.rpartition("/")
             if task not in NAMED:
-                lines = [path.read_text(encoding="utf-8")]
-            (folder / path.name).write_text("\n".join(lines), encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
+            elif {f"{_PREFIX}{own.replace('-', '_')}", f"{_PREFIX}{group}"} & set(names):
+                text = json.dumps({"include": str(path), **_from_disk(task, copies)}, ensure_ascii=False)
+            else:
+                text = json.dumps({"include": str(path)}, ensure_ascii=False)  # JSON is YAML too
+            (folder / path.name).write_text(text, encoding="utf-8")
         yield folder
 
 
-def _copies(task: str, folder: str) -> list[str]:
-    """Return the files with the held-out rows of a task, if they are there."""
-    try:
-        return [str(place["name"]) for place in places([task], folder=folder, held_out=True)[task]]
-    except EvaError:
-        return []
+def _from_disk(task: str, folder: str) -> dict[str, Any]:
+    """Return what makes lm-eval read the held-out rows of a task from their copy."""
+    files = copies_of(task, folder=folder, held_out=True)
+    if len({file.suffix for file in files}) > 1:
+        raise EvaError(f"the copies of task {task!r} have several endings ({', '.join(map(str, files))}); keep one.")
+    loader = _LOADERS[files[0].suffix]
+    kwargs = loader.get("dataset_kwargs", {}) | {"data_files": {"test": [str(file) for file in files]}}
+    return loader | {"dataset_name": None, "test_split": "test", "dataset_kwargs": kwargs}

@@ -85,12 +85,17 @@ def expanded(sources: Sequence[str]) -> list[str]:
         EvaError: a name begins as those of a group do, and there is no such task.
     """
     names: list[str] = []
+    of_groups: set[str] = set()
     for source in sources:
         group = source.partition("/")[0]
+        if source in of_groups:
+            continue
         if Path(source).expanduser().exists() or group not in GROUPS or source in NAMED:
             names.append(source)
         elif source == group:
-            names += [name for name in GROUPS[group] if name not in names]
+            added = [name for name in GROUPS[group] if name not in names]
+            names += added
+            of_groups.update(added)
         else:
             raise EvaError(
                 f"there is no task {source!r}{near_misses(source, NAMED)}; {group} has {', '.join(GROUPS[group])}."
@@ -116,22 +121,34 @@ def places(names: Sequence[str], *, folder: str | None, held_out: bool) -> dict[
     for name in names:
         if name not in NAMED or Path(name).expanduser().exists():
             continue
-        task = NAMED[name]
-        split = task.held_out if held_out else task.train
-        if split is None:
-            use = "training" if held_out else "scoring"
-            raise EvaError(f"task {name!r} is for {use} only; name another one in data.{_setting(held_out)}.")
+        task, split = NAMED[name], _split(name, held_out=held_out)
         if folder is None:
             found[name] = [{"name": task.hub, "split": split, "hub_config": task.config}]
         else:
-            files = _files(Path(folder).expanduser() / (task.folder or name), split=split, held_out=held_out)
-            if not files:
-                raise EvaError(
-                    f"{folder} has no copy of task {name!r}: {task.folder or name}/{split}{{{','.join(SUFFIXES)}}} is "
-                    f"missing; name only the tasks that are there, or leave out data.folder for the hub."
-                )
-            found[name] = [{"name": str(file)} for file in files]
+            found[name] = [{"name": str(file)} for file in copies_of(name, folder=folder, held_out=held_out)]
     return found
+
+
+def copies_of(name: str, *, folder: str, held_out: bool) -> list[Path]:
+    """Return the files on disk with the rows of a named task.
+
+    Args:
+        name: a key of `NAMED`.
+        folder: holds the copies, see `places`.
+        held_out: the rows to score on, not those to learn from.
+
+    Raises:
+        EvaError: the task has no such rows, or there is no copy of them.
+    """
+    task, split = NAMED[name], _split(name, held_out=held_out)
+    home = Path(folder).expanduser() / (task.folder or name)
+    for known in (split, "test", "validation") if held_out else (split,):  # what copies call the rows to score on
+        if files := sorted(path for path in home.glob(f"{known}*") if path.suffix in SUFFIXES):
+            return files
+    raise EvaError(
+        f"{folder} has no copy of task {name!r}: {task.folder or name}/{split}{{{','.join(SUFFIXES)}}} is missing; "
+        "name only the tasks that are there, or leave out data.folder for the hub."
+    )
 
 
 def stated_size(sources: Sequence[str]) -> int | None:
@@ -140,14 +157,10 @@ def stated_size(sources: Sequence[str]) -> int | None:
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def _files(home: Path, *, split: str, held_out: bool) -> list[Path]:
-    """Return the files of a split; copies call the rows to score on `test` or `validation`."""
-    splits = (split, "test", "validation") if held_out else (split,)
-    for name in splits:
-        if files := sorted(path for path in home.glob(f"{name}*") if path.suffix in SUFFIXES):
-            return files
-    return []
-
-
-def _setting(held_out: bool) -> str:
-    return "eval" if held_out else "train"
+def _split(name: str, *, held_out: bool) -> str:
+    """Return the split of a task to score on or to learn from."""
+    split = NAMED[name].held_out if held_out else NAMED[name].train
+    if split is None:
+        use, setting = ("training", "eval") if held_out else ("scoring", "train")
+        raise EvaError(f"task {name!r} is for {use} only; name another one in data.{setting}.")
+    return split
