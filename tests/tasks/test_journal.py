@@ -35,6 +35,21 @@ def test_a_line_that_was_cut_is_dropped(tmp_path):
         assert journal.known("score") == {0: 1.0, 1: 2.0}
 
 
+def test_what_was_kept_is_never_half_there(tmp_path, monkeypatch):
+    path = tmp_path / "outcomes.part"
+    with Journal.open(path, about=1) as journal:
+        journal.add("score", [(0, 1.0)])
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(EvaError, match="no space left on device"):
+        Journal.open(path, about=1, resume=True)
+    assert path.read_bytes() == before
+
+
 def test_another_evaluation_is_an_error_and_without_resume_a_new_beginning(tmp_path):
     path = tmp_path / "outcomes.part"
     Journal.open(path, about={"model": "a"}).__exit__()

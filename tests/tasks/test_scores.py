@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evatune.errors import EvaError
-from evatune.tasks.scores import Metric, Scores, score_line, score_rows
+from evatune.tasks.scores import Metric, Scores, is_better_higher, score_line, score_rows
 
 
 def scores(**outcomes: list[float]) -> Scores:
@@ -84,3 +85,26 @@ def test_json_is_plain_and_shown_without_the_outcomes():
     low, high = content["intervals"]["accuracy"]
     assert score_rows(content) == [["accuracy", "75.0%", f"{low:.1%} to {high:.1%}"]]
     assert score_line(content) == f"accuracy 75.0% ({low:.1%} to {high:.1%})"
+
+
+def test_values_are_resampled_once(monkeypatch):
+    calls = []
+    real = stats.bootstrap
+    monkeypatch.setattr(stats, "bootstrap", lambda *args, **options: calls.append(1) or real(*args, **options))
+    assert scores(right=[1, 0, 1, 1]).to_json()["standard_errors"]["accuracy"] > 0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "better_higher"),
+    [
+        ("accuracy", True),
+        ("loss", False),
+        ("loss/boolq", False),
+        ("perplexity (test.tsv)", False),
+        ("accuracy/glossary.jsonl", True),
+        ("accuracy (error_reports.tsv)", True),
+    ],
+)
+def test_which_way_is_better_depends_on_what_is_measured_and_not_on_where(metric, better_higher):
+    assert is_better_higher(metric) is better_higher

@@ -170,6 +170,6 @@ def collect(
     """
     domain = find_domain(name)
     if not domain.collects:
-        able = ", ".join(other for other, row in DOMAINS.items() if row.collects)
+        able = ", ".join(collecting_domains())
         raise EvaError(f"task {name!r} reads its training data and cannot make them; tasks that can: {able}.")
     return importlib.import_module(domain.home).collect(data, folder=folder, processes=processes, say=say)

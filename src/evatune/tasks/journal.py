@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from evatune.errors import EvaError
-from evatune.files import json_text
+from evatune.files import json_text, write_text
 
 
 class Journal:
@@ -54,10 +54,9 @@ class Journal:
             for line in kept[1:]:
                 entry = json.loads(line)
                 known.setdefault(entry["part"], {}).update({int(index): value for index, value in entry["found"]})
-            path.write_text("".join(line + "\n" for line in kept or [head]), encoding="utf-8")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(head + "\n", encoding="utf-8")
+            kept = []
+        write_text(path, "".join(line + "\n" for line in kept or [head]))  # what was kept is never half there
         return cls(path.open("a", encoding="utf-8"), known)
 
     def known(self, part: str) -> dict[int, Any]:

@@ -91,19 +91,11 @@ class Scores:
 
         Cost: `N_RESAMPLES` times the number of examples.
         """
-        from scipy.stats import binomtest
-
-        outcomes = self._columns(name)[0]
-        if len(outcomes) > 1 and self._metric(name).statistic == "mean" and set(outcomes) in ({0.0}, {1.0}):
-            ends = binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(confidence, method="wilson")
-            return float(ends.low), float(ends.high)
-        result = self._bootstrap(name, confidence=confidence, seed=seed)
-        return result and (float(result.confidence_interval.low), float(result.confidence_interval.high))
+        return self._spread(name, confidence=confidence, seed=seed)[0]
 
     def standard_error(self, name: str, *, seed: int = 0) -> float | None:
         """Return the standard deviation of a metric over bootstrap resamples; see `interval`."""
-        result = self._bootstrap(name, confidence=0.95, seed=seed)
-        return result and float(result.standard_error)
+        return self._spread(name, confidence=0.95, seed=seed)[1]
 
     def numbers(self) -> dict[str, float]:
         """Return every metric's value by name, the headline first."""
@@ -112,36 +104,44 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """Return values, intervals, standard errors, counts and seconds as plain values, without the outcomes."""
-        intervals = {name: self.interval(name) for name in self.metrics}
-        errors = {name: self.standard_error(name) for name in self.metrics}
+        spreads = {name: self._spread(name, confidence=0.95, seed=0) for name in self.metrics}
         return {
             "headline": self.headline,
             "metrics": self.numbers(),
             "forms": {name: metric.form for name, metric in self.metrics.items()},
-            "intervals": {name: list(ends) for name, ends in intervals.items() if ends},
-            "standard_errors": {name: error for name, error in errors.items() if error is not None},
+            "intervals": {name: list(ends) for name, (ends, _) in spreads.items() if ends},
+            "standard_errors": {name: error for name, (_, error) in spreads.items() if error is not None},
             "counts": dict(self.counts),
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
         }
 
-    def _bootstrap(self, name: str, *, confidence: float, seed: int) -> Any:
-        from scipy.stats import bootstrap
+    def _spread(
+        self, name: str, *, confidence: float, seed: int
+    ) -> tuple[tuple[float, float], float] | tuple[None, None]:
+        """Return the interval and the standard error of a metric from the same resamples."""
+        from scipy.stats import binomtest, bootstrap
 
-        columns = self._columns(name)
-        if len(columns[0]) < 2:
-            return None
-        return bootstrap(
+        columns, statistic = self._columns(name), self._metric(name).statistic
+        n = len(columns[0])
+        if n < 2:
+            return None, None
+        if statistic == "mean" and set(columns[0]) in ({0.0}, {1.0}):
+            ends = binomtest(int(columns[0].sum()), n).proportion_ci(confidence, method="wilson")
+            return (float(ends.low), float(ends.high)), 0.0
+        result = bootstrap(
             columns,
-            STATISTICS[self._metric(name).statistic],
+            STATISTICS[statistic],
             n_resamples=N_RESAMPLES,
-            batch=max(1, 1_000_000 // len(columns[0])),  # some 8 MB at a time
+            batch=max(1, 1_000_000 // n),  # some 8 MB at a time
             vectorized=True,
             paired=True,
             confidence_level=confidence,
             method="percentile",
             rng=np.random.default_rng(seed),
         )
+        ends = result.confidence_interval
+        return (float(ends.low), float(ends.high)), float(result.standard_error)
 
     def _columns(self, name: str) -> list[np.ndarray]:
         return [np.asarray(self.outcomes[column], dtype=np.float64) for column in self._metric(name).columns]
@@ -172,5 +172,10 @@ def score_line(scores: Mapping[str, Any]) -> str:
 
 
 def is_better_higher(metric: str) -> bool:
-    """Return whether a larger value of a metric is a better one: not of losses, errors and perplexities."""
-    return not any(part in metric for part in ("loss", "error", "perplexity"))
+    """Return whether a larger value of a metric is a better one: not of losses, errors and perplexities.
+
+    Args:
+        metric: its name; the name of a file or task may follow (`accuracy/boolq`, `accuracy (test.tsv)`).
+    """
+    measured = metric.partition("/")[0].partition(" (")[0]
+    return not any(part in measured for part in ("loss", "error", "perplexity"))

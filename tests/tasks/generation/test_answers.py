@@ -61,6 +61,8 @@ def test_final_numbers(text, number):
         (r"so $\boxed{\frac{1}{2}}$ and then \boxed{3 + {x}}.", "3 + {x}"),
         (r"\boxed 5 is it", "5"),
         ("... The answer is: $\\frac{3}{4}$.", r"\frac{3}{4}"),
+        ("The answer is: .5", ".5"),
+        ("The answer is: $.5$.", ".5"),
         (r"\boxed{open", None),
         ("nothing", None),
     ],

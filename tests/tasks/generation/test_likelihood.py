@@ -74,6 +74,21 @@ def test_a_forward_pass_reads_a_prompt_once(model, tokenizer):
     assert sum(read) < 1.3 * len(tokenizer(prompt)["input_ids"])
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_no_pass_is_larger_than_a_batch_may_be(cached, model, tokenizer, monkeypatch):
+    if not cached:
+        monkeypatch.setattr(module, "shares_prompts", lambda model: False)
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    choices = CHOICES["several tokens"]
+    pieces = (("one two three, blue two: " * 4, False), (choices[0], True))
+    list(score(model, [Example(pieces=pieces, choices=choices, answer=0)] * 12, tokenizer, batch_tokens=300))
+    hook.remove()
+    assert 150 < max(read) <= 300
+
+
 def test_too_long_prompts_lose_their_beginning_alike_for_all_choices(model, tokenizer):
     choices = CHOICES["several tokens"]
     short, long = (

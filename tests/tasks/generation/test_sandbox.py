@@ -24,6 +24,11 @@ from evatune.tasks.generation.sandbox import Limits, Ran, report, run_programs, 
         ("def f(:", "SyntaxError"),
         ("raise SystemExit(0)", "SystemExit: 0"),
         ("import os\nos._exit(0)", "ended early"),
+        (
+            "import os\nfor pipe in range(3, 64):\n    try:\n        os.write(pipe, b'[]')\n    except OSError:\n"
+            "        pass\nos._exit(0)",
+            "ended early",
+        ),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "ended early"),
         ("import ctypes\nctypes.string_at(0)", "ended early"),
         ("import os\nassert 'SECRET_OF_THE_USER' not in os.environ", ""),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
+import peft
+import pytest
 import torch
 
 from evatune.tasks.generation.example import Example
@@ -73,3 +77,21 @@ def test_every_batch_is_sampled_with_a_seed_of_its_own(model, tokenizer):
     options = {"sampling": {"temperature": 1.5}, "batch_tokens": 1}
     first, second = answers(model, tokenizer, asked(PROMPTS[0], PROMPTS[0]), **options).values()
     assert first != second
+
+
+OWN = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_p": 0.5, "suppress_tokens": list(range(3, 40))}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 4}])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_model_s_own_settings_change_nothing(adapted, sampling, model, tokenizer):
+    base = copy.deepcopy(model)
+    settings = peft.LoraConfig(r=1, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    asking = peft.get_peft_model(base, settings) if adapted else base
+    expected = answers(model, tokenizer, asked(*PROMPTS), sampling=sampling)
+    own = base.generation_config
+    for name, value in OWN.items():
+        setattr(own, name, value)
+    kept = own.to_dict()
+    assert answers(asking, tokenizer, asked(*PROMPTS), sampling=sampling) == expected
+    assert base.generation_config is own and own.to_dict() == kept

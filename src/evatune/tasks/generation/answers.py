@@ -112,7 +112,7 @@ def final_answer(text: str) -> str | None:
         return boxed
     marked = _after_mark(text)
     lines = (marked or "").strip().splitlines()
-    return (lines[0].strip(" .$") or None) if lines else None
+    return (lines[0].strip(" $").rstrip(" .$") or None) if lines else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -100,15 +100,25 @@ def _labels(
 
 
 def _shorten(row: dict[str, list[int]], max_length: int, truncation: str) -> dict[str, list[int]]:
-    excess = len(row["input_ids"]) - max_length
-    if excess <= 0:
-        return row
     if truncation == "right":
         return {key: values[:max_length] for key, values in row.items()}
-    first = next((index for index, label in enumerate(row["labels"]) if label != IGNORED), 0)
+    return cut_prompt([row], max_length)[0]
+
+
+def cut_prompt(rows: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
+    """Return rows without the beginning of their prompt as far as the longest needs it, then without their end.
+
+    Args:
+        rows: `input_ids` and `labels`, all with the same prompt; the same objects are returned where all are short.
+        max_length: longest row in tokens.
+    """
+    excess = max(len(row["input_ids"]) for row in rows) - max_length
+    if excess <= 0:
+        return rows
+    first = next((index for index, label in enumerate(rows[0]["labels"]) if label != IGNORED), 0)
     # Keep the first token (the begin token of most models), and one prompt token before the first learned one.
     cut = max(0, min(excess, first - 2))
-    return {key: (values[:1] + values[1 + cut :])[:max_length] for key, values in row.items()}
+    return [{key: (values[:1] + values[1 + cut :])[:max_length] for key, values in row.items()} for row in rows]
 
 
 class Collator:

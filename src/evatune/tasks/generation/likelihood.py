@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evatune.hardware import autocast
-from evatune.tasks.generation.encoding import IGNORED, Collator, encode_examples
+from evatune.tasks.generation.encoding import IGNORED, Collator, cut_prompt, encode_examples
 from evatune.tasks.generation.example import Example
 
 if TYPE_CHECKING:
@@ -78,11 +78,12 @@ class _Passage:
         """Whether the choices differ in their last token alone."""
         return bool(self.rests) and all(len(rest) == 1 for rest in self.rests)
 
-    @property
-    def cost(self) -> int:
-        """Positions that pass through the model."""
-        longest = max((len(rest) for rest in self.rests), default=0)
-        return len(self.ids) if self.forks or not self.rests else self.shared + len(self.rests) * (longest + 1)
+    def cost(self, *, shares: bool) -> int:
+        """Return how many positions pass through the model; with `shares`, what the choices share passes once."""
+        if self.forks or not self.rests:
+            return len(self.ids)
+        n_choices, longest = len(self.rests), max(map(len, self.rests)) + 1
+        return self.shared + n_choices * longest if shares else n_choices * (self.shared + longest)
 
 
 def score(
@@ -109,11 +110,11 @@ def score(
     Returns:
         (place among the examples, likelihood) in batches.
     """
-    collate = Collator(tokenizer)
+    collate, shares = Collator(tokenizer), shares_prompts(model)
     wanted = {index: example for index, example in enumerate(examples) if index not in skip}
-    for batch in _batches(_passages(wanted, tokenizer, max_length=max_length), batch_tokens):
+    for batch in _batches(_passages(wanted, tokenizer, max_length=max_length), batch_tokens, shares=shares):
         if batch[0].rests and not batch[0].forks:
-            found = _with_choices(model, batch, collate, bf16=bf16)
+            found = _with_choices(model, batch, collate, shares=shares, bf16=bf16)
         else:
             found = _completions(model, batch, collate, bf16=bf16)
         yield [(passage.index, likelihood) for passage, likelihood in zip(batch, found, strict=True)]
@@ -128,7 +129,7 @@ def _passages(
     end = tokenizer.eos_token_id
     for index, example in examples.items():
         given = [next(encoded), *(next(encoded) for _ in _choices(example))]
-        right, *rows = _cut(given, max_length)
+        right, *rows = cut_prompt(given, max_length)
         cut = right is not given[0]
         if example.answer is None or not rows:
             yield _Passage(index=index, ids=right["input_ids"], labels=right["labels"], cut=cut)
@@ -152,32 +153,22 @@ def _passages(
 
 
 def _choices(example: Example) -> list[Example]:
-    """Return a question with each of its choices in place of the completion, as far as they were written alike."""
+    """Return the question once for each choice, with that choice as its completion."""
     if example.answer is None:
         return []
     return [replace(example, pieces=(*example.pieces[:-1], (choice, True))) for choice in example.choices]
 
 
-def _cut(rows: list[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
-    """Return the rows of one example without the beginning of their prompt, as far as the longest row needs it."""
-    excess = max(len(row["input_ids"]) for row in rows) - max_length
-    if excess <= 0:
-        return rows
-    labels = rows[0]["labels"]
-    first = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
-    cut = max(0, min(excess, first - 2))  # the first token and one of the prompt stay
-    return [{key: (values[:1] + values[1 + cut :])[:max_length] for key, values in row.items()} for row in rows]
-
-
-def _batches(passages: Iterator[_Passage], batch_tokens: int) -> Iterator[list[_Passage]]:
+def _batches(passages: Iterator[_Passage], batch_tokens: int, *, shares: bool) -> Iterator[list[_Passage]]:
     """Yield passages of like length that are scored in the same way."""
     batch: list[_Passage] = []
 
     def kind(passage: _Passage) -> int:
         return 0 if passage.forks else len(passage.rests)
 
-    for passage in sorted(passages, key=lambda passage: (kind(passage), -passage.cost)):
-        if batch and (kind(passage) != kind(batch[0]) or (len(batch) + 1) * batch[0].cost > batch_tokens):
+    for passage in sorted(passages, key=lambda passage: (kind(passage), -passage.cost(shares=shares))):
+        largest = (batch or [passage])[0].cost(shares=shares)
+        if batch and (kind(passage) != kind(batch[0]) or (len(batch) + 1) * largest > batch_tokens):
             yield batch
             batch = []
         batch.append(passage)
@@ -206,7 +197,9 @@ def _completions(model: Any, batch: list[_Passage], collate: Collator, *, bf16: 
 
 
 @torch.inference_mode()
-def _with_choices(model: Any, batch: list[_Passage], collate: Collator, *, bf16: bool) -> list[Likelihood]:
+def _with_choices(
+    model: Any, batch: list[_Passage], collate: Collator, *, shares: bool, bf16: bool
+) -> list[Likelihood]:
     """Score choices of several tokens; what they share passes once, or with each where the model has no such cache."""
     ends = [passage.ids[passage.shared + len(passage.rests[passage.answer]) :] for passage in batch]
     n_choices = len(batch[0].rests)
@@ -217,7 +210,7 @@ def _with_choices(model: Any, batch: list[_Passage], collate: Collator, *, bf16:
         for more in [end if choice == passage.answer else []]
     ]
     first = min(min(passage.first, passage.shared) for passage in batch)
-    if shares_prompts(model):
+    if shares:
         log_probs, greedy = _rests_with_cache(model, batch, rests, collate, bf16=bf16)
     else:
         log_probs, greedy = _rests_alone(model, batch, rests, collate, first=first, bf16=bf16)

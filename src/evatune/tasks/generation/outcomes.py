@@ -63,6 +63,8 @@ class Outcomes:
     def add_answers(self, found: Mapping[int, Mapping[str, Any]]) -> None:
         """Add the share of written answers that are right, and pass@k of programs.
 
+        Of an example, `given` and `right` are of the first answer; `written` has all of them.
+
         Args:
             found: `texts` and `verdicts` by the place of the example.
         """
@@ -76,7 +78,7 @@ class Outcomes:
                 shares[index] = sum(right) / len(right)
             self._details[index] |= {
                 "given": answers["verdicts"][0]["given"],
-                "right": all(right),
+                "right": right[0],
                 "written": [
                     {"text": text} | verdict
                     for text, verdict in zip(answers["texts"], answers["verdicts"], strict=True)

@@ -118,7 +118,7 @@ def _run(program: str, limits: Limits) -> Ran:
         found = json.loads(content)
     except ValueError:
         return Ran(passed=False, reason="ended early")
-    if found.get("secret") != secret:
+    if not isinstance(found, dict) or found.get("secret") != secret:
         return Ran(passed=False, reason="ended early")
     return Ran(passed=not found["reason"], reason=found["reason"])
 
@@ -131,7 +131,7 @@ _TRIALS = {
     "files outside its folder": "open({outside!r}, 'w').close()",
     "time": "while True: pass",
 }
-"""Programs that pass only where a limit is not enforced."""
+"""Programs that pass only where a limit is not enforced; `{port}` and `{outside!r}` are filled in."""
 
 
 @cache
@@ -145,8 +145,8 @@ def what_holds() -> dict[str, bool]:
     limits = Limits(seconds=3.0, memory=512, processes=16, file_size=1)
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        values = {"{port}": str(server.getsockname()[1]), "{outside!r}": repr(str(Path(folder) / "outside"))}
-        programs = {name: _filled(program, values) for name, program in _TRIALS.items()}
+        port, outside = server.getsockname()[1], str(Path(folder) / "outside")
+        programs = {name: program.format(port=port, outside=outside) for name, program in _TRIALS.items()}
         brief = replace(limits, seconds=1.0)
         found = {
             name: not _run(program, brief if name == "time" else limits).passed for name, program in programs.items()
@@ -167,9 +167,3 @@ def report() -> str:
     kept, open_ = ([name for name, holding in holds.items() if holding is wanted] for wanted in (True, False))
     more = f"; NOT limited on this system: {', '.join(open_)}" if open_ else ""
     return f"programs ran under limits that were tested here: {', '.join(kept)}{more}"
-
-
-def _filled(program: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        program = program.replace(name, value)
-    return program

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,14 +146,30 @@ def _write(
     )
     stops = [stop for prompt in batch for stop in [prompt.stops] * sampling.samples]
     criteria = StoppingCriteriaList([_Stops(stops, tokenizer, begins=longest)] if any(stops) else [])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        _without_own_settings(model),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        autocast(device, "bfloat16" if bf16 else None),
+    ):
         torch.manual_seed(seed)
-        with autocast(device, "bfloat16" if bf16 else None):
-            written = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
-            )
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+        )
     texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     return [_until(text, ends) for text, ends in zip(texts, stops, strict=True)]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Hide a model's own settings of generation, from which transformers takes all that a call leaves out."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
