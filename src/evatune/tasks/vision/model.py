@@ -41,7 +41,7 @@ class TokenLayout:
     registers: int = 0
     """Tokens that stand for nothing."""
     patches: int = 0
-    """Tokens of patches; 0 if a model has no class token to distinguish them from."""
+    """Tokens of patches; 0 if a model has no other tokens to distinguish them from."""
 
     def mask(self, kind: str) -> Tensor:
         """Return which tokens are of a kind: `class`, `register`, `patch`, as booleans (T,).
@@ -147,7 +147,7 @@ class ImageClassifier(nn.Module):
                 "model, and is data.image_size right for it?"
             ) from error
         classes, registers = _tokens(self.backbone, _CLASS_TOKENS), _tokens(self.backbone, _REGISTERS)
-        if not classes or hidden.ndim != 3:
+        if not (classes or registers) or hidden.ndim != 3:
             return TokenLayout(), pooled.shape[-1]
         patches = hidden.shape[1] - classes - registers
         return TokenLayout(class_tokens=classes, registers=registers, patches=patches), pooled.shape[-1]
@@ -231,6 +231,9 @@ def timm_model(settings: ModelSettings, *, size: int, pretrained: bool = True) -
             model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub client raises errors of many libraries
         raise EvaError(f"timm cannot make {name!r}: {str(error).splitlines()[0].rstrip('.')}.") from error
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):  # EVA-02, BEiT, Swin V2
+            module.qkv_bias_separate = True  # else the weight of `qkv` is used past the layer and its adapter
     model.name_or_path = settings.name
     return model.to(getattr(torch, settings.dtype))
 
