@@ -1,44 +1,49 @@
 """Cost of initialization on an accelerator: seconds and peak memory beside the bare passes and beside other methods.
 
-Command (random weights that are made on the device: no hub, no network; about eight minutes at most):
+Command (random weights that are made on the device: no hub, no network; `--minutes` at most, by default eight):
 
-    python benchmarks/accelerator.py
+    python benchmarks/accelerator.py                    # where evatune is installed
+    PYTHONPATH=src python benchmarks/accelerator.py     # elsewhere
 
-1. The numeric tests run on the device (`EVATUNE_TEST_DEVICE`).
-2. A model with the shape of Llama-2-7B passes batches of 4, 8 and 16 x 512 tokens: bare, with the backends `auto`,
-   `exact` and `sketch` at rank 16, and `auto` at rank 128, always for the same number of batches without stopping rules
-   (what random weights do says nothing about convergence). The share is of one epoch over `--train-examples` examples,
-   whose seconds a step are measured in this very run with plain LoRA.
-3. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
+1. A model with the shape of Llama-2-7B passes batches of 4, 8 and 16 x 512 tokens: bare, with the backends `auto`,
+   `sketch` and `exact` at rank 16, and `auto` at rank 128, always for the same number of batches without stopping rules
+   (what random weights do says nothing about convergence). Its weights are scaled so that the variances of activations
+   decay as 1/i. The share is of one epoch over `--train-examples` examples, whose seconds a step are measured in this
+   very run with plain LoRA, `--micro` sequences at a time.
+2. The tests run on the device (`EVATUNE_TEST_DEVICE`), for `--tests-seconds` at most.
+3. How often the host waits for the device in one run, and a profile of the operations.
+4. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
    weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
-4. How often the host waits for the device in one run, and a profile of the operations.
 
-The results are written after every part. A part that would begin after `--minutes` is left out and listed. On a CPU a
-tiny shape is used.
+Every part is on its own: one that fails, or takes longer than `--part-seconds`, is listed under `failed`, one for which
+no time is left under `left_out`, and the results are written after each. On a CPU a tiny shape is used.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from importlib import metadata
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
 from evatune.files import write_json
-from evatune.hardware import best_device, describe_machine
+from evatune.hardware import best_device, describe_machine, versions_of
 from evatune.tables import text_table
 from initialization import CappedLoader, CapReachedError
 
@@ -53,13 +58,51 @@ RIVALS = ("peft-eva", "pissa", "olora", "corda", "lora-ga")
 NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 
 
+TESTS = ("tests/pca", "tests/activations", "tests/initialization", "tests/adapters")
+LEAST_SECONDS = 5.0
+"""A part does not begin if less time is left."""
+
+
+class TooLongError(BaseException):
+    """A part took longer than it may. No `Exception`, because evatune passes a batch again after some of these."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End the `with` block with `TooLongError` after some seconds, between two operations."""
+
+    def end(number: int, frame: Any) -> None:
+        raise TooLongError(f"not within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def model_of(shape: str, device: torch.device, *, n_layers: int | None = None) -> LlamaForCausalLM:
     """Return a model with random weights in bfloat16 (float32 on a CPU), made on the device."""
     settings = SHAPES[shape] | ({} if n_layers is None else {"num_hidden_layers": n_layers})
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     with device:
-        return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).eval()
+        model = LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            let_decay(module)
+    return model
+
+
+@torch.no_grad()
+def let_decay(module: nn.Linear | nn.Embedding) -> None:
+    """Scale the outputs of a module so that their variances are proportional to 1/i, with the same sum as before."""
+    width = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+    scale = torch.arange(1, width + 1, device=module.weight.device).rsqrt()
+    scale *= (width / scale.square().sum()).sqrt()
+    module.weight.mul_(scale[:, None] if isinstance(module, nn.Linear) else scale)
 
 
 def batches_of(model: LlamaForCausalLM, *, size: int, length: int, n: int) -> list[dict[str, torch.Tensor]]:
@@ -71,6 +114,7 @@ def batches_of(model: LlamaForCausalLM, *, size: int, length: int, n: int) -> li
 
 def measured(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return seconds and peak memory of a run, in GB above what was there before; memory on a CPU is not measured."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -96,14 +140,18 @@ def bare(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]) -> Non
         )
 
 
-def step(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Compute the gradients of one batch."""
-    model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+def step(model: Any, batch: dict[str, torch.Tensor], device: torch.device, *, micro: int) -> None:
+    """Compute the gradients of one batch, some sequences at a time, so that their activations fit."""
+    for start in range(0, len(batch["input_ids"]), micro):
+        model(**{name: value[start : start + micro].to(device) for name, value in batch.items()}).loss.backward()
     model.zero_grad()
 
 
 def rival(name: str, model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]], *, rank: int) -> None:
-    """Start an adapter by another method, or by PEFT's EVA."""
+    """Start an adapter by evatune, by another method, or by PEFT's EVA."""
+    if name == "evatune":
+        evatune.prepare(model, method="eva", rank=rank, rho=2.0, batches=batches, keep_base=False, **NO_RULES)
+        return
     if name != "peft-eva":
         needs = {"batches": batches} if name in ("corda", "lora-ga") else {}
         evatune.prepare(model, method=name, rank=rank, gradient_batches=len(batches), keep_base=False, **needs)
@@ -117,91 +165,146 @@ def rival(name: str, model: LlamaForCausalLM, batches: list[dict[str, torch.Tens
         eva.get_eva_state_dict(model, CappedLoader(there, endless=False), config, show_progress_bar=False)
 
 
-def parts(args: argparse.Namespace, results: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield name and action of every part; each writes into the results."""
-    device = torch.device(args.device)
-    whole = model_of(args.shape, device)
-    n_layers = whole.config.num_hidden_layers
+class Parts:
+    """What is measured; every part writes into the results."""
 
-    def passes(size: int) -> None:
-        batches = batches_of(whole, size=size, length=args.length, n=args.batches)
-        bare(whole, batches[:2])  # warms up
-        found = results.setdefault("passes", {}).setdefault(str(size), {})
-        found["bare"] = measured(lambda: bare(whole, batches), device)
-        lora = evatune.prepare(whole, method="lora", rank=16)
-        step(lora, batches[0], device)
-        found["lora step"] = measured(lambda: step(lora, batches[1], device), device)
-        lora.unload()
-        epoch = found["lora step"]["seconds"] * args.train_examples / size
-        runs = {backend: {"backend": backend, "rank": 16} for backend in ("auto", "exact", "sketch")}
-        if size == args.sizes[0]:
-            rank = min(128, whole.config.hidden_size // 4)
-            runs[f"auto, rank {rank}"] = {"backend": "auto", "rank": rank}
-        evatune.measure(whole, batches[:2], rank=16, rho=2.0, **NO_RULES)  # warms up
-        for name, options in runs.items():
-            one = found[name] = measured(
-                lambda options=options: evatune.measure(whole, batches, rho=2.0, **NO_RULES, **options), device
+    def __init__(self, args: argparse.Namespace, results: dict[str, Any]) -> None:
+        self.args = args
+        self.results = results
+        self.ends = time.perf_counter() + 60 * args.minutes
+        self.device = torch.device(args.device)
+
+    @cached_property
+    def whole(self) -> LlamaForCausalLM:
+        """The model; it is made by the first part that needs it."""
+        return model_of(self.args.shape, self.device)
+
+    def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield name and action of every part, the most wanted first."""
+        first, *others = self.args.sizes
+        yield "the model", lambda: self.whole
+        yield from self.passes(first, ranks=(16, 128))
+        if self.args.tests:
+            yield "tests", self.tests
+        yield "waits", self.waits
+        yield "profile", self.operations
+        for size in others:
+            yield from self.passes(size, ranks=(16,))
+        for name in ("evatune", *RIVALS):
+            yield f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)
+
+    def passes(self, size: int, *, ranks: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield the parts for batches of one size."""
+        yield f"{size}: bare", partial(self.bare_and_step, size)
+        for backend in ("auto", "sketch", "exact"):
+            yield f"{size}: {backend}", partial(self.measure, size, backend, backend=backend, rank=ranks[0])
+        for rank in ranks[1:]:
+            rank = min(rank, SHAPES[self.args.shape]["hidden_size"] // 4)
+            name = f"auto, rank {rank}"
+            yield f"{size}: {name}", partial(self.measure, size, name, backend="auto", rank=rank)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until all must be done."""
+        return self.ends - time.perf_counter()
+
+    def tests(self) -> None:
+        """Run the tests."""
+        seconds = min(self.args.tests_seconds, self.seconds_left - LEAST_SECONDS)
+        self.results["tests"] = run_tests(self.args.device, seconds=seconds)
+
+    def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
+        """Return the batches that every run of a size gets."""
+        return batches_of(self.whole, size=size, length=self.args.length, n=self.args.batches)
+
+    def bare_and_step(self, size: int) -> None:
+        """Time the bare passes, and a training step."""
+        batches, found = self.batches(size), self.results["passes"].setdefault(str(size), {})
+        bare(self.whole, batches[:2])  # warms up
+        found["bare"] = measured(lambda: bare(self.whole, batches), self.device)
+        lora = evatune.prepare(self.whole, method="lora", rank=16)
+        try:
+            step(lora, batches[0], self.device, micro=self.args.micro)
+            found["lora step"] = measured(
+                lambda: step(lora, batches[1], self.device, micro=self.args.micro), self.device
             )
-            one |= {"over_bare": one["seconds"] / found["bare"]["seconds"], "share_of_epoch": one["seconds"] / epoch}
+        finally:
+            lora.unload()
 
-    def beside(name: str) -> None:
-        model = model_of(args.shape, device, n_layers=min(args.rival_layers, n_layers))
-        batches = batches_of(model, size=args.sizes[0], length=args.length, n=args.batches)
-        if name == "evatune":
-            action = lambda: evatune.prepare(  # noqa: E731
-                model, method="eva", rank=16, rho=2.0, batches=batches, keep_base=False, **NO_RULES
-            )
-        else:
-            action = lambda: rival(name, model, batches, rank=16)  # noqa: E731
-        found = results.setdefault("beside", {})[name] = measured(action, device)
-        found["whole"] = found["seconds"] * n_layers / model.config.num_hidden_layers
+    def measure(self, size: int, name: str, **options: Any) -> None:
+        """Time a measurement."""
+        batches, found = self.batches(size), self.results["passes"].setdefault(str(size), {})
+        evatune.measure(self.whole, batches[:2], rho=2.0, **NO_RULES, **options)  # warms up
+        one = found[name] = measured(
+            lambda: evatune.measure(self.whole, batches, rho=2.0, **NO_RULES, **options), self.device
+        )
+        if "bare" in found:
+            one["over_bare"] = one["seconds"] / found["bare"]["seconds"]
+        if "lora step" in found:
+            epoch = found["lora step"]["seconds"] * self.args.train_examples / size
+            one["share_of_epoch"] = one["seconds"] / epoch
 
-    def waits() -> None:
-        batches = batches_of(whole, size=args.sizes[0], length=args.length, n=args.batches)
+    def beside(self, name: str) -> None:
+        """Time a start on the first layers."""
+        n_all = SHAPES[self.args.shape]["num_hidden_layers"]
+        n_layers = min(self.args.rival_layers, n_all)
+        model = model_of(self.args.shape, self.device, n_layers=n_layers)
+        batches = batches_of(model, size=self.args.sizes[0], length=self.args.length, n=self.args.batches)
+        found = measured(lambda: rival(name, model, batches, rank=16), self.device)
+        self.results["beside"][name] = found | {"whole": found["seconds"] * n_all / n_layers}
+
+    def waits(self) -> None:
+        """Count how often the host waits in a measurement, by place."""
+        batches, is_cuda = self.batches(self.args.sizes[0]), self.device.type == "cuda"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("warn")
-            evatune.measure(whole, batches, rank=16, rho=2.0, **NO_RULES)
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+            try:
+                if is_cuda:
+                    torch.cuda.set_sync_debug_mode("warn")
+                evatune.measure(self.whole, batches, rank=16, rho=2.0, **NO_RULES)
+            finally:
+                if is_cuda:
+                    torch.cuda.set_sync_debug_mode("default")
         synchronizing = [warning for warning in caught if "synchronizing" in str(warning.message)]
         places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in synchronizing)
-        results["waits"] = {"batches": args.batches, "all": len(synchronizing), "places": dict(places.most_common(12))}
+        self.results["waits"] = {
+            "batches": self.args.batches,
+            "all": len(synchronizing),
+            "places": dict(places.most_common(12)),
+        }
 
-    def operations() -> None:
-        batches = batches_of(whole, size=args.sizes[0], length=args.length, n=min(args.batches, 8))
-        on_device = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        with profile(activities=[ProfilerActivity.CPU, *on_device]) as recorded:
-            evatune.measure(whole, batches, rank=16, rho=2.0, **NO_RULES)
-        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    def operations(self) -> None:
+        """Take a profile of a measurement."""
+        batches, is_cuda = self.batches(self.args.sizes[0])[:8], self.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as recorded:
+            evatune.measure(self.whole, batches, rank=16, rho=2.0, **NO_RULES)
+        key = "self_device_time_total" if is_cuda else "self_cpu_time_total"
         events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, key))[:20]
-        results["profile"] = [
+        self.results["profile"] = [
             {"operation": event.key, "calls": event.count, "ms": getattr(event, key) / 1e3} for event in events
         ]
 
-    if args.tests:
-        yield "tests", lambda: results.update(tests=run_tests(args))
-    for size in args.sizes:
-        yield f"passes of {size}", lambda size=size: passes(size)
-    for name in ("evatune", *RIVALS):
-        yield f"{name} on {min(args.rival_layers, n_layers)} layers", lambda name=name: beside(name)
-    yield "waits", waits
-    yield "profile", operations
 
-
-def run_tests(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the numeric tests on the device and return how they ended."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "tests/pca"]
-    environment = os.environ | {"EVATUNE_TEST_DEVICE": args.device}
-    try:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=args.tests_seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"ended": f"not within {args.tests_seconds} s"}
-    failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return {"ended": ended.stdout.strip().splitlines()[-1], "failed": failed[:40]}
+def run_tests(device: str, *, seconds: float) -> dict[str, Any]:
+    """Run the tests on the device and return how they ended, or how far they came."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"EVATUNE_TEST_DEVICE": device, "PYTHONPATH": path}
+    output, ended = "", f"not within {seconds:.0f} s"
+    with subprocess.Popen(
+        [*command, *TESTS], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        try:
+            output, _ = running.communicate(timeout=seconds)
+            ended = (output.strip().splitlines() or [f"exit status {running.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            running.kill()
+            output, _ = running.communicate()
+        finally:
+            running.kill()
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+    progress = [line for line in output.splitlines() if line.endswith("%]")][-1:]
+    return {"ended": ended, "failed": failed[:40], "progress": progress, "output": output[-4000:]}
 
 
 def show(results: dict[str, Any]) -> None:
@@ -242,32 +345,38 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], help="sequences of a batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--micro", type=int, default=4, help="sequences that train at a time")
     parser.add_argument("--rival-layers", type=int, default=1)
     parser.add_argument("--train-examples", type=int, default=395_000, help="examples of the epoch: MetaMathQA")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--tests-seconds", type=float, default=150.0)
+    parser.add_argument("--part-seconds", type=float, default=60.0, help="what a part other than the tests may take")
+    parser.add_argument("--tests-seconds", type=float, default=120.0)
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accelerator.json")
     args = parser.parse_args()
     args.shape = args.shape or ("tiny" if args.device == "cpu" else "llama-2-7b")
-    started = time.perf_counter()
     results: dict[str, Any] = {
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "machine": describe_machine(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "evatune")},
+        "versions": versions_of("torch", "transformers", "peft", "evatune"),
+        "passes": {},
+        "beside": {},
         "failed": {},
         "left_out": [],
     }
-    for name, action in parts(args, results):
-        if time.perf_counter() - started > 60 * args.minutes:
+    parts = Parts(args, results)
+    write_json(args.output, results)
+    for name, action in parts.all():
+        left = parts.seconds_left
+        if left < LEAST_SECONDS:
             results["left_out"].append(name)
-            write_json(args.output, results)
-            continue
-        print(f"{time.perf_counter() - started:5.0f} s  {name}", flush=True)
-        try:
-            action()
-        except Exception as error:  # one part that fails, for want of memory perhaps, takes no other with it
-            results["failed"][name] = f"{type(error).__name__}: {error}"[:500]
+        else:
+            print(f"{60 * args.minutes - left:5.0f} s  {name}", flush=True)
+            try:
+                with at_most(left if name == "tests" else min(left, args.part_seconds)):
+                    action()
+            except (Exception, TooLongError) as error:  # one part that fails, for want of memory perhaps, ends no other
+                results["failed"][name] = f"{type(error).__name__}: {error}"[:500]
         write_json(args.output, results)
     show(results)
 

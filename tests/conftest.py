@@ -39,9 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        marker = item.get_closest_marker("on_cpu")
-        if marker is not None and TEST_DEVICE != "cpu":
-            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {marker.args[0]}"))
+        for name, is_left_out in (("on_cpu", TEST_DEVICE != "cpu"), ("on_hardware", TEST_DEVICE == "fake")):
+            marker = item.get_closest_marker(name)
+            if marker is not None and is_left_out:
+                item.add_marker(pytest.mark.skip(reason=f"not on {TEST_DEVICE}: {marker.args[0]}"))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -60,6 +60,30 @@ class _Backend:
 _BACKEND = _Backend()
 _setup_privateuseone_for_python_backend(NAME, backend_module=_BACKEND)
 
+_AUTOCAST = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+_NO_AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+_NO_AUTOCAST.fallback(torch.library.fallthrough_kernel)
+
+
+def _let_autocast(name: str) -> None:
+    """Let an operation take its operands in the dtype of autocast, as other devices do."""
+    operation = getattr(torch.ops.aten, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(NAME)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            return operation(*(_in_half(value, dtype) for value in args), **kwargs)
+
+    _AUTOCAST.impl(name, run)
+
+
+def _in_half(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+for _name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d"):
+    _let_autocast(_name)
+
 
 class FakeTensor(torch.Tensor):
     """A tensor on the device."""

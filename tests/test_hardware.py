@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 
 import torch
 
-from evatune.hardware import best_device, describe_machine
+from evatune import __version__
+from evatune.hardware import best_device, describe_machine, versions_of
+from evatune.pca.products import has_fast_bfloat16
 
 
 def test_machine_is_described():
@@ -16,3 +19,17 @@ def test_machine_is_described():
     assert machine["threads"] == torch.get_num_threads()
     assert machine["processor"]
     torch.zeros(1, device=best_device())
+
+
+def test_the_package_may_be_on_the_path_without_being_installed(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    assert versions_of("evatune", "torch") == {"evatune": __version__, "torch": metadata.version("torch")}
+    monkeypatch.setattr(metadata, "version", missing)
+    assert versions_of("evatune") == {"evatune": __version__}
+
+
+def test_cards_that_only_emulate_bfloat16_are_not_fast_at_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_bfloat16.__wrapped__("cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 
 def run(benchmark_script, monkeypatch, folder, *options):
@@ -28,4 +29,28 @@ def test_every_part_runs(benchmark_script, monkeypatch, tmp_path, capsys):
 
 def test_what_does_not_fit_into_the_time_is_listed(benchmark_script, monkeypatch, tmp_path):
     results = run(benchmark_script, monkeypatch, tmp_path, "--minutes", "0")
-    assert results["left_out"][0] == "passes of 2" and "passes" not in results
+    assert results["left_out"][:2] == ["the model", "2: bare"] and not results["passes"]
+
+
+def test_a_part_that_fails_or_takes_too_long_ends_no_other(benchmark_script, monkeypatch, tmp_path):
+    script = benchmark_script("accelerator")
+
+    def rival(name, *args, **options):
+        if name == "pissa":
+            raise RuntimeError("out of memory")
+        time.sleep(0.0 if name != "corda" else 30.0)
+
+    monkeypatch.setattr(script, "rival", rival)
+    results = run(benchmark_script, monkeypatch, tmp_path, "--part-seconds", "3")
+    assert results["failed"] == {
+        "pissa on 1 layers": "RuntimeError: out of memory",
+        "corda on 1 layers": "TooLongError: not within 3 s",
+    }
+    assert set(results["beside"]) == {"evatune", "peft-eva", "olora", "lora-ga"}
+
+
+def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, monkeypatch):
+    script = benchmark_script("accelerator")
+    monkeypatch.setattr(script, "TESTS", ("tests/test_hardware.py",))
+    assert "passed" in script.run_tests("cpu", seconds=60)["ended"]
+    assert script.run_tests("cpu", seconds=0.1)["ended"] == "not within 0 s"

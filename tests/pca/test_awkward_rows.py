@@ -302,7 +302,11 @@ def test_rows_of_another_width_are_refused():
             "backend must be one of auto, exact, sketch, incremental, got 'exakt'",
         ),
         ({"n_components": 2, "backend": "exakt"}, "did you mean 'exact'"),
-        ({"n_components": 2, "product_dtype": "half"}, "product_dtype must be a torch dtype or 'auto', got 'half'"),
+        (
+            {"n_components": 2, "product_dtype": "half"},
+            "product_dtype must be 'auto' or one of torch.bfloat16, torch.float32, torch.float64, got 'half'",
+        ),
+        ({"n_components": 2, "product_dtype": torch.float16}, "torch.float64, got torch.float16"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
-from evatune.pca.products import accumulate_gram, accumulate_product, energies_along, gram_norm, symmetric
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evatune import StreamingPCA
+from evatune.pca.products import (
+    accumulate_gram,
+    accumulate_product,
+    energies_along,
+    gram_norm,
+    symmetric,
+    unrounded,
+)
 
 
 @pytest.mark.parametrize("n_features", [1, 2, 63, 64, 65, 200, 577])
@@ -44,3 +56,41 @@ def test_a_half_precision_product_is_added_in_full_precision():
     total = torch.full((1, 1), 2.0**12)
     accumulate_product(total, torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(3, 1, dtype=torch.bfloat16))
     assert total.item() == 2**12 + 3  # bfloat16 has no number between 4096 and 4128
+
+
+@pytest.fixture
+def high_precision():
+    """As many training scripts have it: products of float32 numbers may be in TF32."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
+def test_sums_and_components_keep_all_digits_where_the_caller_lets_float32_be_rounded(high_precision, backend):
+    precisions = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "mv", "addmv"):
+                precisions[torch.get_float32_matmul_precision()] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        pca = StreamingPCA(4, backend=backend).partial_fit(torch.randn(60, 300))
+        pca.scatter_along(pca.partial_fit(torch.randn(60, 300)).look().components)
+        assert pca.components_.shape == (4, 300)
+    assert set(precisions) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_the_newer_name_of_that_precision_is_heeded_too():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        with unrounded(torch.device("cpu")):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before

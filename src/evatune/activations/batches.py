@@ -18,7 +18,13 @@ from evatune.errors import EvaError, near_misses
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model: that of its first parameter with values."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return devices_of(model)[0]
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices on which a model has parameters with values, in their order; the CPU if it has none."""
+    found = dict.fromkeys(p.device for p in model.parameters() if p.device.type != "meta")
+    return list(found) or [torch.device("cpu")]
 
 
 def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

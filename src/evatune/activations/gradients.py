@@ -6,6 +6,7 @@ Shapes: o output features, d input features.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.activations.batches import forward_arguments
+from evatune.activations.batches import device_of, forward_arguments
 from evatune.activations.layers.targets import TargetModule, unwrap
 from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.errors import EvaError
+from evatune.pca.moments import accumulator_dtype
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -103,11 +105,14 @@ def output_gradient_energy(
 
     Cost: `n_batches` forward and backward passes.
     """
-    sums, rows = {target.name: 0.0 for target in targets}, {target.name: 0 for target in targets}
+    sums: dict[str, Tensor] = {}
+    rows = Counter[str]()
 
     def watch(name: str) -> Callable[..., None]:
         def note(gradient: Tensor) -> None:
-            sums[name] += float(gradient.float().square().sum())
+            # Read at the end only: for every number that the host reads, it waits for the device.
+            energy = gradient.float().square().sum().to(accumulator_dtype(gradient.device))
+            sums[name] = sums[name] + energy if name in sums else energy
             rows[name] += gradient[..., 0].numel()
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -125,7 +130,10 @@ def output_gradient_energy(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / max(rows[name], 1) for name, total in sums.items()}
+    device = device_of(unwrap(model))
+    totals = torch.stack([total.to(device) for total in sums.values()]).tolist() if sums else []
+    means = {name: total / max(rows[name], 1) for name, total in zip(sums, totals, strict=True)}
+    return {target.name: means.get(target.name, 0.0) for target in targets}
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from evatune.activations.batches import (
     device_of,
+    devices_of,
     forward_arguments,
     reader_of,
     reserved_tokens,
@@ -35,7 +36,7 @@ from evatune.activations.run import Learned, Run
 from evatune.activations.sharing import SharedInputs
 from evatune.errors import EvaError, near_misses
 from evatune.fingerprint import sampled_weights
-from evatune.hardware import autocast
+from evatune.hardware import autocast, versions_of
 from evatune.interruption import ENDS_STEP, ENDS_TOGETHER, KEEPS, held_interrupts
 from evatune.pca import StreamingPCA
 from evatune.settings import Measuring, Planning, Reason, Stopping, takes
@@ -115,7 +116,7 @@ def measure(
             preserved_random_state(),
             measuring_state(base),
             uncompiled(model),
-            autocast(device, settings.dtype),
+            _autocast(base, settings.dtype),
             bar,
             sharded_again(model),
         ):
@@ -157,7 +158,7 @@ def measure(
         inputs=inputs,
         model_name=str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__),
         settings=kept,
-        versions={name: metadata.version(name) for name in ("evatune", "torch")},
+        versions=versions_of("evatune", "torch"),
         seconds=time.perf_counter() - started,
         history=learned.history,
         weights=sampled_weights(base, counted),
@@ -165,6 +166,15 @@ def measure(
     )
     warn_of(spectra, reached=learned.input_of)
     return spectra
+
+
+@contextmanager
+def _autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Let the passes compute in another dtype, on all kinds of devices on which the model has weights."""
+    with ExitStack() as stack:
+        for kind in sorted({place.type for place in devices_of(model)}):
+            stack.enter_context(autocast(torch.device(kind), dtype))
+        yield
 
 
 def _measure_alone(

@@ -154,7 +154,8 @@ class ExactState(State):
             scatter_dd, n_pairs, tolerance=tolerance, near_dl=self._near_dl, n_rounds=1 if rough else None
         )
         if rough:
-            self._near_dl = pairs[0].to(self.second_moment_dd)
+            vectors_dl = pairs[0][:, : n_pairs + OVERSAMPLING]  # of a full decomposition, no more than these are kept
+            self._near_dl = vectors_dl.to(self.second_moment_dd, copy=True)
         return pairs
 
     def missed(self) -> Steps[float]:

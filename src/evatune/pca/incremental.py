@@ -66,7 +66,8 @@ class IncrementalState(State):
         stacked = torch.cat([self.singular_values_p[:, None] * self.components_pd, rows_nd])
         _, values, components = torch.linalg.svd(stacked, full_matrices=False)
         n_kept = min(self.n_kept, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
-        self.components_pd, self.singular_values_p = components[:n_kept], values[:n_kept]
+        # Copies, since a slice would keep all vectors of the decomposition in memory.
+        self.components_pd, self.singular_values_p = components[:n_kept].clone(), values[:n_kept].clone()
 
     @property
     def is_due(self) -> bool:

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+SLICE = 2048
+"""Rows are squared this many at a time, so that the squares of a large batch do not take as much memory as it does."""
+
+
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for sums of vectors: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -48,7 +52,8 @@ class Moments:
         """Add rows that are shifted already, (n, d). Cost O(n d)."""
         self.n_rows += shifted_nd.shape[0]
         self.sum_d += shifted_nd.sum(dim=0)
-        self.squares_d += shifted_nd.square().sum(dim=0)
+        for slice_nd in shifted_nd.split(SLICE):
+            self.squares_d += slice_nd.square().sum(dim=0)
 
     @property
     def offset_d(self) -> Tensor:

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,40 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def unrounded(*devices: torch.device) -> Iterator[None]:
-    """Switch autocast off on these devices, so that it does not round the operands of products."""
+    """Keep the operands of products from being rounded: by autocast on these devices, and to TF32 on any device."""
     with ExitStack() as stack:
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_float32_products())
         yield
 
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Multiply float32 numbers with all their digits, whatever precision the caller has asked torch for."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was asked for by torch's newer names, which must not be mixed with the older ones
+        newer: Any = torch.backends.cuda.matmul
+        before = newer.fp32_precision
+        newer.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            newer.fp32_precision = before
+        return
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+"""In what rows may be multiplied. Not in float16: its products of large numbers overflow, those of small ones vanish."""
 
 BFLOAT16_ROUNDING = 2.0**-9
 """Relative error of a number that was rounded to bfloat16."""
@@ -98,10 +127,11 @@ def has_fast_bfloat16(device_type: str) -> bool:
         device_type: as in `torch.device.type`.
 
     Returns:
-        True on accelerators that support it and on processors with AMX or AVX512-BF16 (or the Arm equivalent).
+        True on accelerators that have it in hardware (cards older than Ampere compute it in float32, slowly) and on
+        processors with AMX or AVX512-BF16 (or the Arm equivalent).
     """
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
         return False
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
@@ -113,7 +143,8 @@ def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype, *, n_component
 
     Args:
         rows: rows as they arrive, (n, d).
-        wanted: a dtype, or "auto": float64 rows in float64, others in bfloat16 where that is fast and else in float32.
+        wanted: a dtype, or "auto": float64 rows in float64, others in bfloat16 where that is fast and else in float32
+            (never in float16, in which products of large activations overflow and those of small ones are lost).
             Two kinds of rows are multiplied in float32 all the same: narrow ones, where bfloat16 gains little, and
             those of which so many components are wanted that rounding errors would hide the smallest.
         n_components: k.

@@ -19,7 +19,7 @@ from evatune.pca.checks import check_rows, refuse_non_finite
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
 from evatune.pca.cost import Cost
 from evatune.pca.moments import Moments
-from evatune.pca.products import choose_product_dtype, unrounded
+from evatune.pca.products import PRODUCT_DTYPES, choose_product_dtype, unrounded
 from evatune.pca.subspace import complete_basis, fix_signs
 from evatune.pca.together import Host, Steps, Task, Work, alone, together
 
@@ -100,8 +100,9 @@ class StreamingPCA(AnyPCA):
             raise EvaError(
                 f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}{near_misses(backend, BACKENDS)}."
             )
-        if not (isinstance(product_dtype, torch.dtype) or product_dtype == "auto"):
-            raise EvaError(f"product_dtype must be a torch dtype or 'auto', got {product_dtype!r}.")
+        if product_dtype not in ("auto", *PRODUCT_DTYPES):
+            offered = ", ".join(map(str, PRODUCT_DTYPES))
+            raise EvaError(f"product_dtype must be 'auto' or one of {offered}, got {product_dtype!r}.")
         if tolerance is not None and not 0 < tolerance < 1:
             raise EvaError(f"tolerance must be between 0 and 1, or None, got {tolerance!r}.")
         self.n_components = n_components
@@ -146,13 +147,16 @@ class StreamingPCA(AnyPCA):
             return self
         state = self._state
         # The first rows choose the dtype of all sums; rows of another dtype may follow.
+        rows = rows.detach()
         if state is not None:
             shift_d = state.moments.shift_d.to(rows.device)
-            rows_nd = rows.detach().to(shift_d.dtype)
         else:
-            rows_nd = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-            shift_d = rows_nd.mean(dim=0) if self.center else torch.zeros_like(rows_nd[0])
-        shifted_nd = rows_nd - shift_d
+            first_nd = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+            shift_d = first_nd.mean(dim=0) if self.center else torch.zeros_like(first_nd[0])
+            del first_nd
+        # Rows in half precision become wider by the subtraction, without a wider copy of them before it.
+        is_half = rows.dtype in (torch.float16, torch.bfloat16)
+        shifted_nd = (rows if is_half else rows.to(shift_d.dtype)) - shift_d
         batch = Moments.around(shift_d)
         batch.update(shifted_nd)
         if rows.device.type == "cpu":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +99,4 @@ class RunRecord:
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that a result depends on."""
     names = ("evatune", "torch", "transformers", "peft", "accelerate", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | versions_of(*names)

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from evatune.activations.preserve import measuring_state, preserved_random_state
 from evatune.activations.results import warn_of
 from evatune.activations.run import Run
 from evatune.errors import EvaError
-from evatune.hardware import autocast
+from evatune.hardware import autocast, versions_of
 from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra
 
@@ -148,7 +147,7 @@ def measure_from_disk(
         inputs={target.name: blockwise.spectra[target.name] for target in targets if target.name in blockwise.spectra},
         model_name=os.fspath(model),
         settings=kept,
-        versions={name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
+        versions=versions_of("evatune", "torch", "transformers"),
         seconds=time.perf_counter() - started,
         weights=blockwise.sampled,
         unreached=tuple(target.name for target in targets if target.name not in blockwise.table),
