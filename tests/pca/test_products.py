@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evatune import StreamingPCA

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 SLICE = 2048
 """Rows are squared this many at a time, so that the squares of a large batch do not take as much memory as it does."""
 

@@ -61,7 +61,7 @@ def _float32_products() -> Iterator[None]:
 
 
 PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-"""In what rows may be multiplied. Not in float16: its products of large numbers overflow, those of small ones vanish."""
+"""In what rows may be multiplied. In float16, products of large numbers overflow and those of small ones vanish."""
 
 BFLOAT16_ROUNDING = 2.0**-9
 """Relative error of a number that was rounded to bfloat16."""

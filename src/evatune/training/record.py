@@ -10,6 +10,7 @@ from typing import Any
 
 from evatune.errors import EvaError
 from evatune.files import write_json
+from evatune.hardware import versions_of
 from evatune.tasks.scores import score_rows
 from evatune.training.folder import RECORD
 
