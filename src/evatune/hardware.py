@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import AbstractContextManager, nullcontext, suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evatune import __version__
 from evatune.pca.products import has_fast_bfloat16
 
 
 def versions_of(*names: str) -> dict[str, str]:
     """Return the versions of packages; this one may be on the path only, without being installed."""
-    return {name: __version__ if name == "evatune" else metadata.version(name) for name in names}
+    own = {"evatune": import_module("evatune").__version__}
+    return {name: own.get(name) or metadata.version(name) for name in names}
 
 
 def best_device() -> torch.device:
