@@ -88,6 +88,10 @@ WRONG = {
     "no methods": ({"methods": None}, "compares nothing without methods"),
     "no recipes": ({"recipes": None}, "compares nothing without recipes"),
     "methods twice": ({"methods": ["eva", "eva"]}, "methods has eva twice"),
+    "a group": (
+        {"recipes": {"a": {"recipe": "task.yaml", "group": ["x"]}}},
+        "group of recipe 'a' is \\['x'\\], but must",
+    ),
     "a recipe's key": ({"recipes": {"a": {"recipe": "task.yaml", "tset": {}}}}, "recipe 'a' has no key 'tset'.*'test'"),
     "a recipe without file": ({"recipes": {"a": {"test": {}}}}, "recipe 'a' names no file"),
     "seeds of both stages": ({"test": {"seeds": [1000]}}, "1000 is a seed of validation and of test runs"),

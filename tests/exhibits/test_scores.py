@@ -38,6 +38,18 @@ def test_lower_is_better_for_losses_and_metrics_are_scaled_before_they_are_avera
     assert "untuned model at 0" in found.caption
 
 
+def test_means_of_groups_follow_the_tasks(results):
+    folder = results({"sst2": "loss", "cola": "loss", "rte": "loss"})
+    recipes = {"sst2": {"group": "one"}, "cola": {"group": "one"}, "rte": {"group": "pairs"}}
+    (folder / "sweep.json").write_text(json.dumps({"sweep": {"recipes": recipes}}))
+    found = scores.scores(View(folders=(str(folder),)))
+    assert found.headers[-4:] == ["one (mean)", "pairs (mean)", "mean of groups", "mean"]
+    cells = rows(found)
+    assert cells["untuned"][4:] == [None] * 4
+    assert cells["eva ρ=1"][4:] == [Marked("0.3600", "best")] * 4  # a loss is not turned for the reader
+    assert cells["lora"][4:] == ["0.5600"] * 4
+
+
 def test_a_single_seed_is_shown_without_interval_and_said_so(results):
     view = View(folders=(str(results(seeds=1)),))
     assert rows(scores.scores(view))["lora"][1] == "0.7000"

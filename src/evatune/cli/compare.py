@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from evatune.compare.board import Board
     from evatune.compare.command import open_engine, open_sweep
     from evatune.compare.forecast import forecast
     from evatune.compare.loop import compare
@@ -56,4 +57,6 @@ def run(args: argparse.Namespace) -> None:
     engine = open_engine(sweep, engine=args.engine, workers=args.workers, threads=args.threads, gpus=args.gpus)
     results = compare(sweep, engine, limit=args.limit, again=args.again, force=args.force, say=say)
     standing = standings(results)
-    answer(args, text=standing.text(), content=standing.to_json())
+    board = Board(rows=standing.rows)
+    text = "\n\n".join(filter(None, [standing.text(), board.means_text()]))
+    answer(args, text=text, content=standing.to_json() | {"means": board.means})

@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from evatune.compare.results import Results
-from evatune.compare.standing import Standing, standings
+from evatune.compare.standing import Standing, standings, title_of
 from evatune.errors import EvaError, near_misses
+from evatune.tables import text_table
 from evatune.tasks.scores import is_better_higher
 
 REFERENCE = "lora"
@@ -67,14 +68,47 @@ class Board:
 
         Where tasks have different metrics, the untuned model is 0 and the best mean of any method 1.
         """
-        found = []
-        for task in self.tasks:
-            row = self.at(method, task)
-            assert row is not None
-            scores = self.sign(task) * np.array(list(row.scores.values()))
-            low, high = self._ends(task) if self.is_scaled else (0.0, 1.0)
-            found.append((scores - low) / (high - low))
+        return [self._values(method, task) for task in self.tasks]
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """The tasks of each group, with their models where there are several."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            if row.group:
+                found.setdefault(title_of(row.group, row.model), {})[row.title] = None
+        return {name: list(tasks) for name, tasks in found.items()}
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, float]]:
+        """Means of `values`: over the tasks of each group, over the groups, and over all tasks.
+
+        Each is a mean by method, of the methods that have a score on every task of it.
+        """
+        groups = {f"{name} (mean)": self._mean(tasks) for name, tasks in self.groups.items()}
+        found = dict(groups)
+        if len(groups) > 1:
+            shared = [m for m in self.methods if all(m in group for group in groups.values())]
+            found["mean of groups"] = {m: float(np.mean([group[m] for group in groups.values()])) for m in shared}
+        if len(self.tasks) > 1:
+            found["mean"] = self._mean(self.tasks)
         return found
+
+    def means_text(self) -> str:
+        """Return the means for a terminal; an empty string where there is one task without a group."""
+        rows = [[m, *(f"{mean[m]:.4f}" if m in mean else None for mean in self.means.values())] for m in self.methods]
+        return text_table(["method", *self.means], rows) if self.means else ""
+
+    def _mean(self, tasks: Sequence[str]) -> dict[str, float]:
+        scored = [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in tasks)]
+        return {m: float(np.mean([self._values(m, task).mean() for task in tasks])) for m in scored}
+
+    def _values(self, method: str, task: str) -> np.ndarray:
+        row = self.at(method, task)
+        assert row is not None
+        scores = self.sign(task) * np.array(list(row.scores.values()))
+        low, high = self._ends(task) if self.is_scaled else (0.0, 1.0)
+        return (scores - low) / (high - low)
 
     @cached_property
     def is_scaled(self) -> bool:
@@ -89,7 +123,7 @@ class Board:
         return float(np.mean(values)) if values else None
 
     def _ends(self, task: str) -> tuple[float, float]:
-        rows = [row for method in self.complete if (row := self.at(method, task))]
+        rows = [row for row in self.rows if row.title == task]
         sign = self.sign(task)
         low, high = sign * (self.untuned(task) or 0.0), max(sign * row.mean for row in rows if row.mean is not None)
         return (low, high) if high > low else (low, low + 1.0)

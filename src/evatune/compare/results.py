@@ -75,8 +75,18 @@ class Results:
     @property
     def metric(self) -> str | None:
         """The metric that the sweep asks for; None if it is each task's headline."""
+        return self._asked.get("metric")
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The group of each task that the sweep gives one."""
+        recipes = self._asked.get("recipes", {})
+        return {task: given["group"] for task, given in recipes.items() if isinstance(given, dict) and "group" in given}
+
+    @property
+    def _asked(self) -> dict[str, Any]:
         path = self.folder / SWEEP
-        return json.loads(path.read_text(encoding="utf-8"))["sweep"].get("metric") if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8"))["sweep"] if path.is_file() else {}
 
     @property
     def choices(self) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class Standing:
     """Trainable parameters."""
     reason: str = ""
     """Why scores are missing."""
+    group: str = ""
+    """Group of the task."""
     records: list[Record] = field(default_factory=list, repr=False)
     """The runs on test data."""
 
@@ -103,7 +105,7 @@ def standings(results: Results, *, metric: str | None = None) -> Standings:
         results: a folder of results.
         metric: the metric; by default that of the sweep, which is each task's headline where it names none.
     """
-    metric = metric or results.metric
+    metric, groups = metric or results.metric, results.groups
     rows = []
     for choice in results.choices:
         name = (choice["task"], choice["model"], choice["method"])
@@ -131,6 +133,7 @@ def standings(results: Results, *, metric: str | None = None) -> Standings:
                 metric=metric or (done["after"]["headline"] if done else ""),
                 trainable=done["parameters"]["trainable"] if done else None,
                 reason=reason,
+                group=groups.get(choice["task"], ""),
                 records=test,
             )
         )

@@ -43,6 +43,8 @@ class Task:
     """Settings that differ from the recipe's."""
     validation: Stage
     test: Stage
+    group: str = ""
+    """Tables show the mean over the tasks of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Sweep(Section):
     """
 
     recipes: Mapping[str, object] = field(default_factory=dict)
-    """The tasks: recipe files by name; in place of a file also `recipe`, `settings`, `validation` and `test` of it."""
+    """The tasks: recipe files by name; in place of a file also `recipe`, `settings`, `validation`, `test`, `group`."""
     models: tuple[str, ...] = ()
     """Models to compare; by default each recipe's own."""
     methods: Mapping[str, object] = field(default_factory=dict)
@@ -140,18 +142,22 @@ class Sweep(Section):
 
     def _task(self, name: str, given: Any) -> Task:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"recipe": given}
-        parts = ("recipe", "settings", "validation", "test")
+        parts = ("recipe", "settings", "validation", "test", "group")
         for key in own:
             if key not in parts:
                 raise EvaError(f"recipe {name!r} has no key {key!r}{near_misses(key, parts)}; it has {_listed(parts)}.")
         if not isinstance(own.get("recipe"), str):
             raise EvaError(f"recipe {name!r} names no file; write its path, or `recipe: path` below it.")
+        group = own.get("group") or ""
+        if not isinstance(group, str):
+            raise EvaError(f"the group of recipe {name!r} is {group!r}, but must be one name.")
         task = Task(
             name=name,
             recipe=Path(own["recipe"]),
             values=_plain(self.settings, "settings") | _plain(own.get("settings"), f"settings of {name!r}"),
             validation=_stage(self.validation, own.get("validation"), default=1, first=FIRST_VALIDATION_SEED),
             test=_stage(self.test, own.get("test"), default=5, first=0),
+            group=group,
         )
         if both := set(task.validation.seeds) & set(task.test.seeds):
             raise EvaError(

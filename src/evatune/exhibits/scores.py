@@ -25,33 +25,28 @@ from evatune.tables import Marked, Table
 
 
 def scores(view: View) -> Table:
-    """Return mean and standard deviation over seeds, methods × tasks, as the paper prints them (Tables 2 to 4)."""
+    """Return mean and standard deviation over seeds, methods × tasks, as the paper prints them (Tables 2 to 4).
+
+    Means over the tasks of groups, over groups and over tasks follow.
+    """
     board = view.board
-    columns = {task: _column(board, task) for task in board.tasks}
-    averaged = len(board.tasks) > 1
-    if averaged:
-        means = {m: float(np.mean([task.mean() for task in board.values(m)])) for m in board.complete}
-        columns["mean"] = marked({m: f"{value:.4f}" for m, value in means.items()}, means)
+    sign = 1 if board.is_scaled else board.sign(board.tasks[0])
+    means = [marked({m: f"{sign * value:.4f}" for m, value in mean.items()}, mean) for mean in board.means.values()]
+    columns = [*(_column(board, task) for task in board.tasks), *means]
     before = [board.untuned(task) for task in board.tasks]
     shown = [None if value is None else f"{value:.4f}" for value in before]
-    rows: list[list[object]] = [["untuned", None, *shown, *[None] * averaged]]
+    rows: list[list[object]] = [["untuned", None, *shown, *[None] * len(means)]]
     for method in board.methods:
         standing = [row for task in board.tasks if (row := board.at(method, task))]
         trainable = next((row.trainable for row in standing if row.trainable is not None), None)
-        rows.append([method, trainable, *(column.get(method) for column in columns.values())])
+        rows.append([method, trainable, *(column.get(method) for column in columns)])
     headers = [
-        f"{name} ({board.metric(name)}{'' if board.sign(name) > 0 else ', lower is better'})"
-        if name != "mean"
-        else name
-        for name in columns
+        f"{name} ({board.metric(name)}{'' if board.sign(name) > 0 else ', lower is better'})" for name in board.tasks
     ]
-    scaled = " The mean is of scores with the untuned model at 0 and the best method at 1." * (
-        averaged and board.is_scaled
-    )
+    scaled = " Means over tasks are of scores with the untuned model at 0 and the best method at 1." * board.is_scaled
     caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its own best setting.{scaled}"
-    return Table(
-        name="scores", headers=["method", "parameters", *headers], rows=rows, caption=caption + _missing(board)
-    )
+    headers = ["method", "parameters", *headers, *board.means]
+    return Table(name="scores", headers=headers, rows=rows, caption=caption + _missing(board))
 
 
 def settings(view: View) -> Table:

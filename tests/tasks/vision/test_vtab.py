@@ -143,13 +143,3 @@ def test_unknown_tasks_have_near_names():
 def test_a_task_stands_alone(photos):
     with pytest.raises(EvaError, match="vtab:dtd has training and test pictures of its own"):
         load(train="vtab:dtd", eval=str(photos))
-
-
-def test_means_by_group_of_groups_and_of_tasks():
-    # LoRA in the paper's Table 26: groups 83.2, 88.8, 69.0; All 78.4 is the mean over tasks.
-    by_group = {"natural": 83.2, "specialized": 88.8, "structured": 69.0}
-    found = vtab.means({name: by_group[task.group] for name, task in vtab.TASKS.items()})
-    assert {group: found[group] for group in by_group} == pytest.approx(by_group)
-    assert found["groups"] == pytest.approx((83.2 + 88.8 + 69.0) / 3)
-    assert found["tasks"] == pytest.approx(78.4, abs=0.05)
-    assert vtab.means({"dtd": 0.5}) == {"natural": 0.5, "groups": 0.5, "tasks": 0.5}

@@ -1,4 +1,4 @@
-"""VTAB-1K as data: the 19 tasks, and the means that are reported. `sweeps/vtab1k.yaml` runs the protocol.
+"""VTAB-1K as data: the 19 tasks. `sweeps/vtab1k.yaml` runs the protocol and says which means are reported.
 
 Zhai et al., 2019: A Large-scale Study of Representation Learning with the Visual Task Adaptation Benchmark.
 """
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from evatune.errors import EvaError, near_misses
@@ -221,20 +220,3 @@ def _label(task: VtabTask, row: Row) -> int:
     if task.derive is None or (task.raw and task.raw not in row):
         return int(row[task.label])
     return task.derive(row)
-
-
-def means(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Return the means that are reported.
-
-    Args:
-        accuracies: accuracy of each task, a mean over seeds.
-
-    Returns:
-        `natural`, `specialized`, `structured`, as far as their tasks are there; `groups`, the mean of these; and
-        `tasks`, the mean over tasks, which is what the paper's tables call All and Average.
-    """
-    by_group: dict[str, list[float]] = {}
-    for name, accuracy in accuracies.items():
-        by_group.setdefault(find_task(name).group, []).append(accuracy)
-    found = {group: fmean(by_group[group]) for group in ("natural", "specialized", "structured") if group in by_group}
-    return found | {"groups": fmean(found.values()), "tasks": fmean(accuracies.values())}
