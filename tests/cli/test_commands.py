@@ -138,6 +138,19 @@ def test_plan_prints_draws_and_saves(spectra, tmp_path, capsys):
     assert main(["plan", str(spectra), "--rank", "4", *files, "--overwrite"]) == 0
 
 
+def test_what_libraries_print_does_not_mix_with_the_object_for_programs(spectra, monkeypatch, capsys):
+    load = Spectra.load
+
+    def noisy(folder):
+        print("a library was loaded")
+        return load(folder)
+
+    monkeypatch.setattr(Spectra, "load", noisy)
+    assert main(["plan", str(spectra), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["ranks"] and "a library was loaded" in shown.err
+
+
 def test_plan_takes_rank_and_rho_of_the_measurement(spectra, capsys):
     """They were measured with rank 4; rank 16 would need more components than they hold."""
     told = []

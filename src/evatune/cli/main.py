@@ -120,7 +120,8 @@ def _main(words: list[str]) -> int:
             return 0
         launch.go_alone()
     try:
-        with _terminated_as_interrupted(), launch.together() if is_common else contextlib.nullcontext():
+        together = launch.together() if is_common else contextlib.nullcontext()
+        with _terminated_as_interrupted(), together, _results_alone(args):
             args.run(args)
         sys.stdout.flush()
     except EvaError as error:
@@ -145,6 +146,14 @@ def _hyphenated(word: str) -> str:
     """Return an option with hyphens in its name, which may be written with underscores as in recipes."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z][a-z0-9._-]*", name) else word
+
+
+@contextlib.contextmanager
+def _results_alone(args: argparse.Namespace) -> Iterator[None]:
+    """With `--json`, keep standard output for the one object: what libraries print there goes to standard error."""
+    args.results = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        yield
 
 
 @contextlib.contextmanager
