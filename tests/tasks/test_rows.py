@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 
 from evatune.errors import EvaError
 from evatune.tasks.rows import files_of, read_rows
@@ -150,3 +152,21 @@ def test_arrow_files_of_both_kinds(kind, tmp_path):
     path.write_bytes(b"no arrow")
     with pytest.raises(EvaError, match="cannot read"):
         list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_rows_of_large_tables_are_values_a_few_at_a_time(suffix, tmp_path):
+    table = pyarrow.table({"text": [f"{number} " * 500 for number in range(6000)]})
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    tracemalloc.start()
+    last = None
+    for where, row in read_rows(str(path)):
+        last = (where, row["text"][:5])
+    assert last == (f"{path}, row 6000", "5999 ")
+    assert tracemalloc.get_traced_memory()[1] < table.nbytes / 2
+    tracemalloc.stop()

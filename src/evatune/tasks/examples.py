@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from evatune.errors import EvaError
 from evatune.tasks.rows import Row, files_of, read_rows
+from evatune.tasks.shelf import Shelf, picked
 
 Item = TypeVar("Item")
 Part = Literal["all", "training", "validation"]
@@ -23,7 +24,7 @@ Convert = Callable[[Row], Item | None]
 class Examples(Sequence[Item], Generic[Item]):
     """Examples in their seeded order."""
 
-    items: tuple[Item, ...] = ()
+    items: Sequence[Item] = ()
     """The examples."""
     sources: tuple[str, ...] = ()
     """Where they come from."""
@@ -38,7 +39,7 @@ class Examples(Sequence[Item], Generic[Item]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
     def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
-        return self.items[index]
+        return tuple(self.items[index]) if isinstance(index, slice) else self.items[index]
 
     def summary(self) -> str:
         """Return one line: how many examples, from where, how many rows were dropped."""
@@ -58,6 +59,7 @@ def gather(
     places: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     part: Part = "all",
     share: float = 0.2,
+    on_disk: bool = False,
 ) -> Examples[Item]:
     """Read examples and shuffle them in an order that depends only on the seed.
 
@@ -74,17 +76,18 @@ def gather(
             files.
         part: of the examples, the same for every seed: `validation` are a share of them, `training` the others.
         share: this share.
+        on_disk: keep the examples in a temporary file, not in memory.
 
     Returns:
         The examples; rows without a question or an answer are dropped and counted.
 
     Raises:
-        EvaError: a source is missing or unreadable, a row does not fit, or no example is left.
+        EvaError: a source is missing or unreadable, a row does not fit, no example is left, or the disk is full.
     """
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaError(f"{twice[0]} is named twice, so its examples would count double; name it once.")
-    items: list[Item] = []
+    items: list[Item] | Shelf[Item] = Shelf() if on_disk else []
     dropped = 0
     for name in names:
         own = [] if name in (places or {}) else files_of(name, split=split)
@@ -101,18 +104,19 @@ def gather(
                     dropped += 1
                 else:
                     items.append(example)
-    if not items:
+    if not len(items):
         if not dropped:
             raise EvaError(f"{', '.join(names) or 'the data'} holds no rows at all.")
         rows = "1 row" if dropped == 1 else f"{dropped} rows"
         raise EvaError(
             f"{', '.join(names) or 'the data'} holds no usable example ({rows} without a question or an answer)."
         )
+    order = list(range(len(items)))
     if part != "all":
-        chosen = set(random.Random(_PART_SEED).sample(range(len(items)), max(1, round(share * len(items)))))
-        items = [item for number, item in enumerate(items) if (number in chosen) == (part == "validation")]
-    random.Random(seed).shuffle(items)
-    return Examples(items=tuple(items[:limit]), sources=tuple(names), dropped=dropped)
+        chosen = set(random.Random(_PART_SEED).sample(order, max(1, round(share * len(items)))))
+        order = [number for number in order if (number in chosen) == (part == "validation")]
+    random.Random(seed).shuffle(order)
+    return Examples(items=picked(items, order[:limit]), sources=tuple(names), dropped=dropped)
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

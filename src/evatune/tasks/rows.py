@@ -16,6 +16,8 @@ from evatune.errors import EvaError, near_misses
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
+_ROWS_AT_A_TIME = 1000
+"""Rows of parquet and arrow files that are in memory together."""
 _NO_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 """Files that `datasets` writes beside data (`save_to_disk`)."""
 
@@ -178,11 +180,10 @@ def _parquet_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
     except ImportError:
         raise EvaError(f"reading {path} needs the Python package pyarrow; run: pip install pyarrow.") from None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            yield from _placed(path, file.iter_batches(batch_size=_ROWS_AT_A_TIME))
     except ArrowException as error:
         raise EvaError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
 
 
 def _arrow_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
@@ -193,14 +194,24 @@ def _arrow_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             try:
-                rows = pyarrow.ipc.open_file(file).read_all().to_pylist()
+                whole = pyarrow.ipc.open_file(file)
+                batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
             except pyarrow.ArrowInvalid:  # data sets in the cache of `datasets` are streams
                 file.seek(0)
-                rows = pyarrow.ipc.open_stream(file).read_all().to_pylist()
+                batches = iter(pyarrow.ipc.open_stream(file))
+            yield from _placed(path, batches)
     except pyarrow.ArrowException as error:
         raise EvaError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
+
+
+def _placed(path: Path, batches: Iterator[Any]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of arrow batches, of which only some are values of Python at a time."""
+    number = 0
+    for batch in batches:
+        for begin in range(0, batch.num_rows, _ROWS_AT_A_TIME):
+            for row in batch.slice(begin, _ROWS_AT_A_TIME).to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
 
 
 def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tuple[str, Row]]:

@@ -25,7 +25,7 @@ def opened(model, data, **overrides):
 
 
 def test_every_example_is_in_one_row_whole_and_no_row_is_too_long():
-    packed = pack(ROWS, length=8)
+    packed = list(pack(ROWS, length=8))
     assert all(len(row["input_ids"]) <= 8 for row in packed)
     tokens = [sorted(token for row in rows for token in row["input_ids"]) for rows in (packed, ROWS)]
     assert tokens[0] == tokens[1]
@@ -35,7 +35,7 @@ def test_every_example_is_in_one_row_whole_and_no_row_is_too_long():
 
 
 def test_few_rows_wait_so_that_the_order_stays_about_the_same():
-    packed = pack([{"input_ids": [n] * 60, "labels": [n] * 60} for n in range(200)], length=100)
+    packed = list(pack([{"input_ids": [n] * 60, "labels": [n] * 60} for n in range(200)], length=100))
     assert sorted(row["input_ids"][0] for row in packed) == list(range(200))
     assert all(abs(row["input_ids"][0] - place) <= 64 for place, row in enumerate(packed))
 

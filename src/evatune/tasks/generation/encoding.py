@@ -13,19 +13,22 @@ from torch.utils.data import Dataset
 from evatune.errors import EvaError
 from evatune.settings import IGNORED_LABEL
 from evatune.tasks.generation.example import Example
+from evatune.tasks.shelf import Shelf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = IGNORED_LABEL
 """Label of a position that the loss leaves out."""
+_AT_A_TIME = 256
+"""Examples that are tokenized together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedExamples(Dataset[dict[str, list[int]]]):
     """Token ids and labels, ready for a data loader."""
 
-    rows: tuple[dict[str, list[int]], ...]
+    rows: Sequence[dict[str, list[int]]]
     """`input_ids` and `labels` of each example."""
     truncated: int
     """Examples that were longer than the longest allowed sequence."""
@@ -44,6 +47,7 @@ def encode_examples(
     max_length: int = 512,
     train_on_prompt: bool = False,
     truncation: str = "left",
+    on_disk: bool = False,
 ) -> EncodedExamples:
     """Tokenize examples; labels are -100 wherever nothing is learned.
 
@@ -57,16 +61,28 @@ def encode_examples(
         train_on_prompt: learn the prompts too.
         truncation: what a sequence that is too long loses: `left` the beginning of its prompt, then the end of its
             completion, `right` its end.
+        on_disk: keep the tokens in a temporary file, not in memory.
 
     Raises:
-        EvaError: the tokenizer is not a fast one.
+        EvaError: the tokenizer is not a fast one, or the disk is full.
     """
     if not tokenizer.is_fast:
         raise EvaError(
             f"{type(tokenizer).__name__} cannot tell which characters a token covers; use the model's fast tokenizer."
         )
-    rows: list[dict[str, list[int]]] = [{} for _ in examples]
+    rows: list[dict[str, list[int]]] | Shelf[dict[str, list[int]]] = Shelf() if on_disk else []
     truncated = 0
+    for begin in range(0, len(examples), _AT_A_TIME):
+        for row in _tokenized(examples[begin : begin + _AT_A_TIME], tokenizer, train_on_prompt=train_on_prompt):
+            truncated += len(row["input_ids"]) > max_length
+            rows.append(_shorten(row, max_length, truncation))
+    return EncodedExamples(rows=rows, truncated=truncated)
+
+
+def _tokenized(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train_on_prompt: bool
+) -> list[dict[str, list[int]]]:
+    rows: list[dict[str, list[int]]] = [{} for _ in examples]
     for special in (True, False):
         chosen = [index for index, example in enumerate(examples) if example.special_tokens is special]
         if not chosen:
@@ -84,9 +100,8 @@ def encode_examples(
                 ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
                 if ids[-2:-1] == ids[-1:] and labels[-2] == IGNORED:  # the tokenizer had added an end token itself
                     ids, labels = ids[:-1], [*labels[:-2], labels[-1]]
-            truncated += len(ids) > max_length
-            rows[index] = _shorten({"input_ids": ids, "labels": labels}, max_length, truncation)
-    return EncodedExamples(rows=tuple(rows), truncated=truncated)
+            rows[index] = {"input_ids": ids, "labels": labels}
+    return rows
 
 
 def _labels(

@@ -37,7 +37,7 @@ def load_examples(
         folder: holds copies of the named tasks; None takes them from the hub.
         chat: write every format with the chat template.
         held_out: of named tasks take the rows to score on, not those to learn from.
-        options: `limit`, `seed`, `split`, `hub_config`, `columns`, `part` and `share` of
+        options: `limit`, `seed`, `split`, `hub_config`, `columns`, `part`, `share` and `on_disk` of
             `evatune.tasks.examples.gather`.
 
     Returns:

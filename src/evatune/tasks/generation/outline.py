@@ -83,6 +83,7 @@ def _count(task: Generation, *, has_tokenizer: bool, found: list[Format]) -> int
             columns=data.columns,
             part="training" if data.validate else "all",
             share=data.held_out,
+            on_disk=data.streaming,
         )
     )
 

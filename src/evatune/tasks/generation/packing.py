@@ -7,7 +7,7 @@ is a sequence of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,21 +23,20 @@ _LIKE = 0.02
 """Relative difference of logits up to which an example is taken not to have seen its neighbour, in bfloat16 too."""
 
 
-def pack(rows: Sequence[Mapping[str, list[int]]], *, length: int) -> list[dict[str, list[int]]]:
+def pack(rows: Iterable[Mapping[str, list[int]]], *, length: int) -> Iterator[dict[str, list[int]]]:
     """Put examples into rows of at most `length` tokens, each example whole.
 
     Args:
         rows: `input_ids` and `labels` of each example, none longer than `length`.
         length: tokens of a row.
 
-    Returns:
+    Yields:
         `input_ids`, `labels` and `position_ids` of each row. The first token of an example is not learned: it would be
         predicted from another one.
 
     Cost: O(examples).
     """
     waiting: list[dict[str, list[int]]] = []
-    done: list[dict[str, list[int]]] = []
     for row in rows:
         size = len(row["input_ids"])
         fitting = [one for one in waiting if len(one["input_ids"]) + size <= length]
@@ -50,8 +49,8 @@ def pack(rows: Sequence[Mapping[str, list[int]]], *, length: int) -> list[dict[s
         place["labels"] += [IGNORED, *row["labels"][1:]]
         place["position_ids"] += range(size)
         if len(waiting) > _OPEN:
-            done.append(waiting.pop(max(range(len(waiting)), key=lambda number: len(waiting[number]["input_ids"]))))
-    return done + waiting
+            yield waiting.pop(max(range(len(waiting)), key=lambda number: len(waiting[number]["input_ids"])))
+    yield from waiting
 
 
 def row_mask(batch: Mapping[str, Tensor]) -> Tensor:

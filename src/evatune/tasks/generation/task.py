@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from evatune.tasks.journal import Journal
 from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
+from evatune.tasks.shelf import kept, picked
 from evatune.tasks.task import Needs, Preview
 
 if TYPE_CHECKING:
@@ -91,9 +93,10 @@ class Generation:
     def train(self) -> EncodedExamples:
         """The training examples as tokens."""
         encoded = self._encoded_all
-        rows = tuple(encoded.rows[index] for index in self._learned)
-        packed = tuple(pack(rows, length=self.max_length)) if self.data.packing else rows
-        return EncodedExamples(rows=packed, truncated=encoded.truncated)
+        rows = picked(encoded.rows, self._learned)
+        if self.data.packing:
+            rows = kept(pack(rows, length=self.max_length), on_disk=self.data.streaming)
+        return EncodedExamples(rows=rows, truncated=encoded.truncated)
 
     @cached_property
     def held_out(self) -> Examples[Example]:
@@ -114,7 +117,8 @@ class Generation:
         """Return the task or the file that each training example comes from."""
         if self.data.packing:
             raise EvaError("a packed row has examples of several kinds; leave out measure.sampling or data.packing.")
-        return [self.examples[index].task for index in self._learned]
+        names = [sys.intern(example.task) for example in self.examples]  # one string for all of a kind
+        return [names[index] for index in self._learned]
 
     def outline(self) -> Outline:
         """Return what is known without weights and without a hub."""
@@ -215,7 +219,7 @@ class Generation:
 
     @cached_property
     def _encoded_all(self) -> EncodedExamples:
-        return self._encoded(self.examples)
+        return self._encoded(self.examples, on_disk=self.data.streaming)
 
     @cached_property
     def _learned(self) -> list[int]:
@@ -232,7 +236,7 @@ class Generation:
     def _collator(self) -> Collator:
         return Collator(self.tokenizer)
 
-    def _encoded(self, examples: Sequence[Example]) -> EncodedExamples:
+    def _encoded(self, examples: Sequence[Example], *, on_disk: bool = False) -> EncodedExamples:
         data = self.data
         return encode_examples(
             examples,
@@ -240,6 +244,7 @@ class Generation:
             max_length=self.max_length,
             train_on_prompt=data.train_on_prompt,
             truncation=data.truncation,
+            on_disk=on_disk,
         )
 
     def _max_prompt(self) -> int:
@@ -267,4 +272,5 @@ class Generation:
             tokenizer=self.tokenizer,
             hub_config=self.data.hub_config,
             columns=self.data.columns,
+            on_disk=self.data.streaming,
         )
