@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -106,14 +107,26 @@ class FakeTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _answer_themselves(types) else _run(func, args, kwargs or {})
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     def tolist(self) -> Any:
         _wait()
         return self.inner.tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensor:
+        if id(self) not in memo:
+            copied = memo[id(self)] = FakeTensor(self.inner.clone()).requires_grad_(self.requires_grad)
+            copied._is_param = getattr(self, "_is_param", False)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return FakeTensor, (self.inner,)
 
     def __repr__(self) -> str:
         return f"FakeTensor({self.inner})"
@@ -158,9 +171,26 @@ def _wait() -> None:
         waits[f"{frame.f_code.co_filename.rpartition('/evatune/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"] += 1
 
 
+def _answer_themselves(types: Any) -> bool:
+    return any(kind not in (FakeTensor, torch.Tensor, torch.nn.Parameter) for kind in types)
+
+
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _answer_themselves(types):
+            return func(*args, **(kwargs or {}))
         return _run(func, args, kwargs or {})
+
+
+class _Made(TorchFunctionMode):
+    """These functions move what they have made to a device that has to be known to torch's own code."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == NAME:
+            return func(*args, **(kwargs | {"device": None})).to(device)
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -170,7 +200,7 @@ def fake_device() -> Iterator[torch.device]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     _BACKEND.is_on = True
     try:
-        with _Mode():
+        with _Mode(), _Made():
             yield torch.device(NAME)
     finally:
         _BACKEND.is_on = False

@@ -60,4 +60,4 @@ def test_whatever_asks_for_a_value_is_an_error(ask):
 
 
 def test_it_shows_its_shape():
-    assert repr(AbsentTensor(REAL)) == "AbsentTensor(shape=(2, 3, 8), dtype=torch.float32, device='cpu')"
+    assert repr(AbsentTensor(REAL)) == f"AbsentTensor(shape=(2, 3, 8), dtype=torch.float32, device='{REAL.device}')"

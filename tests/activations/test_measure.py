@@ -262,7 +262,7 @@ def test_autocast_concerns_the_model_and_not_the_sums(build, batches_for, observ
     spectra = measure(model, batches, dtype=torch.bfloat16, backend=backend, **quiet | {"tau": 0.99, "min_gain": 0.01})
 
     def forward(model, batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
             return model(**batch)
 
     seen = observe(model, batches, spectra, select=by_attention_mask, forward=forward)
@@ -282,6 +282,7 @@ def test_a_half_precision_model_is_measured(build, batches_for, quiet):
         assert half[name].total_variance == pytest.approx(plain[name].total_variance, rel=0.1)
 
 
+@pytest.mark.on_hardware("its tensors have no inference mode")
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_the_callers_grad_mode_makes_no_difference(build, batches_for, quiet, context):
     model, batches = build("llama"), batches_for("llama")

@@ -234,6 +234,7 @@ def test_merged_adapters_are_refused(build, batches_for, quiet):
         measure(model, batches_for("llama"), **quiet)
 
 
+@pytest.mark.on_hardware("torch does not compile for it")
 @pytest.mark.parametrize("kind", ["torch.compile(model)", "by an own forward", "model.compile()", "layer.compile()"])
 def test_defect_16_after_compilation_and_a_forward_pass(build, batches_for, quiet, kind):
     compiled = []

@@ -10,7 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evatune
 
 # Of random numbers, few components do not hold much.
-pytestmark = pytest.mark.filterwarnings("ignore:the components of")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the components of"),
+    pytest.mark.on_cpu("it brings a device of its own, on which it counts"),
+]
 
 
 @pytest.fixture(autouse=True)
