@@ -108,7 +108,8 @@ def _with_harness(args: argparse.Namespace, recipe: Any, adapter: Any) -> None:
     )
     content = {"model": recipe.model.name, "adapter": adapter and str(adapter)} | found
     table = text_table(["task", "metric", "score", "standard error"], harness_rows(found))
-    answer(args, text=table, content={name: value for name, value in content.items() if name != "samples"})
+    notes = "".join(f"\n{note}" for note in found["notes"])
+    answer(args, text=f"{table}{notes}", content={name: value for name, value in content.items() if name != "samples"})
     if args.save and launch.is_first():
         write_json(args.save, content)
         say(f"saved     {args.save}")

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -46,14 +47,21 @@ def opened(model: str, folder=None):
     return task, load_base(recipe, task)
 
 
-def test_every_commonsense_task_is_defined_with_its_data_on_the_hub():
-    for name in GROUPS["commonsense"]:
-        content = (harness.DEFINITIONS / f"{name.partition('/')[2]}.yaml").read_text()
-        found, task = yaml.safe_load(content), NAMED[name]
-        assert (found["dataset_path"], found.get("dataset_name")) == (task.hub, task.config)
-        assert found["test_split"] == task.held_out
-    group = yaml.safe_load((harness.DEFINITIONS / "commonsense.yaml").read_text())
-    assert len(group["task"]) == len(GROUPS["commonsense"]) == 8
+@pytest.mark.parametrize("name", [name for name, task in NAMED.items() if task.held_out])
+def test_every_task_to_score_on_is_defined_with_its_data_on_the_hub(name):
+    stem = name.replace("/", "-").removeprefix("commonsense-")
+    found, task = yaml.safe_load((harness.DEFINITIONS / f"{stem}.yaml").read_text()), NAMED[name]
+    assert found["task"] == "evatune_" + stem.replace("-", "_").replace("+", "_plus")
+    assert (found["dataset_path"], found.get("dataset_name")) == (task.hub, task.config)
+    assert found["test_split"] == task.held_out
+
+
+@pytest.mark.parametrize(("group", "count"), [("commonsense", 8), ("math", 7)])
+def test_groups_have_all_of_their_tasks(group, count):
+    found = yaml.safe_load((harness.DEFINITIONS / f"{group}.yaml").read_text())
+    stems = [name.replace("/", "-").removeprefix("commonsense-") for name in GROUPS[group]]
+    assert found["task"] == [f"evatune_{stem.replace('-', '_')}" for stem in stems]
+    assert len(stems) == count
 
 
 def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tmp_path, capsys):
@@ -121,6 +129,101 @@ def test_written_answers_are_judged_as_ours(tiny_model, copies, monkeypatch):
     found = harness.evaluate(task, model, ["evatune_gsm8k"])
     assert found["results"]["evatune_gsm8k"]["acc,none"] == 0.5
     assert "Let's think step by step" in found["samples"]["evatune_gsm8k"][0]["doc"]["prompt"]
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Let the model write these answers; return what it was asked."""
+    asked = []
+
+    def given(*answers):
+        def generate_until(self, requests, **_):
+            asked.extend(request.args for request in requests)
+            return list(answers)
+
+        monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+        return asked
+
+    return given
+
+
+def test_mathematics_is_compared_by_value_and_a_group_counts_every_problem(tiny_model, tmp_path, answering):
+    for config, count in zip(GROUPS["math"], [2, *[1] * 6], strict=True):
+        (tmp_path / config).mkdir(parents=True)
+        rows = [{"problem": f"{config} {n}?", "solution": "It is $\\boxed{\\frac{1}{2}}$."} for n in range(count)]
+        (tmp_path / config / "test.json").write_text(json.dumps(rows))
+    asked = answering("so 0.5", "The answer is: 1/2", "\\boxed{0.5}", "\\boxed{2}", *["no"] * 4)
+    task, model = opened(str(tiny_model), tmp_path)
+    found = harness.evaluate(task, model, ["evatune_math"])
+    right = {name: numbers["acc,none"] for name, numbers in found["results"].items() if name != "evatune_math"}
+    assert sorted(right.values()) == [0, 0, 0, 0, 0, 1, 1] and right["evatune_math_algebra"] == 1
+    assert found["groups"]["evatune_math"]["acc,none"] == pytest.approx(3 / 8)
+    assert "### Response: Let's think step by step.\n" in asked[0][0]
+    assert (asked[0][1]["do_sample"], found["notes"]) == (False, [])
+
+
+def test_mathematics_names_the_package_that_is_missing(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "math-500").mkdir()
+    (tmp_path / "math-500" / "test.json").write_text(json.dumps([{"problem": "1?", "solution": "\\boxed{1}"}]))
+    monkeypatch.setattr("evatune.tasks.generation.answers.find_spec", lambda name: None)
+    task, model = opened(str(tiny_model), tmp_path)
+    with pytest.raises(EvaError, match=r"needs the Python package math-verify; run: pip install 'evatune\[math\]'"):
+        harness.evaluate(task, model, ["evatune_math_500"])
+
+
+SUM = {"prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": "    return a + b\n"}
+SUM |= {"test": "def check(add):\n    assert add(1, 2) == 3"}
+LAST = {
+    "text": "Write a function last.",
+    "code": "def last(a):\n    return a[-1]",
+    "test_list": ["assert last([1]) == 1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answers"),
+    [
+        ("humaneval", SUM, ["    return a + b", "    return a - b"]),
+        ("humaneval+", SUM, ["```python\ndef add(a, b):\n    return b + a\n```", "    exit(0)"]),
+        (
+            "mbpp",
+            LAST | {"test_setup_code": ""},
+            ["def last(a):\n    return a[-1]", "def last(a):\n    return a[0] + 1"],
+        ),
+    ],
+)
+def test_programs_run_under_our_limits_with_permission_only(name, row, answers, tiny_model, tmp_path, answering):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "test.json").write_text(json.dumps([row] * 2))
+    asked, own = answering(*answers), f"evatune_{name.replace('+', '_plus')}"
+    task, model = opened(str(tiny_model), tmp_path)
+    with pytest.raises(EvaError, match=rf"{own} runs programs that the model writes; allow it with --allow-code-exec"):
+        harness.evaluate(task, model, [own])
+    assert not asked
+    settings = {"model": str(tiny_model), "folder": str(tmp_path), "allow_code_execution": True}
+    found = harness.evaluate(open_recipe(load_recipe(None, settings)), model, [own])
+    assert found["results"][own]["pass@1,none"] == 0.5
+    assert found["notes"][0].startswith("programs ran under limits that were tested here")
+    (example, *_) = load_examples([name], folder=str(tmp_path), held_out=True)
+    prompt, how = asked[0]
+    assert (prompt, how["until"]) == (example.prompt, list(example.stops))
+    assert (how["do_sample"], how["temperature"], how["top_p"]) == (True, 0.2, 0.7)
+
+
+def test_our_permission_is_not_for_programs_without_limits(tiny_model, monkeypatch):
+    recipe = load_recipe(None, {"model": str(tiny_model), "allow_code_execution": True})
+    task = open_recipe(recipe)
+    model = load_base(recipe, task)
+
+    def refuse(*, tasks, confirm_run_unsafe_code=False, **_):
+        assert not confirm_run_unsafe_code
+        raise ValueError(f"Attempted to run task: {tasks[0]}. Set confirm_run_unsafe_code=True to run this task.")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", refuse)
+    manager = SimpleNamespace(all_tasks=["humaneval"])  # the index of all tasks takes a while
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    with pytest.raises(EvaError, match="cannot score humaneval: one of them runs programs without limits"):
+        harness.evaluate(task, model, ["humaneval"])
 
 
 def test_an_unknown_task_is_named_with_its_near_misses(tiny_model):

@@ -1,7 +1,7 @@
 """Scoring with lm-evaluation-harness: its own tasks, and those of this package with the paper's prompts.
 
 The definitions of the latter are files in `lm_eval/` beside this module, which any lm-evaluation-harness reads with
-`--include_path`: `evatune_commonsense`, its eight tasks, and `evatune_gsm8k`.
+`--include_path`: `evatune_commonsense`, `evatune_math`, their tasks, `evatune_gsm8k`, `evatune_humaneval`, ...
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from evatune.errors import EvaError, near_misses
 from evatune.tasks.generation.named import NAMED, copies_of
+from evatune.tasks.generation.sandbox import report
 from evatune.tasks.task import evaluating
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 DEFINITIONS = Path(__file__).parent / "lm_eval"
 """Folder of the task definitions."""
 _PREFIX = "evatune_"
+_NAMED = {name.replace("/", "-").removeprefix("commonsense-"): name for name in NAMED}
+"""The named task of each definition."""
 _LOADERS: dict[str, dict[str, Any]] = {
     ".jsonl": {"dataset_path": "json"},
     ".json": {"dataset_path": "json"},
@@ -50,7 +53,7 @@ def evaluate(
     """Score a model on tasks of lm-evaluation-harness.
 
     Args:
-        task: has the tokenizer, and `data.folder` for copies of the data on disk.
+        task: has the tokenizer, `data.folder` for copies of the data on disk, and the permission to run programs.
         model: a causal language model, with or without adapter.
         names: of tasks, groups or tags.
         limit: score the first so many examples of each task.
@@ -60,11 +63,11 @@ def evaluate(
 
     Returns:
         `results` (task -> metric -> number), `groups`, `versions`, `n_samples`, `samples` (task -> one mapping an
-        example) and `seconds`.
+        example), `notes` and `seconds`.
 
     Raises:
-        EvaError: lm-eval is not installed, there is no such task, there is no copy of its data in the folder, or they
-            cannot be loaded.
+        EvaError: lm-eval is not installed, there is no such task, there is no copy of its data in the folder, they
+            cannot be loaded, or programs of the model may not be run.
     """
     try:
         import lm_eval
@@ -76,7 +79,8 @@ def evaluate(
         ) from None
     started = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are not for users of this program
-    with evaluating(model), _definitions(names, copies=task.data.folder) as folder:
+    notes = _notes_on_programs(names, allowed=task.data.allow_code_execution)
+    with evaluating(model), _definitions(names, copies=task.data.folder, runs_programs=bool(notes)) as folder:
         ours = all(name.startswith(_PREFIX) for name in names)  # the index of all others takes a while
         manager = TaskManager(include_path=str(folder), include_defaults=not ours)
         for name in names:
@@ -101,32 +105,55 @@ def evaluate(
             raise
         except Exception as error:  # data sets of a hub fail in any way
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if "confirm_run_unsafe_code" in reason:
+                reason = "one of them runs programs without limits; evatune_humaneval and evatune_mbpp have some"
             raise EvaError(f"lm-eval cannot score {', '.join(names)}: {reason.rstrip('.')}.") from error
     assert found is not None
     wanted = ("results", "groups", "versions", "n-samples", "samples")
     content = {name.replace("-", "_"): found[name] for name in wanted if name in found}
-    return content | {"seconds": time.perf_counter() - started, "lm_eval": lm_eval.__version__}
+    return content | {"notes": notes, "seconds": time.perf_counter() - started, "lm_eval": lm_eval.__version__}
 
 
 @contextlib.contextmanager
-def _definitions(names: Sequence[str], *, copies: str | None) -> Iterator[Path]:
-    """Give the folder of the definitions; with copies of the data on disk, one where the named tasks read them."""
-    if copies is None:
+def _definitions(names: Sequence[str], *, copies: str | None, runs_programs: bool) -> Iterator[Path]:
+    """Give the folder of the definitions, or one where they are changed.
+
+    Args:
+        names: of tasks and groups that will be scored.
+        copies: folder from which these read their data.
+        runs_programs: our tasks may run programs, which lm-eval would refuse; its own tasks still may not.
+    """
+    if copies is None and not runs_programs:
         yield DEFINITIONS
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path in DEFINITIONS.glob("[!_]*.yaml"):
-            task = path.stem if path.stem in NAMED else f"commonsense/{path.stem}"
-            group, _, own = task.rpartition("/")
-            if task not in NAMED:
-                text = path.read_text(encoding="utf-8")
-            elif {f"{_PREFIX}{own.replace('-', '_')}", f"{_PREFIX}{group}"} & set(names):
-                text = json.dumps({"include": str(path), **_from_disk(task, copies)}, ensure_ascii=False)
-            else:
-                text = json.dumps({"include": str(path)}, ensure_ascii=False)  # JSON is YAML too
+            task, text = _NAMED.get(path.stem), path.read_text(encoding="utf-8")
+            if task is not None:
+                changes: dict[str, Any] = {"unsafe_code": False} if _runs_programs(path) and runs_programs else {}
+                if copies is not None and {_name(path), f"{_PREFIX}{task.partition('/')[0]}"} & set(names):
+                    changes |= _from_disk(task, copies)
+                text = json.dumps({"include": str(path), **changes}, ensure_ascii=False)  # JSON is YAML too
             (folder / path.name).write_text(text, encoding="utf-8")
         yield folder
+
+
+def _notes_on_programs(names: Sequence[str], *, allowed: bool) -> list[str]:
+    """Return what limits programs of the model, if one of our tasks runs them."""
+    running = [name for path in DEFINITIONS.glob("*.yaml") if _runs_programs(path) and (name := _name(path)) in names]
+    if running and not allowed:
+        raise EvaError(f"{running[0]} runs programs that the model writes; allow it with --allow-code-execution.")
+    return [report()] if running else []
+
+
+def _runs_programs(path: Path) -> bool:
+    return "include: _programs.yaml" in path.read_text(encoding="utf-8")
+
+
+def _name(path: Path) -> str:
+    """Return the name that a definition's file gives to its task."""
+    return _PREFIX + path.stem.replace("-", "_").replace("+", "_plus")
 
 
 def _from_disk(task: str, folder: str) -> dict[str, Any]:
