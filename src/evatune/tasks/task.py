@@ -95,6 +95,13 @@ class Task(Protocol):
     def save_processor(self, folder: Path) -> None:
         """Save the preprocessor (tokenizer, image processor, ...) beside a saved model."""
 
+    def check_saved(self, folder: Path) -> None:
+        """Check that what `save_processor` wrote into a folder, if anything, fits these data.
+
+        Raises:
+            EvaError: a model that was saved there tells other classes apart.
+        """
+
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:

@@ -181,6 +181,7 @@ def evaluate_with_harness(
 
 
 def _scored_model(recipe: Recipe, task: Task, *, adapter: str | Path | None, force: bool) -> Any:
+    task.check_saved(Path(recipe.model.name if adapter is None else adapter).expanduser())
     model = load_base(recipe, task, quantizes=adapter is not None)
     if adapter is None:
         return model

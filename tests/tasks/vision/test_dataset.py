@@ -111,7 +111,7 @@ def test_bad_pictures_are_skipped_on_request_and_counted(tmp_path, photos):
     linked(folder / "red", **{f"{n}.png": photos / "red" / f"{n:02d}.png" for n in range(5)})
     linked(folder / "blue", **{f"{n}.png": photos / "blue" / f"{n:02d}.png" for n in range(5)})
     (folder / "red" / "torn.png").write_bytes(b"torn")
-    with pytest.raises(EvaError, match=r"1 of 9 pictures cannot be used: .*torn\.png is no picture.*bad_images: skip"):
+    with pytest.raises(EvaError, match=r"1 of 11 pictures cannot be used: .*torn\.png is no picture.*bad_images: skip"):
         load(train=str(folder))
     train, held_out = load(train=str(folder), bad_images="skip")
     assert len(train) + len(held_out) == 10

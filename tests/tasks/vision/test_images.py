@@ -102,6 +102,13 @@ def test_check_names_and_counts_bad_pictures():
     assert checked.pixels.shape == (2, 8, 8, 3)
 
 
+def test_pictures_of_the_other_part_are_named_too():
+    some, others = pictures(b"x", encoded(grey())), pictures(encoded(grey()), b"x", b"y")[1:]
+    with pytest.raises(EvaError, match=r"3 of 4 pictures cannot be used: picture 0 is no .*; picture 1 .*; picture 2 "):
+        check(some, Preprocessing(size=8), others=others, progress=False)
+    assert len(check(some, Preprocessing(size=8), skip=True, others=others, progress=False).pictures) == 1
+
+
 def test_skipping_all_is_an_error_too():
     with pytest.raises(EvaError, match="1 of 1 pictures cannot be used"):
         check(pictures(b"x"), Preprocessing(size=8), skip=True, progress=False)

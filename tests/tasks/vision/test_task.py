@@ -24,6 +24,7 @@ from evatune.tasks.vision.model import load_classifier
 from evatune.tasks.vision.settings import VisionData
 from evatune.training import finetune
 from evatune.training.callbacks import InterruptCallback
+from evatune.training.evaluation import evaluate, saved_run
 from evatune.training.setup import load_base, measure_recipe, open_recipe
 
 
@@ -87,7 +88,7 @@ def test_the_adapter_loads_with_plain_peft_head_included(recipe, tiny_vit, photo
 
 
 @pytest.mark.parametrize("method", ["eva", "full"])
-def test_new_pictures_are_classified(recipe, photos, method):
+def test_new_pictures_are_classified_in_the_same_classes(recipe, photos, tmp_path, method):
     wanted = recipe(
         adapter={"method": method}, data={"fit": "crop"}, train={"learning_rate": 2e-2 if method == "eva" else 1e-3}
     )
@@ -101,6 +102,15 @@ def test_new_pictures_are_classified(recipe, photos, method):
         classifier(["nowhere.png"])
     with pytest.raises(EvaError, match=r"holds no trained image classifier: it has no classes\.json"):
         Classifier.load(wanted.output)
+
+    (tmp_path / "others").mkdir()
+    for old, new in (("blue", "blue"), ("red", "green")):
+        (tmp_path / "others" / new).symlink_to(photos / old)
+    other, adapter = saved_run(wanted.output, {"data.train": [str(tmp_path / "others")]})
+    with pytest.raises(
+        EvaError, match=r"trained for 2 classes \(blue, red\), but the data have 2 .*blue, green.*--eval"
+    ):
+        evaluate(other, adapter=adapter, progress=False)
 
 
 def test_methods_and_seeds_begin_with_equal_heads(tiny_vit, photos):

@@ -252,6 +252,9 @@ class Control:
     def save_processor(self, folder: Path) -> None:
         """Write nothing: the mean and scale of states are saved with the weights."""
 
+    def check_saved(self, folder: Path) -> None:
+        """Check nothing: observations and actions have the same sizes everywhere."""
+
     def _write_videos(self, outcomes: Sequence[Outcome]) -> None:
         shown: set[str] = set()
         for outcome in outcomes:

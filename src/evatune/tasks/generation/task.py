@@ -217,6 +217,9 @@ class Generation:
         if len(templates) == 1:
             PromptTemplate(text=templates.pop()).save(folder)
 
+    def check_saved(self, folder: Path) -> None:
+        """Check nothing: any text can be scored."""
+
     @cached_property
     def _encoded_all(self) -> EncodedExamples:
         return self._encoded(self.examples, on_disk=self.data.streaming)

@@ -250,6 +250,9 @@ class Understanding:
         """Write the tokenizer."""
         self.tokenizer.save_pretrained(folder)
 
+    def check_saved(self, folder: Path) -> None:
+        """Check nothing: names of labels are not saved."""
+
     @cached_property
     def _held_out(self) -> HeldOut:
         return read_held_out(self.data, self.kind.converter, seed=self.seed)

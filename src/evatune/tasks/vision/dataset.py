@@ -107,10 +107,11 @@ def check_pictures(
     preprocessing: Preprocessing,
     *,
     skip: bool,
+    others: Sequence[Picture] = (),
     progress: bool = True,
 ) -> Pictures:
     """Return pictures as a data set, in their order; see `evatune.tasks.vision.images.check`."""
-    checked = check(pictures, preprocessing, skip=skip, progress=progress)
+    checked = check(pictures, preprocessing, skip=skip, others=others, progress=progress)
     numbers = {label: number for number, label in enumerate(classes)}
     return Pictures(
         checked=checked,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +165,12 @@ class Checked:
 
 
 def check(
-    pictures: Sequence[Picture], preprocessing: Preprocessing, *, skip: bool = False, progress: bool = True
+    pictures: Sequence[Picture],
+    preprocessing: Preprocessing,
+    *,
+    skip: bool = False,
+    others: Sequence[Picture] = (),
+    progress: bool = True,
 ) -> Checked:
     """Decode every picture once, so that a bad one is reported before any long work.
 
@@ -173,6 +178,7 @@ def check(
         pictures: the pictures.
         preprocessing: how they are resized.
         skip: leave bad pictures out instead of refusing.
+        others: pictures that an error names as well, so that all bad ones are mended at once.
         progress: show a bar on a terminal.
 
     Raises:
@@ -191,26 +197,24 @@ def check(
     pixels: list[np.ndarray] = []
     bad: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        looks = pool.map(lambda picture: _either(look, picture), pictures)
-        hidden = None if progress else True
-        for picture, (seen, reason) in zip(
-            pictures, tqdm(looks, total=len(pictures), desc="pictures", leave=False, disable=hidden), strict=True
-        ):
-            if seen is None:
-                bad[picture.name] = str(reason)
-                continue
-            good.append(picture)
-            if seen[0] is not None:
-                pixels.append(seen[0])
-            if seen[1] is not None:
-                converted.setdefault(seen[1], []).append(picture.name)
+    for picture, seen, reason in _looks(look, pictures, progress=progress):
+        if seen is None:
+            bad[picture.name] = str(reason)
+            continue
+        good.append(picture)
+        if seen[0] is not None:
+            pixels.append(seen[0])
+        if seen[1] is not None:
+            converted.setdefault(seen[1], []).append(picture.name)
     if bad and (not skip or not good):
+        keep = False
+        looks = _looks(look, others, progress=progress)
+        bad |= {picture.name: reason for picture, _, reason in looks if reason is not None}
         named = "; ".join(f"{name} {reason}" for name, reason in list(bad.items())[:_NAMED])
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise EvaError(
-            f"{len(bad)} of {len(pictures)} pictures cannot be used: {named}{rest}. Mend or remove them, or leave them "
-            "out with bad_images: skip."
+            f"{len(bad)} of {len(pictures) + len(others)} pictures cannot be used: {named}{rest}. Mend or remove "
+            "them, or leave them out with bad_images: skip."
         )
     return Checked(
         pictures=tuple(good),
@@ -220,8 +224,18 @@ def check(
     )
 
 
-def _either(look: Callable[[Picture], Any], picture: Picture) -> tuple[Any, str | None]:
-    try:
-        return look(picture), None
-    except BadPicture as reason:
-        return None, str(reason)
+def _looks(
+    look: Callable[[Picture], Any], pictures: Sequence[Picture], *, progress: bool
+) -> Iterator[tuple[Picture, Any, str | None]]:
+    """Yield each picture with what a look at it returns, or with why it cannot be used."""
+
+    def either(picture: Picture) -> tuple[Picture, Any, str | None]:
+        try:
+            return picture, look(picture), None
+        except BadPicture as reason:
+            return picture, None, str(reason)
+
+    hidden = None if progress else True
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        looks = pool.map(either, pictures)
+        yield from tqdm(looks, total=len(pictures), desc="pictures", leave=False, disable=hidden)

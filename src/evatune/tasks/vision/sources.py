@@ -270,7 +270,7 @@ def _table(path: Path) -> Any:
             except pyarrow.ArrowInvalid:
                 return ipc.open_file(file).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise EvaError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+        raise EvaError(f"cannot read {path}: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
 def _class_names(metadata: bytes | None) -> dict[str, list[str]]:

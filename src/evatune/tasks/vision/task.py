@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evatune.errors import EvaError
 from evatune.files import write_text
 from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
@@ -28,7 +29,7 @@ from evatune.tasks.vision.sheet import contact_sheet
 from evatune.tasks.vision.sources import Picture
 
 _NAMED = 5
-"""Pictures of a kind that a record names."""
+"""Pictures of a kind that a record names, and classes that an error names."""
 
 
 def open_task(data: VisionData, *, model: ModelSettings, seed: int) -> Vision:
@@ -58,12 +59,12 @@ class Vision:
     @cached_property
     def train(self) -> Pictures:
         """The training pictures."""
-        return self._checked(shuffled(self.found.train, self.seed))
+        return self._checked(shuffled(self.found.train, self.seed), others=self.found.held_out)
 
     @cached_property
     def held_out(self) -> Pictures:
         """The held-out pictures."""
-        return self._checked(self.found.held_out)
+        return self._checked(self.found.held_out, others=self.found.train)
 
     def kinds(self) -> list[str]:
         """Return the class of each training picture."""
@@ -137,9 +138,26 @@ class Vision:
             folder / CLASSES, json.dumps(list(map(str, self.found.classes)), ensure_ascii=False, indent=2) + "\n"
         )
 
-    def _checked(self, pictures: Sequence[Picture]) -> Pictures:
+    def check_saved(self, folder: Path) -> None:
+        """Check that a folder, if it holds a classifier, is for the classes of these data."""
+        if not (folder / CLASSES).is_file():
+            return
+        kept = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+        now = list(map(str, self.found.classes))
+        if kept != now:
+            raise EvaError(
+                f"what is in {folder} was trained for {_named(kept)}, but the data have {_named(now)}; name pictures "
+                "to score with --eval, in folders of the same classes."
+            )
+
+    def _checked(self, pictures: Sequence[Picture], *, others: Sequence[Picture] = ()) -> Pictures:
         skip = self.data.bad_images == "skip"
-        return check_pictures(pictures, self.found.classes, self.preprocessing, skip=skip)
+        return check_pictures(pictures, self.found.classes, self.preprocessing, skip=skip, others=others)
+
+
+def _named(classes: Sequence[str]) -> str:
+    more = ", ..." if len(classes) > _NAMED else ""
+    return f"{len(classes)} classes ({', '.join(classes[:_NAMED])}{more})"
 
 
 def _rows(mask_t: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
