@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     preview = task.preview(args.examples)
     if args.save:
         if preview.picture is None:
-            raise EvaError(f"examples of task {recipe.task!r} are not pictures; leave out --save.")
+            why = preview.without_picture or f"examples of task {recipe.task!r} are not pictures"
+            raise EvaError(f"{why}; leave out --save.")
         say(f"saved     {write_bytes(args.save, preview.picture)}")
     answer(args, text=preview.text, content=preview.content)

@@ -48,6 +48,8 @@ class Preview:
     """The same as plain values, one mapping an example."""
     picture: bytes | None = None
     """A PNG file, where the examples are pictures."""
+    without_picture: str = ""
+    """Why there is none, where they are pictures otherwise."""
 
 
 class Task(Protocol):

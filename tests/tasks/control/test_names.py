@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from evatune.errors import EvaError
@@ -25,6 +27,10 @@ def test_old_and_short_names_mean_the_same_and_come_once() -> None:
     assert environment_names(["cw10", "reach"]) == (*CW10, "reach-v3")
 
 
-def test_unknown_names_get_near_ones() -> None:
+def test_unknown_names_get_near_ones(tmp_path: Path) -> None:
     with pytest.raises(EvaError, match=r"no environment 'hamer' \(did you mean 'hammer-v3'"):
         environment_names(["hamer"])
+    with pytest.raises(EvaError, match=r"no environment 'my/hammer', nor such a file or folder"):
+        environment_names(["my/hammer"])
+    with pytest.raises(EvaError, match=r"is a file or folder, where an environment must be named, such as hammer\."):
+        environment_names([str(tmp_path)])

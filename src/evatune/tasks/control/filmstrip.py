@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,19 @@ VIDEO_STEPS, VIDEO_MILLISECONDS = 4, 80
 """A video shows every fourth step, for this long. Without a graphics card a picture takes some 0.2 s."""
 
 
-def frames(name: str, *, seed: int, actions: np.ndarray, steps: Sequence[int], size: int = 160) -> list[np.ndarray]:
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Pictures of one episode in a row."""
+
+    title: str
+    """What stands above them."""
+    pictures: Sequence[np.ndarray]
+    """(height, width, 3), all of one size."""
+    captions: Sequence[str]
+    """What stands in each."""
+
+
+def frames(name: str, *, seed: int, actions: np.ndarray, steps: Sequence[int], size: int = 200) -> list[np.ndarray]:
     """Return pictures of an episode.
 
     Args:
@@ -23,7 +36,7 @@ def frames(name: str, *, seed: int, actions: np.ndarray, steps: Sequence[int], s
         seed: of the goal position.
         actions: (T, 4), what was done; the physics are deterministic, so the same happens again.
         steps: numbers of the steps before which a picture is taken, ascending.
-        size: height and width of a picture in pixels.
+        size: width of a picture in pixels; the height is four fifths of it, without the empty part above the robot.
 
     Raises:
         EvaError: nothing can be drawn on this machine.
@@ -35,26 +48,29 @@ def frames(name: str, *, seed: int, actions: np.ndarray, steps: Sequence[int], s
             environment.reset(seed=seed)
             for step in range(max(steps) + 1):
                 if step in steps:
-                    taken.append(picture(environment))
+                    taken.append(picture(environment)[size // 5 :])
                 environment.step(actions[step])
         return taken
     finally:
         environment.close()
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> bytes:
-    """Return rows of pictures under their titles as a PNG file."""
-    from PIL import Image, ImageDraw
+def sheet(strips: Sequence[Strip]) -> bytes:
+    """Return strips under their titles as a PNG file."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    height, width = rows[0][0].shape[:2]
-    line = 18
-    page = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows)), "white")
-    draw = ImageDraw.Draw(page)
-    for index, (row, title) in enumerate(zip(rows, titles, strict=True)):
+    height, width = strips[0].pictures[0].shape[:2]
+    line, gap = 24, 4
+    columns = max(len(strip.pictures) for strip in strips)
+    page = Image.new("RGB", (columns * (width + gap) + gap, len(strips) * (height + line) + gap), "white")
+    draw, title_font, font = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(12)
+    for index, strip in enumerate(strips):
         top = index * (height + line)
-        draw.text((4, top + 3), title, fill="black")
-        for column, frame in enumerate(row):
-            page.paste(Image.fromarray(frame), (column * width, top + line))
+        draw.text((gap, top + 3), strip.title, fill="black", font=title_font)
+        for column, (pixels, caption) in enumerate(zip(strip.pictures, strip.captions, strict=True)):
+            left = gap + column * (width + gap)
+            page.paste(Image.fromarray(pixels), (left, top + line))
+            draw.text((left + 6, top + line + 4), caption, fill="white", font=font)
     content = io.BytesIO()
     page.save(content, "PNG")
     return content.getvalue()

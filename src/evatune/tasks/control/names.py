@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from evatune.errors import EvaError, near_misses
 
@@ -87,7 +88,10 @@ def environment_names(names: Iterable[str]) -> tuple[str, ...]:
             found |= dict.fromkeys(GROUPS[name.upper()])
             continue
         if not is_environment(name):
-            near = near_misses(_current(name), (*MT40, *CW10, *GROUPS))
+            path = Path(name).expanduser()
+            if path.exists():
+                raise EvaError(f"{path} is a file or folder, where an environment must be named, such as hammer.")
+            near = near_misses(_current(name), (*MT40, *CW10, *GROUPS)) if path.name == name else ""
             raise EvaError(f"there is no environment {name!r}{near}, nor such a file or folder of episodes.")
         found[_current(name)] = None
     return tuple(found)

@@ -9,13 +9,13 @@ import numpy as np
 
 from evatune.errors import EvaError
 from evatune.tasks.control.episodes import Episode
-from evatune.tasks.control.filmstrip import frames, sheet
+from evatune.tasks.control.filmstrip import Strip, frames, sheet
 from evatune.tasks.task import Preview
 
 LEARNED = ("⟦", "⟧")
 """What stands around the learned parts."""
 
-N_PICTURES, N_STEPS_SHOWN = 8, 3
+N_PICTURES, N_STEPS_SHOWN = 7, 3
 """Pictures of an episode, and steps of a window, the last ones."""
 
 
@@ -30,7 +30,8 @@ def preview(examples: Sequence[tuple[Episode, Mapping[str, np.ndarray]]]) -> Pre
     try:
         picture = _strip([episode for episode, _ in examples])
     except EvaError as error:
-        return Preview(text=f"{text}\n\nno pictures: {error}", content=content)
+        why = str(error).rstrip(".")
+        return Preview(text=f"{text}\n\nno pictures: {why}", content=content, without_picture=why)
     return Preview(text=text, content=content, picture=picture)
 
 
@@ -64,10 +65,11 @@ def _strip(episodes: Sequence[Episode]) -> bytes:
     for episode in episodes:
         if episode.seed is None:
             raise EvaError(f"the episodes of {episode.environment} do not say which seed they began with.")
-    rows, titles = [], []
-    for episode in episodes:
+    strips = []
+    for episode in dict.fromkeys(episodes):  # several windows may be of one episode
         steps = np.linspace(0, len(episode) - 1, N_PICTURES).astype(int).tolist()
         assert episode.seed is not None
-        rows.append(frames(episode.environment, seed=episode.seed, actions=episode.actions, steps=steps))
-        titles.append(f"{episode.environment}, return {episode.total_return:.0f}, steps {', '.join(map(str, steps))}")
-    return sheet(rows, titles)
+        pictures = frames(episode.environment, seed=episode.seed, actions=episode.actions, steps=steps)
+        title = f"{episode.environment}, return {episode.total_return:.0f}"
+        strips.append(Strip(title=title, pictures=pictures, captions=[f"step {step}" for step in steps]))
+    return sheet(strips)
