@@ -58,7 +58,12 @@ RIVALS = ("peft-eva", "pissa", "olora", "corda", "lora-ga")
 NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 
 
-TESTS = ("tests/pca", "tests/activations", "tests/initialization", "tests/adapters")
+TESTS = (
+    "tests/pca",
+    "tests/initialization",
+    *map(str, sorted(ROOT.glob("tests/activations/test_*.py"))),
+    "tests/adapters",
+)
 LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
 

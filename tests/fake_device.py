@@ -90,7 +90,9 @@ class FakeTensor(torch.Tensor):
     """A tensor on the device."""
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> FakeTensor:
+    def __new__(cls, inner: torch.Tensor, /, **attributes: Any) -> Any:
+        if inner.is_meta:  # accelerate makes an empty parameter, of the class and with the attributes of this one
+            return torch.nn.Parameter(inner, requires_grad=attributes.get("requires_grad", True))
         return torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -100,7 +102,7 @@ class FakeTensor(torch.Tensor):
             device=f"{NAME}:0",
         )
 
-    def __init__(self, inner: torch.Tensor) -> None:
+    def __init__(self, inner: torch.Tensor, /) -> None:
         self.inner = inner
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -126,7 +128,7 @@ class FakeTensor(torch.Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return FakeTensor, (self.inner,)
+        return self.inner.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return f"FakeTensor({self.inner})"
@@ -142,8 +144,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if is_here and name in READS:
         _wait()
     inner_args, inner_kwargs = pytree.tree_map(_unwrapped, (args, kwargs))
-    if device is not None:
+    if device is not None and torch.device(device).type == NAME:
         inner_kwargs["device"] = "cpu"
+    if name == "histc":  # of whole numbers too, as on accelerators
+        inner_args = (inner_args[0].float(), *inner_args[1:])
     out = func(*inner_args, **inner_kwargs)
     goes_there = torch.device(device).type == NAME if device is not None else is_here
     if not goes_there:
@@ -183,14 +187,39 @@ class _Mode(TorchDispatchMode):
 
 
 class _Made(TorchFunctionMode):
-    """These functions move what they have made to a device that has to be known to torch's own code."""
+    """Does what torch's own code does for devices that it knows: move numbers to them, and `tensor.data = value`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == NAME:
             return func(*args, **(kwargs | {"device": None})).to(device)
+        if getattr(func, "__self__", None) is torch.Tensor.data and func.__name__ == "__set__":
+            return _set_data(*args)
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return func(args[0], tuple(map(_numbers, index)))
         return func(*args, **kwargs)
+
+
+def _numbers(index: Any) -> Any:
+    return torch.tensor(list(index), device="cpu").to(NAME) if isinstance(index, range | list) else index
+
+
+def _set_data(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, FakeTensor) != isinstance(value, FakeTensor):
+        torch.utils.swap_tensors(target, _like(target, value))
+        return
+    torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
+    if isinstance(target, FakeTensor) and isinstance(value, FakeTensor):
+        target.inner = value.inner
+
+
+def _like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return the value, as the kind of tensor that the target is."""
+    if isinstance(target, torch.nn.Parameter):
+        return torch.nn.Parameter(value.detach(), requires_grad=target.requires_grad)
+    return value.detach().requires_grad_(target.requires_grad)
 
 
 @contextmanager

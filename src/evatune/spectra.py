@@ -148,7 +148,7 @@ class Spectra(Mapping[str, Spectrum]):
         """
         variances = {
             name: ComponentVariances(
-                explained_variance=self[name].explained_variance.double().numpy(),
+                explained_variance=self[name].explained_variance.double().cpu().numpy(),
                 total_variance=self[name].total_variance,
                 n_rows=self[name].n_rows,
                 in_features=target.in_features,

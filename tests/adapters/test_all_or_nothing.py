@@ -144,6 +144,7 @@ def test_what_fails_while_data_are_looked_at_changes_nothing(llama, batches, met
     same(before, everything(base))
 
 
+@pytest.mark.on_hardware("bitsandbytes does not know it")
 def test_a_failure_after_quantizing_brings_the_full_weights_back(llama, batches):
     base = llama()
     before = everything(base)

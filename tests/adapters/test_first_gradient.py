@@ -11,6 +11,7 @@ import evatune
 from evatune.models import load_model, load_tokenizer
 
 
+@pytest.mark.on_hardware("models are not loaded to it")
 @pytest.mark.slow
 def test_first_gradient_of_eva_exceeds_that_of_lora_on_smollm2(smollm2):
     tokenizer = load_tokenizer(smollm2)

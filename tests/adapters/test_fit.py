@@ -93,6 +93,7 @@ def of_another_model():
 REFUSED = r"the spectra were measured on another model \(Towers\): the weights differ; .* force=True \(--force\)"
 
 
+@pytest.mark.on_hardware("its weights look like quantized ones, which are not compared")
 def test_spectra_of_another_model_start_an_adapter_only_if_forced(of_another_model):
     def adapted():
         return get_peft_model(Towers(), LoraConfig(r=3, target_modules=["text", "top"]))
@@ -107,6 +108,7 @@ def test_spectra_of_another_model_start_an_adapter_only_if_forced(of_another_mod
     assert forced == evatune.initialize(adapted(), replace(of_another_model, weights={}))
 
 
+@pytest.mark.on_hardware("its weights look like quantized ones, which are not compared")
 def test_prepare_refuses_them_before_it_changes_the_model(of_another_model):
     settings = {"rank": 3, "target_modules": ["text", "top"], "spectra": of_another_model}
     model = Towers()

@@ -17,7 +17,10 @@ from evatune.adapters.attach import load_adapter
 from evatune.adapters.four_bits import dequantize_targets, quantize_targets, quantized_bytes
 from evatune.adapters.lora import find_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*4-bit linear may get different generations:UserWarning:peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*4-bit linear may get different generations:UserWarning:peft"),
+    pytest.mark.on_hardware("bitsandbytes does not know it"),
+]
 
 
 @pytest.fixture

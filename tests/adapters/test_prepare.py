@@ -346,6 +346,7 @@ def test_methods_of_matrices_refuse_other_layers(batches, method):
         evatune.prepare(model, method=method, rank=2, batches=batches, target_modules=["0", "2"])
 
 
+@pytest.mark.on_hardware("bitsandbytes does not know it")
 @pytest.mark.parametrize("method", ["qlora", "eva+qlora"])
 def test_qlora_starts_as_the_base_in_four_bits(llama, batches, outputs, tmp_path, method):
     import bitsandbytes as bnb

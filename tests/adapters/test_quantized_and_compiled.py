@@ -11,6 +11,8 @@ import evatune
 from evatune import EvaError
 from evatune.adapters.lora import find_adapter
 
+pytestmark = pytest.mark.on_hardware("torch does not compile for it, and libraries of quantization do not know it")
+
 QUIET = {"progress": False, "tau": None, "min_gain": None}
 
 
