@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from evatune.errors import EvaError
 from evatune.recipe import TrainSettings
-from evatune.training.arguments import total_steps, training_arguments, warmup_steps
+from evatune.training.arguments import check_processes, total_steps, training_arguments, warmup_steps
 
 # A value of each setting that is not its default, and what it becomes.
 ARGUMENTS = {
@@ -75,3 +76,11 @@ def test_the_warm_up_is_a_share_of_the_steps_rounded_up():
     assert warmup_steps(TrainSettings(warmup_ratio=0.03), n_steps=100) == 3
     assert warmup_steps(TrainSettings(warmup_ratio=0.03), n_steps=101) == 4
     assert warmup_steps(TrainSettings(warmup_ratio=0.0), n_steps=100) == 0
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_wants_the_model_sharded_is_refused(name, monkeypatch):
+    check_processes(TrainSettings())
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")  # as `accelerate launch --use_deepspeed` does
+    with pytest.raises(EvaError, match=rf"was configured for {name}; launch it with torchrun, in 4 bits \(--method"):
+        check_processes(TrainSettings())

@@ -42,7 +42,8 @@ def check_processes(settings: TrainSettings) -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
             raise EvaError(
                 f"finetune keeps the whole model in each process, and accelerate was configured for {name}; launch it "
-                "without, or write the adapter with `evatune init` and train it with a script of your own."
+                "with torchrun, in 4 bits (--method eva+qlora) if the model needs it, or write the adapter with "
+                "`evatune init` and train it with a script of your own."
             )
 
 
