@@ -17,7 +17,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             *MERGES,
         ),
         [
-            ("self.squares_d += shifted_nd.square()", "self.squares_d += shifted_nd.abs()"),
+            ("self.squares_d += slice_nd.square()", "self.squares_d += slice_nd.abs()"),
             ("self.sum_d / max(self.n_rows, 1)", "self.sum_d / max(self.n_rows - 1, 1)"),
             ("return self.shift_d + self.offset_d", "return self.shift_d - self.offset_d"),
             ("self.squares_d - self.n_rows * self.offset_d.square() if center", "self.squares_d if center"),
@@ -35,7 +35,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             "tests/pca/test_awkward_rows.py",
         ),
         [
-            ("shifted_nd = rows_nd - shift_d\n", "shifted_nd = rows_nd\n"),
+            ("rows.to(shift_d.dtype)) - shift_d", "rows.to(shift_d.dtype))"),
             ('missing.") from None\n        self._forget()', 'missing.") from None'),
             ("tensor.detach().clone().contiguous() for", "tensor.detach().contiguous() for"),
             ("name: tensor.clone() if device is None", "name: tensor if device is None"),

@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ("tests/compare/test_loop.py",),
         [
             ("sign = 1 if is_better_higher", "sign = -1 if is_better_higher"),
-            ("if not ends or grown == widen:", "if True:"),
+            ("if not allowed or grown == widen:", "if True:"),
             ("open=tuple(ends)", "open=()"),
             ("if known and len(known) == len(scores)", "if known"),
             ("beyond = best * best / ordered[-2]", "beyond = best + ordered[-2]"),
