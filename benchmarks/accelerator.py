@@ -58,12 +58,8 @@ RIVALS = ("peft-eva", "pissa", "olora", "corda", "lora-ga")
 NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 
 
-TESTS = (
-    "tests/pca",
-    "tests/initialization",
-    *map(str, sorted(ROOT.glob("tests/activations/test_*.py"))),
-    "tests/adapters",
-)
+TESTS = ("tests/pca", "tests/initialization", "tests/activations/layers", "tests/adapters")
+TESTS += tuple(map(str, sorted(ROOT.glob("tests/activations/test_*.py"))))
 LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
 
