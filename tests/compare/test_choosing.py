@@ -34,3 +34,14 @@ def test_the_metric_of_the_sweep_is_chosen_by_and_compared(sweep, fake_engine):
     assert row.scores == pytest.approx({0: 0.1, 1: 0.1})
     assert "loss" in json.dumps(standings(results).to_json())
     assert standings(results, metric="accuracy").rows[0].scores == pytest.approx({0: 0.9, 1: 0.9})
+
+
+def test_a_setting_of_which_one_seed_failed_is_not_chosen(sweep, fake_engine):
+    def run_of(run):
+        if run.point["train.learning_rate"] == 1e-1 and run.seed != 1000:
+            return "failed", "ValueError: the loss is not finite"
+        return {1e-3: 0.1, 1e-2: 0.5, 1e-1: 0.9}.get(run.point["train.learning_rate"], 0.2)
+
+    small = sweep(methods=["lora"], validation={"eval": "validation.jsonl", "seeds": 2}, widen=0)
+    results = compare(small, fake_engine(run_of))
+    assert results.choices[0]["point"] == {"train.learning_rate": 1e-2}

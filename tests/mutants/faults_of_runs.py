@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ],
     ),
     "compare/choosing.py": (
-        ("tests/compare/test_loop.py",),
+        ("tests/compare/test_loop.py", "tests/compare/test_choosing.py"),
         [
             ("sign = 1 if is_better_higher", "sign = -1 if is_better_higher"),
             ("if not allowed or grown == widen:", "if True:"),
