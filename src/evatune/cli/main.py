@@ -151,7 +151,7 @@ def _hyphenated(word: str) -> str:
 @contextlib.contextmanager
 def _results_alone(args: argparse.Namespace) -> Iterator[None]:
     """With `--json`, keep standard output for the one object: what libraries print there goes to standard error."""
-    args.results = sys.stdout
+    args.standard_output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         yield
 

@@ -165,5 +165,5 @@ def say(text: str) -> None:
 
 def answer(args: argparse.Namespace, *, text: str, content: Any) -> None:
     """Print the result: as text, or with `--json` as one object."""
-    print(json_text(content) if args.json else text, file=args.results)
+    print(json_text(content) if args.json else text, file=args.standard_output)
     args.answered = True

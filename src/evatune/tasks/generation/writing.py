@@ -165,7 +165,11 @@ def _without_own_settings(model: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, base.generation_config = base.generation_config, GenerationConfig()
+    own = getattr(base, "generation_config", None)
+    if own is None:  # a model that is not of transformers has none
+        yield
+        return
+    base.generation_config = GenerationConfig()
     try:
         yield
     finally:
