@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import resource
 import stat
+import tempfile
 
 import pytest
 import torch
@@ -135,6 +138,16 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     # Not by its permissions: who runs the tests may be allowed everything.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(EvaError, match="is not a writable folder; choose another output"):
+        check_writable(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EROFS, True), (errno.ENOENT, True), (errno.ENOSPC, False)])
+def test_a_folder_that_takes_no_file_is_named_before_anything_is_done(tmp_path, monkeypatch, number, is_told):
+    def refuse(**options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(EvaError, match="is not a writable folder") if is_told else contextlib.nullcontext():
         check_writable(tmp_path / "new")
 
 

@@ -46,9 +46,21 @@ def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | No
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or not _takes_files(parent):
         raise EvaError(f"cannot write {path}: {parent} is not a writable folder; choose another output.")
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    """Try it with an empty file: some folders, such as /proc, are writable by their rights alone.
+
+    A full disk passes: what writes there tells it, with a way out.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
