@@ -260,3 +260,16 @@ def test_one_class_is_nothing_to_learn(opened, write_rows):
     task = opened(train=(write_rows("rows.jsonl", {"text": "red", "label": "good"}),), classes=("bad", "good"))
     with pytest.raises(EvaError, match="all training texts are of class 'good'"):
         task.summary()
+
+
+def test_a_head_is_not_scored_on_other_classes_of_the_same_number(opened, write_rows, tmp_path):
+    def rows(name: str, *labels: str) -> tuple[str]:
+        return (write_rows(name, *({"text": "red", "label": label} for label in labels)),)
+
+    (tmp_path / "saved").mkdir()
+    opened(train=rows("a.jsonl", "bad", "good")).save_processor(tmp_path / "saved")
+    opened(train=rows("b.jsonl", "good", "bad")).check_saved(tmp_path / "saved")
+    other = opened(train=rows("c.jsonl", "bad", "fair"))
+    with pytest.raises(EvaError, match=r"2 classes \(bad, good\), .* 2 classes \(bad, fair\); .*data.classes"):
+        other.check_saved(tmp_path / "saved")
+    other.check_saved(tmp_path)  # nothing was saved there

@@ -16,6 +16,7 @@ from evatune.errors import EvaError, near_misses
 from evatune.models import load_model, load_tokenizer
 from evatune.models.loading import load_positions
 from evatune.settings import IGNORED_LABEL
+from evatune.tasks.classes import check_classes, write_classes
 from evatune.tasks.examples import Examples, gather
 from evatune.tasks.journal import Journal
 from evatune.tasks.outline import Outline
@@ -247,11 +248,13 @@ class Understanding:
         }
 
     def save_processor(self, folder: Path) -> None:
-        """Write the tokenizer."""
+        """Write the tokenizer, and the names of the head's outputs as `classes.json`."""
         self.tokenizer.save_pretrained(folder)
+        write_classes(folder, self.labels)
 
     def check_saved(self, folder: Path) -> None:
-        """Check nothing: names of labels are not saved."""
+        """Check that a folder, if it holds a model with a head, is for the labels of these data."""
+        check_classes(folder, self.labels, way_out="give the training data that it learned from, or name data.classes")
 
     @cached_property
     def _held_out(self) -> HeldOut:

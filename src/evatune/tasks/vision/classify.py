@@ -13,13 +13,14 @@ import torch
 
 from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
+from evatune.tasks.classes import CLASSES
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.vision.images import BadPicture, Preprocessing, decode
 from evatune.tasks.vision.model import load_classifier
 from evatune.tasks.vision.sources import Content
 
-CLASSES, PIXELS = "classes.json", "preprocessor_config.json"
-"""Files beside a trained model or adapter."""
+PIXELS = "preprocessor_config.json"
+"""How pictures are read, beside a trained model or adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

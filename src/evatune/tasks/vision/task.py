@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from evatune.errors import EvaError
 from evatune.files import write_text
+from evatune.tasks.classes import check_classes, write_classes
 from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
 from evatune.tasks.task import Needs, Preview
-from evatune.tasks.vision.classify import CLASSES, PIXELS
+from evatune.tasks.vision.classify import PIXELS
 from evatune.tasks.vision.dataset import Found, Pictures, check_pictures, collate, find_pictures, shuffled
 from evatune.tasks.vision.evaluation import evaluate
 from evatune.tasks.vision.images import IMAGENET, Preprocessing
@@ -134,30 +134,16 @@ class Vision:
     def save_processor(self, folder: Path) -> None:
         """Write `preprocessor_config.json`, as transformers reads it, and `classes.json`."""
         write_text(folder / PIXELS, json.dumps(self.preprocessing.to_json(), indent=2) + "\n")
-        write_text(
-            folder / CLASSES, json.dumps(list(map(str, self.found.classes)), ensure_ascii=False, indent=2) + "\n"
-        )
+        write_classes(folder, list(map(str, self.found.classes)))
 
     def check_saved(self, folder: Path) -> None:
         """Check that a folder, if it holds a classifier, is for the classes of these data."""
-        if not (folder / CLASSES).is_file():
-            return
-        kept = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
-        now = list(map(str, self.found.classes))
-        if kept != now:
-            raise EvaError(
-                f"what is in {folder} was trained for {_named(kept)}, but the data have {_named(now)}; name pictures "
-                "to score with --eval, in folders of the same classes."
-            )
+        way_out = "name pictures to score with --eval, in folders of the same classes"
+        check_classes(folder, list(map(str, self.found.classes)), way_out=way_out)
 
     def _checked(self, pictures: Sequence[Picture], *, others: Sequence[Picture] = ()) -> Pictures:
         skip = self.data.bad_images == "skip"
         return check_pictures(pictures, self.found.classes, self.preprocessing, skip=skip, others=others)
-
-
-def _named(classes: Sequence[str]) -> str:
-    more = ", ..." if len(classes) > _NAMED else ""
-    return f"{len(classes)} classes ({', '.join(classes[:_NAMED])}{more})"
 
 
 def _rows(mask_t: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
