@@ -89,7 +89,7 @@ def write_run(job: Job, value: float | None) -> None:
     }
     record = {
         "recipe": job.recipe,
-        "log": [{"step": 1, "loss": 0.123456789}],
+        "log": [{"step": 1, "loss": 0.123456789, "learning_rate": 0.01, "epoch": 0.5}],
         "before": scores,
         "after": scores,
         "parameters": {"trainable": 12},

@@ -28,6 +28,9 @@ SWEEP, RECORDS, CHOICES, RUNS, SPECTRA, LOCK = "sweep.json", "records.jsonl", "c
 Record = dict[str, Any]
 """A line of the file: see `record_of`."""
 
+_STATED = ("learning_rate", "epoch")
+"""Entries of a log that the recipe states for each step, with its schedule; without them a record is a fifth smaller."""
+
 
 class Results:
     """What a folder of results holds.
@@ -170,7 +173,9 @@ def record_of(
     content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     skipped = ("recipe", "before", "after", "log")
     record |= {key: value for key, value in content.items() if key not in skipped}
-    record["log"] = [_rounded(entry) for entry in content["log"]]
+    record["log"] = [
+        {key: _rounded(value) for key, value in entry.items() if key not in _STATED} for entry in content["log"]
+    ]
     for when in ("before", "after"):
         record[when] = content[when]
         path = folder / f"{when}.json"

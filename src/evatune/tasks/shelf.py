@@ -17,7 +17,8 @@ Item = TypeVar("Item")
 class Shelf(Sequence[Item], Generic[Item]):
     """Values in a file of their own, which the system deletes when nobody reads it any more, at a crash too.
 
-    Each key makes a new copy of its value. In memory are 16 bytes a value. The file is in `user_cache()`.
+    The file has no name, so what is unpickled from it is what this process has written. Each key makes a new copy of
+    its value. In memory are 16 bytes a value. The file is in `user_cache()`.
 
     Args:
         values: what to keep at first.
