@@ -29,7 +29,7 @@ Record = dict[str, Any]
 """A line of the file: see `record_of`."""
 
 _STATED = ("learning_rate", "epoch")
-"""Entries of a log that the recipe states for each step, with its schedule; without them a record is a fifth smaller."""
+"""Entries of a log that the recipe and its schedule state anyway; without them a record is a fifth smaller."""
 
 
 class Results:
