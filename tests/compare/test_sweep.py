@@ -113,6 +113,13 @@ def test_choosing_on_the_examples_that_are_reported_is_refused(sweep):
         cells(sweep(validation={}))
 
 
+def test_the_untuned_model_is_scored_in_test_runs(sweep):
+    found = cells(sweep(validation={"validate": True, "eval_before": False}))
+    assert not runs_of(found[0], "validation", points(found[0].contender.grid)[0])[0].recipe.train.eval_before
+    with pytest.raises(EvaError, match="the test runs of recipe 'task' have eval_before: false"):
+        cells(sweep(settings={"eval_before": False}))
+
+
 def test_two_runs_with_one_name_are_refused(sweep):
     with pytest.raises(EvaError, match="two runs of the sweep have one name, task/a-b"):
         cells(sweep(methods={"a b": {"method": "lora"}, "a-b": {"method": "eva"}}))

@@ -194,6 +194,15 @@ def test_gradient_checkpointing_changes_no_weight(recipe):
     assert any(bool(first[name].any()) for name in first if "lora_B" in name)
 
 
+def test_scores_before_training_may_be_left_out(recipe):
+    wanted = recipe(train={"eval_before": False, "steps": 2})
+    record = finetune(wanted, progress=False)
+    assert record.before is None and record.after is not None
+    assert "held-out loss after" in record.summary() and "before" not in record.summary()
+    assert not (Path(wanted.output) / "before.json").exists()
+    assert "before training" not in (Path(wanted.output) / "adapter" / "README.md").read_text()
+
+
 def test_bf16_trains(recipe):
     record = finetune(recipe(train={"precision": "bf16"}), progress=False)
     assert record.precision == "bf16"

@@ -119,8 +119,8 @@ def cells(sweep: Sweep) -> list[Cell]:
     """Return everything that is compared, in the order of the sweep.
 
     Raises:
-        EvaError: two have one name, a recipe cannot be read, or a task would be scored on the same examples in both
-            stages.
+        EvaError: two have one name, a recipe cannot be read, a task would be scored on the same examples in both
+            stages, or the untuned model would not be scored.
     """
     several = frozenset(name for name in ("model", "rank", "rho") if len(getattr(sweep, f"{name}s")) > 1)
     found: list[Cell] = []
@@ -150,7 +150,7 @@ def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def _check_stages(cell: Cell) -> None:
-    """Check that choosing sees no example that is reported."""
+    """Check that choosing sees no example that is reported, and that the report will have the untuned model's scores."""
     point = points(cell.contender.grid)[0]
     validation, test = (runs_of(cell, stage, point)[0].recipe for stage in ("validation", "test"))
     validation.require("model", "data")
@@ -158,6 +158,11 @@ def _check_stages(cell: Cell) -> None:
         raise EvaError(
             f"recipe {cell.task.name!r} scores the same held-out examples to choose and to report; say what differs "
             "under `validation:`, such as `eval: FILE`, or `validate: true`."
+        )
+    if not test.train.eval_before:
+        raise EvaError(
+            f"the test runs of recipe {cell.task.name!r} have eval_before: false, but the results state the untuned "
+            "model's scores; set it under `validation:` only."
         )
 
 

@@ -48,6 +48,8 @@ class TrainSettings(Section):
     """Skip steps whose loss or gradient is not finite, instead of ending the run."""
     logging_steps: int = number(5, low=1)
     """Log every so many steps."""
+    eval_before: bool = True
+    """Evaluate the held-out data before training too."""
     eval_steps: int | None = number(None, low=1)
     """Also evaluate the held-out data every so many steps."""
     save_steps: int | None = number(None, low=1)

@@ -30,7 +30,7 @@ class RunRecord:
     log: list[dict[str, float]]
     """Of each logged step: step, loss (mean since the last entry), grad_norm, learning_rate; also evaluations."""
     before: dict[str, Any] | None
-    """Scores before training (`evatune.tasks.scores.Scores.to_json`), None without held-out data."""
+    """Scores before training (`evatune.tasks.scores.Scores.to_json`), None without held-out data or if not asked for."""
     after: dict[str, Any] | None
     """Scores after training."""
     data: dict[str, Any]
@@ -67,8 +67,8 @@ class RunRecord:
             norm = self.first_grad_norm
             rows += [("gradient norm, first step", f"{norm:.3f}")] if norm is not None else []
             rows.append(("training loss", f"{self.losses[0]['loss']:.4f} to {self.losses[-1]['loss']:.4f}"))
-        if self.before and self.after:
-            for when, scores in (("before", self.before), ("after", self.after)):
+        for when, scores in (("before", self.before), ("after", self.after)):
+            if scores:
                 rows += [(f"held-out {name} {when}", f"{value} ({ends})") for name, value, ends in score_rows(scores)]
         rows += [(f"seconds to {name}", f"{value:.1f}") for name, value in self.seconds.items()]
         width = max(len(name) for name, _ in rows)

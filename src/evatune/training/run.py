@@ -419,10 +419,10 @@ class _Run:
         return self.task.evaluate(model, bf16=uses_bf16(self.recipe.train), progress=self.progress)
 
     def _before(self, adapted: Any) -> dict[str, Any] | None:
-        """Evaluate before training; all methods but LoRA-One start as the base model. A resumed run remembers it."""
+        """Evaluate before training, if asked; all methods but LoRA-One start as the base model. Resuming remembers it."""
         path = self.folder / "before.json"
         if not path.is_file():
-            return self._evaluated("before", adapted)
+            return self._evaluated("before", adapted) if self.recipe.train.eval_before else None
         content = json.loads(path.read_text(encoding="utf-8"))
         return {name: value for name, value in content.items() if name != "outcomes"}
 
