@@ -150,7 +150,7 @@ def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def _check_stages(cell: Cell) -> None:
-    """Check that choosing sees no example that is reported, and that the report will have the untuned model's scores."""
+    """Check that choosing sees no example that is reported, and that the untuned model is scored."""
     point = points(cell.contender.grid)[0]
     validation, test = (runs_of(cell, stage, point)[0].recipe for stage in ("validation", "test"))
     validation.require("model", "data")

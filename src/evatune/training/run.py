@@ -419,7 +419,7 @@ class _Run:
         return self.task.evaluate(model, bf16=uses_bf16(self.recipe.train), progress=self.progress)
 
     def _before(self, adapted: Any) -> dict[str, Any] | None:
-        """Evaluate before training, if asked; all methods but LoRA-One start as the base model. Resuming remembers it."""
+        """Evaluate before training, or remember it; all methods but LoRA-One start as the base model."""
         path = self.folder / "before.json"
         if not path.is_file():
             return self._evaluated("before", adapted) if self.recipe.train.eval_before else None
