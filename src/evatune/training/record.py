@@ -30,7 +30,7 @@ class RunRecord:
     log: list[dict[str, float]]
     """Of each logged step: step, loss (mean since the last entry), grad_norm, learning_rate; also evaluations."""
     before: dict[str, Any] | None
-    """`evatune.tasks.scores.Scores.to_json` before training; None if there are no held-out data or it was not asked for."""
+    """Scores before training (`evatune.tasks.scores.Scores.to_json`); None without held-out data, or if not asked for."""
     after: dict[str, Any] | None
     """Scores after training."""
     data: dict[str, Any]
