@@ -30,7 +30,7 @@ class RunRecord:
     log: list[dict[str, float]]
     """Of each logged step: step, loss (mean since the last entry), grad_norm, learning_rate; also evaluations."""
     before: dict[str, Any] | None
-    """Scores before training (`evatune.tasks.scores.Scores.to_json`); None without held-out data, or if not asked for."""
+    """Scores before training (`evatune.tasks.scores.Scores.to_json`); None without held-out data or if not asked."""
     after: dict[str, Any] | None
     """Scores after training."""
     data: dict[str, Any]
