@@ -49,7 +49,7 @@ def test_runs_whose_record_is_there_are_not_repeated(sweep, fake_engine):
 def test_settings_that_have_come_since_do_not_make_it_another_sweep(sweep, fake_engine):
     results = compare(sweep(), fake_engine(best_in_the_middle))
     path = results.folder / "records.jsonl"
-    path.write_text(path.read_text().replace('"gradient_accumulation": 1, ', ""))
+    path.write_text(path.read_text().replace('"gradient_accumulation":1,', ""))
     again = fake_engine(best_in_the_middle)
     compare(sweep(), again)
     assert again.names == []
@@ -165,7 +165,7 @@ def test_results_of_another_sweep_or_version_are_refused(sweep, fake_engine):
     with pytest.raises(EvaError, match=r"of another sweep: train\.steps was None and is 9; choose another output"):
         compare(sweep(settings={"steps": 9}), fake_engine(best_in_the_middle))
     path = results.folder / "records.jsonl"
-    path.write_text(path.read_text().replace('"evatune": "0.1.0"', '"evatune": "0.0.7"'))
+    path.write_text(path.read_text().replace('"evatune":"0.1.0"', '"evatune":"0.0.7"'))
     with pytest.raises(EvaError, match=r"holds runs of evatune 0\.0\.7, and this is 0\.1\.0"):
         compare(sweep(), fake_engine(best_in_the_middle))
     compare(sweep(), fake_engine(best_in_the_middle), force=True)

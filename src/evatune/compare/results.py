@@ -1,7 +1,8 @@
 """The folder of a sweep's results: one file of records, to which every finished run adds a line.
 
 sweep.json      what was asked for
-records.jsonl   one line a run: settings, scores, outcomes, log, times, machine, or why there are none
+records.jsonl   a line for each run: settings, scores, outcomes, log, times, machine, or why there are none; what runs
+                share has lines of its own (`evatune.compare.packing`)
 choices.json    of each method on each task: the chosen setting, the scores of all that were tried
 runs/           the folders of the runs; their adapters stay only where the sweep says so
 spectra/        what was measured, once for all runs that start from the same spectra
@@ -16,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from evatune.compare.packing import Packer
 from evatune.compare.runs import Run
 from evatune.errors import EvaError
-from evatune.files import json_text, user_cache, write_json, write_text
+from evatune.files import user_cache, write_json, write_text
 from evatune.recipe import Recipe
 from evatune.training.folder import changed_settings
 from evatune.training.record import library_versions
@@ -44,13 +46,14 @@ class Results:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.records: dict[str, Record] = {record["name"]: record for record in _read(self.folder / RECORDS)}
+        self._packer = Packer()
+        self.records: dict[str, Record] = {record["name"]: record for record in self._read(self.folder / RECORDS)}
         """The newest record of each run, by its name."""
 
     def add(self, record: Record) -> None:
         """Write a record to its end, so that it stays whatever happens next."""
         with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
-            file.write(json_text(record) + "\n")
+            file.write(self._packer.lines(record))
             file.flush()
             os.fsync(file.fileno())
         self.records[record["name"]] = record
@@ -122,11 +125,26 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("w") as lock:
             _take(lock, self.folder)
-            if (self.folder / RECORDS).is_file():  # without the part of a line that a crash may have left
-                write_text(self.folder / RECORDS, "".join(json_text(record) + "\n" for record in self.records.values()))
+            if (self.folder / RECORDS).is_file():  # without half a line of a crash, and short if it was written long
+                self._packer = Packer()
+                write_text(self.folder / RECORDS, "".join(map(self._packer.lines, self.records.values())))
             asked = {key: value for key, value in sweep.items() if key != "output"}  # the folder may be moved
             write_json(self.folder / SWEEP, {"evatune": version, "sweep": portable(asked, self.folder)}, indent=1)
             yield
+
+    def _read(self, path: Path) -> Iterator[Record]:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = self._packer.read(line)
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines):  # a crash cut it short: the run is done again
+                    return
+                raise EvaError(
+                    f"{path}, line {number} is no record of a run; remove it, and the run is done again."
+                ) from None
+            if record is not None:
+                yield record
 
 
 def record_of(
@@ -177,11 +195,11 @@ def record_of(
         {key: _rounded(value) for key, value in entry.items() if key not in _STATED} for entry in content["log"]
     ]
     for when in ("before", "after"):
-        record[when] = content[when]
+        record[when] = short = _rounded(content[when], digits=6)
         path = folder / f"{when}.json"
         if run.stage == "test" and path.is_file():
             outcomes = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
-            record[when] = content[when] | {"outcomes": _rounded(outcomes, digits=4)}
+            record[when] = short | {"outcomes": _rounded(outcomes, digits=4)}
     return record
 
 
@@ -221,21 +239,6 @@ def _with_new_settings(content: dict[str, Any]) -> dict[str, Any]:
         return Recipe.from_dict(content).to_dict()
     except EvaError:
         return content
-
-
-def _read(path: Path) -> Iterator[Record]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            _ = record["name"], record["state"], record["recipe"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # a crash cut it short: the run is done again
-                return
-            raise EvaError(
-                f"{path}, line {number} is no record of a run; remove it, and the run is done again."
-            ) from None
-        yield record
 
 
 def _take(lock: Any, folder: Path) -> None:
