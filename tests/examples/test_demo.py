@@ -55,6 +55,16 @@ def test_the_whole_demo_on_a_tiny_model(demo, reviews, tiny_model, tmp_path, mon
     assert "exists already" in capsys.readouterr().err
 
 
+def test_the_data_alone(demo, reviews, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    monkeypatch.setattr(demo, "run_all", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data", str(reviews), "--only-data", "--output", str(output)])
+    assert demo.main() == 0
+    assert sorted(path.name for path in output.iterdir()) == ["data"]
+    assert str(output / "data") in capsys.readouterr().out
+    assert len((output / "data" / "train.jsonl").read_text().splitlines()) == 24
+
+
 def test_a_sentence_becomes_a_prompt_with_one_answer(demo, reviews, tmp_path):
     source = demo.write_data(tmp_path / "data", folder=reviews, seed=0)
     assert "SST-2" in source
