@@ -13,6 +13,7 @@ import pytest
 from evatune.compare.command import open_engine
 from evatune.compare.loop import compare
 from evatune.compare.sweep import Sweep
+from evatune.errors import EvaError
 
 
 def pids_of_tasks() -> list[int]:
@@ -58,3 +59,21 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(tiny_sweep, monkeypat
     assert len(lines) == len({line["name"] for line in lines}) == 6
     assert {line["state"] for line in lines} == {"done"}
     assert sorted(line["tries"] for line in lines) == [1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_has_room_for_all_of_them(tiny_sweep):
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        sweep = Sweep.load(tiny_sweep(methods=["lora"], learning_rates=[1e-3]))
+        engine = open_engine(sweep, engine="ray", threads=1, processes=2)
+        assert engine.slots == 1
+        results = compare(sweep, engine, limit=1)
+        with pytest.raises(EvaError, match="a run needs 4 and 0; give fewer --threads"):
+            open_engine(sweep, engine="ray", threads=2, processes=2)
+    finally:
+        ray.shutdown()
+    (record,) = results.records.values()
+    assert record["state"] == "done" and record["machine"]["processes"] == 2

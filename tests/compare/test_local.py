@@ -14,7 +14,7 @@ import pytest
 
 from evatune.cli.main import main
 from evatune.compare.command import open_engine
-from evatune.compare.local import gpu_names
+from evatune.compare.local import gpu_names, gpus_of
 from evatune.compare.loop import compare
 from evatune.compare.results import Results
 from evatune.compare.standing import standings
@@ -98,6 +98,20 @@ def test_more_gpus_than_are_visible_are_refused(tiny_sweep, monkeypatch):
         gpu_names(1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert gpu_names(2) == ["0", "1"]
+
+
+def test_each_process_of_a_run_has_a_gpu_of_its_own(tiny_sweep, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpus_of(worker, ["4", "5", "6", "7"], 2) for worker in range(3)] == [["4", "5"], ["6", "7"], ["4", "5"]]
+    assert gpus_of(3, ["4", "5", "6", "7", "8"], 2) == ["6", "7"]
+    sweep = Sweep.load(tiny_sweep())
+    assert open_engine(sweep, gpus=4, processes=2).processes == 2
+    with pytest.raises(EvaError, match=r"--gpus is 2 and --processes 4, .*; give --processes 2, or other --gpus"):
+        open_engine(sweep, gpus=2, processes=4)
+    with pytest.raises(EvaError, match="--gpus is 2 and --processes 1"):
+        open_engine(sweep, engine="ray", gpus=2)
+    with pytest.raises(EvaError, match="--processes is 0, but must be at least 1"):
+        open_engine(sweep, processes=0)
 
 
 def test_ray_is_asked_for_where_it_is_missing(tiny_sweep, monkeypatch):

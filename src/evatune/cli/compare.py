@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, metavar="N", help="runs at a time (default: 1; ray: all there is room for)"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="processor threads of each run (default: its share)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="processor threads of each process (default: its share)"
+    )
+    group.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes of each run, one GPU each (default: 1)"
+    )
     group.add_argument(
         "--gpus", type=int, default=0, metavar="N", help="GPUs that local workers share; ray: of each run"
     )
@@ -54,7 +59,14 @@ def run(args: argparse.Namespace) -> None:
         expected = forecast(sweep, workers=args.workers or 1)
         answer(args, text=expected.text(), content=expected.to_json())
         return
-    engine = open_engine(sweep, engine=args.engine, workers=args.workers, threads=args.threads, gpus=args.gpus)
+    engine = open_engine(
+        sweep,
+        engine=args.engine,
+        workers=args.workers,
+        threads=args.threads,
+        gpus=args.gpus,
+        processes=args.processes,
+    )
     results = compare(sweep, engine, limit=args.limit, again=args.again, force=args.force, say=say)
     standing = standings(results)
     board = Board(rows=standing.rows)

@@ -177,15 +177,27 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _fail(args: argparse.Namespace, message: str) -> int:
-    if not launch.says_first(message):
-        return 1
-    is_first = launch.launched_as() == 0
-    print(f"evatune: {message}", file=sys.stderr if is_first else sys.__stderr__)
-    if not is_first:
-        return 1
-    if args.json and not getattr(args, "answered", False):  # one object, also if what was saved has been told
-        print(json_text({"error": message}))
+    with _not_terminated():
+        if not launch.says_first(message):
+            return 1
+        is_first = launch.launched_as() == 0
+        print(f"evatune: {message}", file=sys.stderr if is_first else sys.__stderr__, flush=True)
+        if args.json and not getattr(args, "answered", False):  # one object, also if what was saved has been told
+            print(json_text({"error": message}), file=sys.stdout if is_first else sys.__stdout__, flush=True)
     return 1
+
+
+@contextlib.contextmanager
+def _not_terminated() -> Iterator[None]:
+    """Let SIGTERM wait: a launcher sends it to all when one process ends, which may not be the one that tells why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

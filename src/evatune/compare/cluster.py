@@ -17,14 +17,15 @@ class RayEngine:
 
     Args:
         workers: runs at a time; by default as many as the cluster has room for.
-        threads: processors of each run.
-        gpus: accelerators of each run, 0 or 1.
+        threads: processors of each process.
+        gpus: accelerators of each run: none, or one for each process.
+        processes: processes of each run, all on one machine.
 
     Raises:
         EvaError: Ray is not installed, or the cluster has no room for a single run.
     """
 
-    def __init__(self, *, workers: int | None, threads: int, gpus: int = 0) -> None:
+    def __init__(self, *, workers: int | None, threads: int, gpus: int = 0, processes: int = 1) -> None:
         try:
             import ray
         except ImportError:
@@ -33,23 +34,24 @@ class RayEngine:
         self._is_ours = not ray.is_initialized()
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         resources = ray.cluster_resources()
-        room = int(resources.get("CPU", 0) // threads)
+        processors = threads * processes
+        room = int(resources.get("CPU", 0) // processors)
         if gpus:
             room = min(room, int(resources.get("GPU", 0) // gpus))
         if room < 1:
             has = f"{resources.get('CPU', 0):g} processors and {resources.get('GPU', 0):g} GPUs"
             raise EvaError(
-                f"the Ray cluster has {has}, and a run needs {threads} and {gpus}; give fewer --threads, or start more "
-                "nodes."
+                f"the Ray cluster has {has}, and a run needs {processors} and {gpus}; give fewer --threads, or start "
+                "more nodes."
             )
-        self.slots, self.threads = min(workers or room, room), threads
+        self.slots, self.threads, self._processes = min(workers or room, room), threads, processes
         # A task that dies is started again by the sweep, which counts how often.
-        self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(attempt)
+        self._task: Any = ray.remote(num_cpus=processors, num_gpus=gpus, max_retries=0)(attempt)
         self._running: dict[Any, Job] = {}
 
     def start(self, job: Job) -> None:
         """Hand a job to the cluster."""
-        self._running[self._task.remote(job.recipe)] = job
+        self._running[self._task.remote(job.recipe, processes=self._processes)] = job
 
     def finished(self) -> list[tuple[Job, Outcome]]:
         """Wait until a task is done or its process dead, and return what became of its job."""

@@ -26,6 +26,7 @@ def open_engine(
     workers: int | None = None,
     threads: int | None = None,
     gpus: int = 0,
+    processes: int = 1,
 ) -> Engine:
     """Return the engine that does the runs; its processes start with the first of them.
 
@@ -33,22 +34,34 @@ def open_engine(
         sweep: its folder gets what the workers print.
         engine: processes of this machine, or tasks of a Ray cluster.
         workers: runs at a time; by default 1, and on a cluster as many as there is room for.
-        threads: processor threads of each; by default its share of the processors, and on a cluster 1.
+        threads: processor threads of each process; by default its share of the processors, and on a cluster 1.
         gpus: accelerators that local workers share, or that each run of a cluster has.
+        processes: processes of each run, which share its batches; with accelerators, each has one of its own.
 
     Raises:
         EvaError: a number is out of range, CUDA_VISIBLE_DEVICES names fewer GPUs, or Ray is missing.
     """
-    for name, value, low in (("workers", workers, 1), ("threads", threads, 1), ("gpus", gpus, 0)):
+    for name, value, low in (
+        ("workers", workers, 1),
+        ("threads", threads, 1),
+        ("gpus", gpus, 0),
+        ("processes", processes, 1),
+    ):
         if value is not None and value < low:
             raise EvaError(f"--{name} is {value}, but must be at least {low}.")
+    if gpus and (gpus < processes or (engine == "ray" and gpus > processes)):
+        raise EvaError(
+            f"--gpus is {gpus} and --processes {processes}, but each process of a run has one GPU; give --processes "
+            f"{gpus}, or other --gpus."
+        )
     if engine == "ray":
         from evatune.compare.cluster import RayEngine
 
-        return RayEngine(workers=workers, threads=threads or 1, gpus=gpus)
+        return RayEngine(workers=workers, threads=threads or 1, gpus=gpus, processes=processes)
     from evatune.compare.local import LocalEngine, gpu_names
 
     workers = workers or 1
     gpu_names(gpus)
-    share = max(1, (os.cpu_count() or 1) // workers)
-    return LocalEngine(workers=workers, threads=threads or share, logs=Path(sweep.output) / RUNS, gpus=gpus)
+    share = max(1, (os.cpu_count() or 1) // (workers * processes))
+    logs = Path(sweep.output) / RUNS
+    return LocalEngine(workers=workers, threads=threads or share, logs=logs, gpus=gpus, processes=processes)

@@ -41,7 +41,7 @@ class Engine(Protocol):
     slots: int
     """Runs at a time."""
     threads: int
-    """Processor threads of each."""
+    """Processor threads of each process of a run."""
 
     def start(self, job: Job) -> None:
         """Start a job; at most `slots` are started and not finished."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,6 +36,17 @@ def gpu_names(count: int) -> list[str]:
     return named[:count]
 
 
+def gpus_of(worker: int, names: Sequence[str], processes: int) -> Sequence[str]:
+    """Return the accelerators of a worker, one for each process; there are at least so many.
+
+    Example:
+        >>> [gpus_of(worker, ["0", "1", "2", "3"], 2) for worker in range(3)]
+        [['0', '1'], ['2', '3'], ['0', '1']]
+    """
+    start = worker % (len(names) // processes) * processes
+    return names[start : start + processes]
+
+
 class LocalEngine:
     """Worker processes on this machine; see `evatune.compare.engine.Engine`.
 
@@ -42,11 +54,12 @@ class LocalEngine:
         workers: processes, each of which does one run at a time.
         threads: processor threads of each.
         logs: folder of what they print.
-        gpus: accelerators; worker i uses number i modulo this.
+        gpus: accelerators; each worker uses as many as it has processes, and workers share them where they are few.
+        processes: processes of each run.
     """
 
-    def __init__(self, *, workers: int, threads: int, logs: Path, gpus: int = 0) -> None:
-        self.slots, self.threads, self.logs, self.gpus = workers, threads, logs, gpus
+    def __init__(self, *, workers: int, threads: int, logs: Path, gpus: int = 0, processes: int = 1) -> None:
+        self.slots, self.threads, self.logs, self.gpus, self.processes = workers, threads, logs, gpus, processes
         self._context = multiprocessing.get_context("spawn")
         self._free = list(range(workers))
         self._workers: dict[int, tuple[Any, Connection]] = {}
@@ -98,11 +111,15 @@ class LocalEngine:
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         environment["TRANSFORMERS_VERBOSITY"] = "error"
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu_names(self.gpus)[number % self.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(number, gpu_names(self.gpus), self.processes))
         process = self._context.Process(
             target=work,
             args=(theirs,),
-            kwargs={"log": str(self.logs / f"worker-{number}.log"), "environment": environment},
+            kwargs={
+                "log": str(self.logs / f"worker-{number}.log"),
+                "environment": environment,
+                "processes": self.processes,
+            },
             name=f"evatune-worker-{number}",
         )
         process.start()

@@ -234,7 +234,7 @@ class _Run:
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             resumed_from=resumed_from,
             versions=library_versions(),
-            machine=describe_machine(),
+            machine=describe_machine() | {"processes": launch.n_processes()},
             started=started.isoformat(timespec="seconds"),
             fingerprints=fingerprints(weights=self.weights, data=self.data),
             peak_memory_gib=peak_memory_gib(),
