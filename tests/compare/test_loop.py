@@ -171,6 +171,21 @@ def test_results_of_another_sweep_or_version_are_refused(sweep, fake_engine):
     compare(sweep(), fake_engine(best_in_the_middle), force=True)
 
 
+def test_a_file_that_is_gone_is_named(sweep, fake_engine, tmp_path):
+    """Without it the recipe has no path any more, and would look like one of another sweep."""
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("")
+    compare(sweep(), fake_engine(best_in_the_middle))
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    match = rf"was made with {tmp_path}/train\.jsonl, and this file is not there; put it back"
+    with pytest.raises(EvaError, match=match):
+        compare(sweep(), fake_engine(best_in_the_middle))
+    (tmp_path / "moved.jsonl").rename(tmp_path / "train.jsonl")
+    again = fake_engine(best_in_the_middle)
+    compare(sweep(), again)
+    assert again.names == []
+
+
 def test_two_processes_do_not_write_into_one_folder(sweep, fake_engine):
     results = Results(sweep().output)
     with results.writing({}), pytest.raises(EvaError, match="another process writes into"):

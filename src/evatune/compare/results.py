@@ -62,12 +62,18 @@ class Results:
         """Return the record of a run, or None if it is still to be done.
 
         Raises:
-            EvaError: a run of this name was made with other settings.
+            EvaError: a run of this name was made with other settings, or with a file that is not there now.
         """
         record = self.records.get(run.name)
         if record is None:
             return None
         if changed := changed_settings(_with_new_settings(record["recipe"]), self.recipe_of(run)):
+            files = [os.path.normpath(self.folder / path) for path in _paths_in(record["recipe"]["data"])]
+            if missing := next((file for file in files if not os.path.exists(file)), None):
+                raise EvaError(
+                    f"{self.folder} holds {run.name}, which was made with {missing}, and this file is not there; put "
+                    "it back, or choose another output."
+                )
             raise EvaError(
                 f"{self.folder} holds {run.name} of another sweep: {'; '.join(changed)}; choose another output, or "
                 f"remove the line from {RECORDS}."
@@ -223,6 +229,19 @@ def portable(value: Any, folder: Path) -> Any:
     if "/" in value and os.path.exists(value):
         return os.path.relpath(value, folder)
     return value
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """Return the paths in what `portable` returned; a name of a hub begins with neither a dot nor a variable."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _paths_in(item)
+    elif isinstance(value, str) and value.startswith(("../", "${")):
+        yield value.replace("${EVATUNE_CACHE}", str(user_cache())).replace(
+            "${EVATUNE_DATA}", os.environ.get("EVATUNE_DATA") or "${EVATUNE_DATA}"
+        )
 
 
 def is_whole(record: Record) -> bool:
