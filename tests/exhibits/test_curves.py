@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from evatune.exhibits import curves
 from evatune.exhibits.scores import scores
 from evatune.exhibits.view import View
+from evatune.report import comparisons
+from evatune.report.style import looks
 
 
 @pytest.fixture
@@ -54,3 +57,32 @@ def test_the_score_over_rho_has_a_curve_for_each_rank(results, drawn):
     (folder / "choices.json").write_text(json.dumps(choices))
     curves.rho(View(folders=(str(folder),)))
     assert list(drawn["curves"]) == ["eva r=4 α=1", "eva r=8 α=1"]
+
+
+def test_many_methods_have_a_panel_each(results):
+    curve = ([1, 2, 3], [0.5, 0.4, 0.3], [0.4, 0.3, 0.2], [0.6, 0.5, 0.4])
+    names = ["eva ρ=1", "lora", "lora+", "rslora", "pissa", "full", "dora", "olora"]
+    figure = comparisons.bands(dict.fromkeys(names, curve), x="step", y="loss", title="Loss", against="lora")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == names
+    dashed = [sum(line.get_linestyle() == "--" for line in axes.lines) for axes in shown]
+    assert dashed == [1, 0, 1, 1, 1, 1, 1, 1]
+    assert "dashed: lora" in figure.get_suptitle()
+    assert len(comparisons.bands(dict.fromkeys(names[:6], curve), x="step", y="loss", title="Loss").axes) == 1
+
+
+def test_labels_of_points_that_are_close_do_not_overlap():
+    assert comparisons.spread([0.0, 10.0], gap=1.0) == [0.0, 10.0]
+    assert comparisons.spread([1.0, 1.0, 1.0], gap=1.0) == pytest.approx([0.0, 1.0, 2.0])
+    found = comparisons.spread([3.0, 1.0, 1.1, 8.0, 0.9], gap=1.0)
+    order = sorted(range(5), key=lambda index: found[index])
+    assert order == [4, 1, 2, 0, 3] and found[3] == 8.0
+    assert all(found[b] - found[a] >= 1.0 - 1e-9 for a, b in itertools.pairwise(order))
+    assert comparisons.spread([], gap=1.0) == []
+
+
+def test_runs_of_one_colour_have_other_dashes():
+    names = ["lora", "eva ρ=1", "eva ρ=2", "full", "rslora", "pissa", "lora+", "dora", "olora", "milora", "lora-ga"]
+    found = looks(names)
+    assert len({(one["color"], str(one["linestyle"])) for one in found.values()}) == len(names)
+    assert found["eva ρ=1"]["color"] == found["eva ρ=2"]["color"]

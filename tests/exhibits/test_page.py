@@ -45,6 +45,8 @@ def test_the_page_holds_tables_figures_runs_and_failures(page):
     text = page.read_text(encoding="utf-8")
     for title in ("Scores", "sst2", "cola", "What failed", "All runs", "What was run"):
         assert f">{title}</h2>" in text
+    assert '<nav aria-label="Contents"><a href="#part-1">Scores</a> · <a href="#part-2">sst2</a>' in text
+    assert "<h3>Interquartile means with bootstrap intervals</h3>" in text
     assert "this task has no such layers." in text
     assert "<strong>0.8200 ± 0.0200</strong></a>" in text and 'href="#runs-sst2-eva' in text
     assert text.count("<img ") >= 8 and text.count("<details>") >= 6

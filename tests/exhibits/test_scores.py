@@ -116,6 +116,21 @@ def test_ranks_of_a_part_in_which_no_method_is_complete_are_refused(results, n_t
         scores.ranks(view)
 
 
+def test_a_method_with_fewer_seeds_is_not_marked_and_not_ranked(results):
+    """One lucky seed is not the best method, and ranks over the seeds that all share would be ranks over one."""
+    folder = results({"sst2": "accuracy"})
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [one for one in records if one["method"] != "eva ρ=1" or one["seed"] == 0]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    view = View(folders=(str(folder),))
+    cell = rows(scores.scores(view))["eva ρ=1"][1]
+    assert not isinstance(cell, Marked) and str(cell).endswith("(1 of 3 seeds)")
+    table = scores.ranks(view)
+    assert "eva ρ=1" not in rows(table)
+    assert "over 3 pairs of task and seed" in table.caption
+    assert "Without a score for every seed: eva ρ=1." in table.caption
+
+
 def test_costs_leave_out_runs_that_went_on_after_an_interruption(results):
     folder = results({"sst2": "accuracy"})
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,6 +11,7 @@ from evatune.compare.standing import title_of
 from evatune.errors import EvaError
 from evatune.exhibits.scores import ranking_of
 from evatune.exhibits.view import View
+from evatune.methods import parse_method
 from evatune.report import comparisons
 from evatune.report.figures import series, trailing_mean
 from evatune.report.style import Figure
@@ -57,7 +58,12 @@ def rates(view: View) -> Figure:
         if values:
             curves[choice["method"]] = (places, values, values, values)
     return comparisons.bands(
-        curves, x="learning rate", y=f"{metric} on validation data", title=f"Which rate, {view.one_task}", log_x=True
+        curves,
+        x="learning rate",
+        y=f"{metric} on validation data",
+        title=f"Which rate, {view.one_task}",
+        log_x=True,
+        against=_beside(view),
     )
 
 
@@ -106,18 +112,19 @@ def critical_difference(view: View) -> Figure:
 
 
 def cost(view: View) -> Figure:
-    """Draw the share of time that measuring and initializing take, of the runs that measured themselves."""
+    """Draw the share of time that measuring and initializing take, median of the runs that measured themselves."""
     shares = {}
     for method, records in view.test_runs(view.one_task).items():
         whole = []
         for record in filter(is_whole, records):
             seconds = record["seconds"]
             start = seconds.get("measure", 0.0) + seconds["prepare"]
-            if not record["recipe"]["measure"]["spectra"]:
+            if "measure" in seconds or not parse_method(record["recipe"]["adapter"]["method"]).method.needs_spectra:
                 whole.append(start / (start + seconds["train"]))
         if whole:
-            shares[method] = float(np.mean(whole))
-    return comparisons.bars(shares, x="share of the time", title=f"Start over start and training, {view.one_task}")
+            shares[method] = float(np.median(whole))
+    title = f"Start over start and training, {view.one_task}"
+    return comparisons.bars(shares, x="share of the time", title=title, form=".1%")
 
 
 def steps_saved(view: View) -> Table:
@@ -145,7 +152,16 @@ def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:
         y=f"{title.lower()}, mean of {SMOOTH} entries",
         title=f"{title}, {view.one_task}",
         log_y=log_y,
+        against=_beside(view),
     )
+
+
+def _beside(view: View) -> str | None:
+    """Return the method that each panel of a figure shows beside its own, if the sweep has the reference."""
+    try:
+        return view.board.reference(view.against)
+    except EvaError:
+        return None
 
 
 def _mean_curve(records: Sequence[Record], key: str) -> comparisons.Band:

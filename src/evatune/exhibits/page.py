@@ -13,7 +13,7 @@ from evatune.compare.standing import title_of
 from evatune.errors import EvaError
 from evatune.exhibits import FIGURES, TABLES, make
 from evatune.exhibits.view import View
-from evatune.report.page import Block, Folded, Picture, Section, row_id, write_page
+from evatune.report.page import Block, Folded, Heading, Picture, Section, row_id, write_page
 from evatune.tables import Marked, Table
 
 OVERALL = ("scores", "intervals", "improvement", "paired", "ranks", "wins", "settings", "costs")
@@ -40,11 +40,16 @@ def write_results_page(view: View, path: str | Path) -> Path:
     records = list(results.records.values())
     counts = Counter(record["state"] for record in records)
     missing = sum(choice["missing"] for choice in results.choices)
-    lead = f"{', '.join(board.methods)} on {', '.join(board.tasks)}: " + ", ".join(
+    methods = ", ".join(board.methods) if len(board.methods) <= 5 else f"{len(board.methods)} methods"
+    lead = f"{methods} on {', '.join(board.tasks)}: " + ", ".join(
         f"{count} runs {state}" for state, count in counts.items()
     )
     lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
-    overall: list[Block] = [HOW, *filter(None, (_table(view, name) for name in OVERALL))]
+    overall: list[Block] = [HOW]
+    for name in OVERALL:
+        if table := _table(view, name):
+            idea = TABLES[name].idea
+            overall += [Heading(text=f"{idea[0].upper()}{idea[1:]}"), table]
     sections = [Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)])]
     for task in board.tasks:
         one = dataclasses.replace(view, task=task)

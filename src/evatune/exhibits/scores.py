@@ -50,7 +50,7 @@ def scores(view: View) -> Table:
 
 
 def settings(view: View) -> Table:
-    """Return the setting that was chosen for each method on validation data, and grids that ended too early."""
+    """Return what was chosen for each method on validation data, and grids whose best value is at their end."""
     board = view.board
     rows = []
     for row in board.rows:
@@ -69,7 +69,7 @@ def settings(view: View) -> Table:
                 row.reason or None,
             ]
         )
-    headers = ["task", "method", "chosen on validation", "best at the end of", "test seeds", "why scores are missing"]
+    headers = ["task", "method", "chosen on validation", "open grid", "test seeds", "why scores are missing"]
     return Table(name="settings", headers=headers, rows=rows)
 
 
@@ -77,7 +77,8 @@ def intervals(view: View) -> Table:
     """Return the interquartile mean of each method over all tasks and seeds, with a stratified bootstrap interval."""
     board = view.board
     found = {m: stratified(interquartile_mean, board.values(m)) for m in board.complete}
-    cells = marked({m: f"{e.value:.4f}" for m, e in found.items()}, {m: e.value for m, e in found.items()})
+    ranked = {m: found[m].value for m in _with_all_seeds(board)}
+    cells = marked({m: f"{e.value:.4f}" for m, e in found.items()}, ranked)
     rows = [
         [m, cells[m], "one seed" if e.interval is None else f"{e.interval[0]:.4f} to {e.interval[1]:.4f}"]
         for m, e in found.items()
@@ -157,10 +158,13 @@ def ranks(view: View) -> Table:
     ranking, blocks = ranking_of(board)
     order = sorted(ranking.ranks.items(), key=lambda item: item[1])
     cells = marked({m: f"{rank:.2f}" for m, rank in order}, {m: -rank for m, rank in order})
+    friedman = f"Friedman's p is {ranking.p:.3g}" if math.isfinite(ranking.p) else "too few for Friedman's test"
     caption = (
         f"Mean rank over {ranking.n_blocks} {blocks}, 1 is best. Mean ranks that differ by less than "
-        f"{ranking.critical_difference:.2f} cannot be told apart (Nemenyi, 5%); Friedman's p is {ranking.p:.3g}."
+        f"{ranking.critical_difference:.2f} cannot be told apart (Nemenyi, 5%); {friedman}."
     )
+    left = [method for method in board.complete if method not in ranking.ranks]
+    caption += f" Without a score for every seed: {', '.join(left)}." if left else ""
     return Table(
         name="ranks",
         headers=["method", "mean rank"],
@@ -172,6 +176,8 @@ def ranks(view: View) -> Table:
 def ranking_of(board: Board) -> tuple[Ranking, str]:
     """Return the ranks of the complete methods, and what they are taken over: tasks, or seeds where tasks are few.
 
+    Over seeds, a method that has fewer of them than another one is left out, since all share each block.
+
     Raises:
         EvaError: fewer than two methods are complete, or they share no seed.
     """
@@ -181,8 +187,11 @@ def ranking_of(board: Board) -> tuple[Ranking, str]:
     if len(board.tasks) >= 5:
         means = {m: [float(task.mean()) for task in board.values(m)] for m in board.complete}
         return mean_ranks(means), "tasks"
+    ranked = _with_all_seeds(board)
+    if len(ranked) < 2:
+        raise EvaError(needed)
     shared = [
-        sorted(set.intersection(*(set(row.scores) for m in board.complete if (row := board.at(m, task)))))
+        sorted(set.intersection(*(set(row.scores) for m in ranked if (row := board.at(m, task)))))
         for task in board.tasks
     ]
     by_block = {
@@ -192,11 +201,17 @@ def ranking_of(board: Board) -> tuple[Ranking, str]:
             if (row := board.at(m, task))
             for seed in seeds
         ]
-        for m in board.complete
+        for m in ranked
     }
     if not any(by_block.values()):
         raise EvaError(needed)
     return mean_ranks(by_block), "pairs of task and seed"
+
+
+def _with_all_seeds(board: Board) -> list[str]:
+    """Return the complete methods that have as many scores as any of them."""
+    counts = {m: sum(map(len, board.values(m))) for m in board.complete}
+    return [m for m, count in counts.items() if count == max(counts.values())]
 
 
 def wins(view: View) -> Table:
@@ -229,8 +244,8 @@ def costs(view: View) -> Table:
                 name: [r["seconds"][name] for r in runs if name in r["seconds"]]
                 for name in ("measure", "prepare", "train")
             }
-            start = np.mean(seconds["prepare"]) + (np.mean(seconds["measure"]) if seconds["measure"] else 0.0)
-            train = np.mean(seconds["train"])
+            start = np.median(seconds["prepare"]) + (np.median(seconds["measure"]) if seconds["measure"] else 0.0)
+            train = np.median(seconds["train"])
             peak = [r["peak_memory_gib"] for r in runs if r.get("peak_memory_gib")]
             rows.append(
                 [
@@ -245,7 +260,7 @@ def costs(view: View) -> Table:
             )
     headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
     caption = (
-        "Means over the test runs that nothing interrupted. `start` is measuring, where a run measured itself, and "
+        "Medians over the test runs that nothing interrupted. `start` is measuring, where a run measured itself, and "
         "initializing."
     )
     return Table(name="costs", headers=headers, rows=rows, caption=caption)
@@ -273,7 +288,10 @@ def _column(board: Board, task: str) -> dict[str, object]:
             cells[method] = row.reason
             continue
         cells[method] = f"{row.mean:.4f}" + (f" ± {row.deviation:.4f}" if row.deviation is not None else "")
-        means[method] = board.sign(task) * row.mean
+        if len(row.scores) < row.n_seeds:  # not marked beside methods with all of theirs
+            cells[method] = f"{cells[method]} ({len(row.scores)} of {row.n_seeds} seeds)"
+        else:
+            means[method] = board.sign(task) * row.mean
     return marked(cells, means)
 
 

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from evatune.errors import EvaError
-from evatune.report.style import INK, MUTED, PALETTE, fresh_axes, looks, save, styled
+from evatune.report.style import GRID, INK, MUTED, PALETTE, fresh_axes, looks, save, styled
 
 __all__ = ["Band", "bands", "bars", "critical_difference", "matrix", "pareto"]
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 """Places, middle values, lower ends and upper ends of a curve."""
+MOST_IN_ONE, PANELS_IN_ROW = 6, 4
+"""Curves that are told apart in one panel; panels side by side."""
+LABEL_WIDTH, LABEL_GAP = 0.9, 0.15
+"""Inches that a label of a point takes."""
+LEADER = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 3}
+"""The line from a label to its point."""
+PAPER: Any = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8}}
+"""Text that lines do not cross."""
 
 
 @styled
@@ -30,9 +40,12 @@ def bands(
     title: str,
     log_x: bool = False,
     log_y: bool = False,
+    against: str | None = None,
     path: str | Path | None = None,
 ) -> Figure:
     """Draw a curve with a band for each label; curves of few points have markers.
+
+    More than six curves get a panel each, in which the others are grey and the one to compare with is dashed.
 
     Args:
         curves: by label.
@@ -41,6 +54,7 @@ def bands(
         title: of the figure.
         log_x: logarithmic places, with a tick at each of them if they are few.
         log_y: logarithmic values.
+        against: label of the curve that each panel shows beside its own; by default the first one.
         path: where to write the figure, as .svg, .png or .pdf.
 
     Raises:
@@ -48,11 +62,11 @@ def bands(
     """
     if not curves:
         raise EvaError(f"there is nothing to draw: no {y} over {x}.")
+    if len(curves) > MOST_IN_ONE:
+        return save(_panels(curves, x=x, y=y, title=title, log=(log_x, log_y), against=against), path)
     figure, axes = fresh_axes(7.2, 4.2)
     for label, look in looks(curves).items():
-        places, values, lows, highs = (np.asarray(part, dtype=float) for part in curves[label])
-        axes.fill_between(places, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
-        axes.plot(places, values, label=label, marker="o" if len(places) < 12 else None, markersize=4, **look)
+        _curve(axes, curves[label], label=label, **look)
     ticks = sorted({float(place) for places, *_ in curves.values() for place in places})
     if log_x:
         axes.set_xscale("log")
@@ -96,8 +110,8 @@ def pareto(
     figure, axes = fresh_axes(7.2, 4.6)
     for label, look in looks(points).items():
         cost, score, half = points[label]
-        axes.errorbar(cost, score, yerr=half or None, marker="o", capsize=3, linestyle="none", color=look["color"])
-        axes.annotate(label, (cost, score), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        bar = {"elinewidth": 1, "capsize": 2, "linestyle": "none", "color": look["color"]}
+        axes.errorbar(cost, score, yerr=half or None, marker="o", markersize=5, **bar)
     front = pareto_front(points, higher_is_better=higher_is_better)
     places = [points[label][:2] for label in front]
     axes.step(*zip(*places, strict=True), where="post", color=MUTED, linestyle="--", linewidth=1, zorder=0)
@@ -105,7 +119,50 @@ def pareto(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
+    _name_points(figure, axes, {label: points[label][:2] for label in points})
     return save(figure, path)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write labels to the right of their points; where points are close, the labels stand in a column with lines."""
+    axes.margins(x=0.16)
+    figure.draw_without_rendering()  # which places the axes
+    inches = axes.transData.transform(np.array(list(points.values()))) / figure.dpi
+    left = list(np.argsort(inches[:, 0]))
+    labels = list(points)
+    while left:
+        start = inches[left[0], 0]
+        column = [index for index in left if inches[index, 0] - start < LABEL_WIDTH]
+        left = left[len(column) :]
+        place = inches[column, 0].max() + 0.15
+        heights = spread([float(inches[index, 1]) for index in column], gap=LABEL_GAP)
+        for index, height in zip(column, heights, strict=True):
+            moved = abs(height - inches[index, 1]) > 0.03 or place - inches[index, 0] > 0.2
+            axes.annotate(
+                labels[index],
+                points[labels[index]],
+                xytext=((place - inches[index, 0]) * 72, (height - inches[index, 1]) * 72),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                arrowprops=LEADER if moved else None,
+            )
+
+
+def spread(values: Sequence[float], *, gap: float) -> list[float]:
+    """Return values near the given ones, in the same order, of which each two are this far apart at least."""
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(values))
+    blocks: list[list[float]] = []  # of values less their steps: where these fall, neighbours take their mean
+    for value in np.asarray(values, dtype=float)[order] - steps:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    found = np.concatenate([[float(np.mean(block))] * len(block) for block in blocks] or [[]]) + steps
+    back = np.empty_like(found)
+    back[order] = found
+    return [float(value) for value in back]
 
 
 def pareto_front(points: Mapping[str, Sequence[float]], *, higher_is_better: bool = True) -> list[str]:
@@ -139,7 +196,9 @@ def critical_difference(ranks: Mapping[str, float], distance: float, *, path: st
     for number, label in enumerate(order):
         y = -number - 0.6
         axes.plot([ranks[label], ranks[label]], [top, y], color=MUTED, linewidth=0.8)
-        axes.annotate(f"{label}  {ranks[label]:.2f}", (ranks[label], y), xytext=(4, 0), textcoords="offset points")
+        axes.annotate(
+            f"{label}  {ranks[label]:.2f}", (ranks[label], y), xytext=(4, 0), textcoords="offset points", **PAPER
+        )
     for number, (first, last) in enumerate(bars_):
         y = top - 0.35 - 0.35 * number
         axes.plot([ranks[first] - 0.03, ranks[last] + 0.03], [y, y], color=INK, linewidth=4, solid_capstyle="butt")
@@ -166,8 +225,10 @@ def alike(ranks: Mapping[str, float], distance: float) -> list[tuple[str, str]]:
 
 
 @styled
-def bars(values: Mapping[str, float], *, x: str, title: str, path: str | Path | None = None) -> Figure:
-    """Draw one horizontal bar with its number for each label.
+def bars(
+    values: Mapping[str, float], *, x: str, title: str, form: str = ".3g", path: str | Path | None = None
+) -> Figure:
+    """Draw one horizontal bar with its number, formatted by `form`, for each label.
 
     Raises:
         EvaError: there are none, or the suffix of `path` is unknown.
@@ -179,11 +240,13 @@ def bars(values: Mapping[str, float], *, x: str, title: str, path: str | Path | 
     axes.barh(places, list(values.values()), height=0.62, color=PALETTE[0], alpha=0.85)
     for place, value in zip(places, values.values(), strict=True):
         axes.annotate(
-            f"{value:.3g}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            f"{value:{form}}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_yticks(places, list(values))
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+    if form.endswith("%"):
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.12)
     axes.set_xlabel(x)
     axes.set_title(title)
@@ -216,6 +279,44 @@ def matrix(
     axes.set_title(title)
     figure.colorbar(image, label=name, shrink=0.8)
     return save(figure, path)
+
+
+def _panels(
+    curves: Mapping[str, Band], *, x: str, y: str, title: str, log: tuple[bool, bool], against: str | None
+) -> Figure:
+    """Return a figure with a panel for each curve."""
+    n_rows = -(-len(curves) // PANELS_IN_ROW)
+    figure = Figure(figsize=(7.2, 0.9 + 1.35 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, PANELS_IN_ROW, sharex=True, sharey=True, squeeze=False).ravel()
+    shared = against if against is not None and against in curves else next(iter(curves))
+    look = looks(curves)
+    for axes, label in zip(panels, curves, strict=False):
+        for other, (places, values, *_) in curves.items():
+            if other not in (label, shared):
+                axes.plot(places, values, color=GRID, linewidth=0.8, zorder=1)
+        if label != shared:
+            axes.plot(*curves[shared][:2], color=MUTED, linestyle="--", linewidth=1)
+        _curve(axes, curves[label], color=look[label]["color"])
+        axes.set_title(label, fontsize=9, pad=3)
+        axes.set_xscale("log" if log[0] else "linear")
+        axes.set_yscale("log" if log[1] else "linear")
+        if log[0]:
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(labelsize=7.5)
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(curves) - PANELS_IN_ROW) : len(curves)]:
+        axes.tick_params(labelbottom=True)
+    figure.suptitle(f"{title} (dashed: {shared}, grey: all others)", x=0.01, ha="left", fontsize=10, weight="bold")
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    return figure
+
+
+def _curve(axes: Axes, band: Band, **look: Any) -> None:
+    places, values, lows, highs = (np.asarray(part, dtype=float) for part in band)
+    axes.fill_between(places, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
+    axes.plot(places, values, marker="o" if len(places) < 12 else None, markersize=4, **look)
 
 
 def _legend(figure: Figure, n: int) -> None:

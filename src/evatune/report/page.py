@@ -20,7 +20,7 @@ from evatune.tables import Marked, Table, alignment, table_cells
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Folded", "Picture", "Section", "Table", "Verbatim", "row_id", "write_page"]
+__all__ = ["Folded", "Heading", "Picture", "Section", "Table", "Verbatim", "row_id", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,17 @@ class Folded:
     """The table."""
 
 
-Block = str | Table | Picture | Verbatim | Folded
+@dataclass(frozen=True, kw_only=True)
+class Heading:
+    """What the next blocks of a section are."""
+
+    text: str
+    """The heading."""
+
+
+LEAST_FOR_CONTENTS = 4
+"""Sections of a page that begins with links to them."""
+Block = str | Table | Picture | Verbatim | Folded | Heading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,7 @@ def write_page(path: str | Path, *, title: str, sections: Sequence[Section], lea
     Returns:
         The path.
     """
-    body = [f"<h1>{_escape(title)}</h1>", _paragraphs(lead, kind="lead")]
+    body = [f"<h1>{_escape(title)}</h1>", _paragraphs(lead, kind="lead"), _contents(sections)]
     for number, section in enumerate(sections, start=1):
         content = "\n".join(_html(block) for block in section.content)
         body.append(
@@ -89,6 +99,14 @@ def write_page(path: str | Path, *, title: str, sections: Sequence[Section], lea
     script = f"<script>{SCRIPT}</script>\n" if named else ""
     text = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, body)), script=script)
     return write_text(path, text)
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    """Return links to the sections, if they are more than a reader sees at once."""
+    if len(sections) < LEAST_FOR_CONTENTS:
+        return ""
+    links = [f'<a href="#part-{number}">{_escape(one.title)}</a>' for number, one in enumerate(sections, start=1)]
+    return f'<nav aria-label="Contents">{" · ".join(links)}</nav>'
 
 
 def row_id(table: str, title: str) -> str:
@@ -113,6 +131,8 @@ def _html(block: Block) -> str:
             return _picture(block)
         case Folded():
             return f"<details><summary>{_inline(block.title)}</summary>{_table(block.table)}</details>"
+        case Heading():
+            return f"<h3>{_inline(block.text)}</h3>"
         case Verbatim():
             return f'<pre tabindex="0">{_escape(block.text)}</pre>'
         case _:
@@ -208,6 +228,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 2rem 0 .25rem; }
 p { margin: .75rem 0; max-width: 42rem; }
 .lead { font-size: 1.1rem; color: var(--muted); }
 figure { margin: 1.25rem 0; }
@@ -219,6 +240,7 @@ th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px s
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
 a { color: var(--accent); }
+td a { text-decoration: underline dotted; }
 tr:target { background: var(--shade); }
 summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 th button { all: unset; cursor: pointer; color: inherit; font-weight: 600; }

@@ -93,15 +93,16 @@ def colours(labels: Iterable[str]) -> dict[str, str]:
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Give each run a colour and a dash: runs whose labels begin with the same word share the colour."""
+    """Give each run a colour and a dash of its own: runs whose labels begin with the same word share the colour."""
     labels = list(labels)
     first = {label: (label.split() or [""])[0] for label in labels}
     colour = colours(dict.fromkeys(first.values()))
     before: Counter[str] = Counter()
     chosen = {}
     for label in labels:
-        chosen[label] = {"color": colour[first[label]], "linestyle": _DASHES[before[first[label]] % len(_DASHES)]}
-        before[first[label]] += 1
+        own = colour[first[label]]
+        chosen[label] = {"color": own, "linestyle": _DASHES[before[own] % len(_DASHES)]}
+        before[own] += 1
     return chosen
 
 
