@@ -9,6 +9,9 @@ SKIPS      ?= $(if $(EVATUNE_DATA),0,13)
 BROWSER    := $(shell command -v chromium || command -v google-chrome)
 SLOW_SKIPS ?= $(shell expr $(if $(EVATUNE_DATA),0,3) + $(if $(BROWSER),0,2))
 
+# Processes that share the fast tests; each computes with one thread.
+WORKERS ?= 2
+
 .PHONY: install demo test test-slow mutants lint format clean
 
 install: $(VENV)/.installed
@@ -42,7 +45,7 @@ demo: $(VENV)/.data
 	$(BIN)/python examples/demo.py --output demo --overwrite
 
 test: $(VENV)/.data
-	$(BIN)/python -m pytest -m "not slow" --skips $(SKIPS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal --skips $(SKIPS)
 
 test-slow: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -m slow --skips $(SLOW_SKIPS)
