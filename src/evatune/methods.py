@@ -87,6 +87,8 @@ class Method:
     callbacks: tuple[str, ...] = ()
     """Homes of what training has to do besides, each a function that takes the checkpoint that training resumes from,
     or None, and returns a callback of transformers' `Trainer`."""
+    reads_gradients: bool = False
+    """Whether one of these callbacks reads the gradients of the adapter."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Options that make no sense with it, and why."""
 
@@ -144,6 +146,7 @@ METHODS: dict[str, Method] = {
             layers=_MATRICES,
             config="evatune.adapters.configs:adalora",
             callbacks=("evatune.training.adalora:AdaLoraCallback",),
+            reads_gradients=True,
             refuses=_alone("learns a singular value decomposition whose ranks change in training")
             | {"qlora": "is tested with full-precision weights only"},
         ),

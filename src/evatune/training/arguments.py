@@ -38,13 +38,12 @@ def check_processes(settings: TrainSettings) -> None:
         EvaError: they cannot share a batch equally, or the launcher asks for a sharded model.
     """
     check_shares(settings, n_processes=launch.n_processes())
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
-            raise EvaError(
-                f"finetune keeps the whole model in each process, and accelerate was configured for {name}; launch it "
-                "with torchrun, in 4 bits (--method eva+qlora) if the model needs it, or write the adapter with "
-                "`evatune init` and train it with a script of your own."
-            )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise EvaError(
+            "finetune keeps the whole model in each process, and accelerate was configured for FSDP; launch it with "
+            "torchrun, in 4 bits (--method eva+qlora) if the model needs it, or write the adapter with `evatune init` "
+            "and train it with a script of your own."
+        )
 
 
 def total_steps(settings: TrainSettings, *, n_examples: int) -> int:

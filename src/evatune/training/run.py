@@ -106,6 +106,7 @@ from evatune.training.setup import (
     uses_bf16,
 )
 from evatune.training.trainer import FiniteGradientCallback, RateCallback, TaskTrainer
+from evatune.training.zero import Zero, ZeroCallback, check_resumes, launched_zero
 
 
 def finetune(
@@ -135,9 +136,11 @@ def finetune(
     """
     recipe.require("model", "data", "output")
     recipe, plan = planned(recipe.with_absolute_paths())
+    check_processes(recipe.train)
     run = _Run(
         recipe=recipe,
         plan=plan,
+        zero=launched_zero(recipe),
         task=open_recipe(recipe),
         folder=Path(recipe.output),
         say=_printer(progress),
@@ -161,7 +164,6 @@ def finetune(
             Spectra.load(recipe.measure.spectra)  # what is wrong with them is told before weights are loaded
         if both := held_out_and_trained(recipe):
             run.say(f"note      {', '.join(both)} is trained on and held out: the scores after training are of memory")
-    check_processes(recipe.train)
     use_threads(recipe)
     launch.wait()  # from here on, the first process may write into the folder that all have looked at
     return run.execute(resume=resume)
@@ -173,6 +175,7 @@ class _Run:
 
     recipe: Recipe
     plan: RankPlan | None
+    zero: Zero | None
     task: Task
     folder: Path
     say: Callable[[str], None]
@@ -208,10 +211,14 @@ class _Run:
         n_base = sum(parameter.numel() for parameter in model.parameters())
         self.say(f"model     {recipe.model.name}, {n_base:,} parameters")
         self.say(f"data      {self.task.summary()}")
+        if self.zero:
+            self.say(f"zero      stage {self.zero.stage}, offload {self.zero.offload!r}")
         if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
             # The adapter's shape differs from layer to layer: build it before its weights are loaded from a checkpoint.
             adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
             checkpoint = last_checkpoint(self.folder, say=self.say)
+            if checkpoint:
+                check_resumes(checkpoint, self.zero)
             self._go_on(checkpoint)
         else:
             adapted, checkpoint = self._new_adapter(model), None
@@ -234,7 +241,9 @@ class _Run:
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             resumed_from=resumed_from,
             versions=library_versions(),
-            machine=describe_machine() | {"processes": launch.n_processes()},
+            machine=describe_machine()
+            | {"processes": launch.n_processes()}
+            | ({"zero": self.zero.kept()} if self.zero else {}),
             started=started.isoformat(timespec="seconds"),
             fingerprints=fingerprints(weights=self.weights, data=self.data),
             peak_memory_gib=peak_memory_gib(),
@@ -337,8 +346,9 @@ class _Run:
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
         interrupt = InterruptCallback()
+        skip = settings.allow_nonfinite
         callbacks: list[TrainerCallback] = [
-            FiniteGradientCallback(skip=settings.allow_nonfinite),
+            ZeroCallback(self.zero, skip=skip) if self.zero else FiniteGradientCallback(skip=skip),
             JsonLinesCallback(self.folder / LOG),
             RateCallback(),
             LastStepCallback(saves=settings.keep_checkpoints > 0),
@@ -359,13 +369,13 @@ class _Run:
                 checkpoints=self.folder / CHECKPOINTS,
                 n_examples=n_examples,
                 evaluates=len(task.held_out) > 0,
-                further=task.needs(model).arguments,
+                further={**task.needs(model).arguments, **(self.zero.arguments(settings) if self.zero else {})},
             ),
             train_dataset=task.train,
             eval_dataset=task.held_out,
             data_collator=task.collate,
             callbacks=callbacks,
-            optimizers=(self._optimizer(model), None),
+            make_optimizer=partial(self._optimizer, model),
         )
         trainer.add_callback(ChecksumCallback())  # after all that write into checkpoints
         for noisy in (PrinterCallback, ProgressCallback):

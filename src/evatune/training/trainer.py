@@ -23,12 +23,26 @@ class TaskTrainer(Trainer):
     Args:
         settings: the recipe's section `train`.
         score: returns the scores of the model as it is; None where nothing is held out.
+        make_optimizer: returns the optimizer, or None for the Trainer's own; it is called when training begins.
         options: arguments of `Trainer`.
     """
 
-    def __init__(self, *, settings: TrainSettings, score: Callable[[], Scores] | None, **options: Any) -> None:
-        self.settings, self.score = settings, score
+    def __init__(
+        self,
+        *,
+        settings: TrainSettings,
+        score: Callable[[], Scores] | None,
+        make_optimizer: Callable[[], torch.optim.Optimizer | None],
+        **options: Any,
+    ) -> None:
+        self.settings, self.score, self.make_optimizer = settings, score, make_optimizer
         super().__init__(**options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer()
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -108,13 +122,20 @@ class FiniteGradientCallback(TrainerCallback):
         Raises:
             EvaError: it is not finite, and such steps are not to be skipped.
         """
-        model: nn.Module = kwargs["model"]
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))  # clips nothing
+        norm = self.norm(kwargs["model"], kwargs["optimizer"])
         if math.isfinite(norm):
             return
         if not self.skip:
             raise EvaError(_not_finite("gradient's norm", norm, step=state.global_step + 1))
-        model.zero_grad(set_to_none=True)  # an optimizer leaves weights without gradient alone
+        self.drop(kwargs["model"], kwargs["optimizer"])
+
+    def norm(self, model: nn.Module, optimizer: Any) -> float:
+        """Return the norm of all gradients."""
+        return float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))  # clips nothing
+
+    def drop(self, model: nn.Module, optimizer: Any) -> None:
+        """Take the gradients away: an optimizer leaves weights without gradient alone."""
+        model.zero_grad(set_to_none=True)
 
 
 def _not_finite(what: str, value: float, *, step: int) -> str:
