@@ -225,13 +225,14 @@ def test_loraplus_has_a_higher_rate_for_b(recipe, monkeypatch):
     groups = []
 
     class Watched(TaskTrainer):
-        def train(self, *args, **kwargs):
+        def create_optimizer(self, model=None):
+            made = super().create_optimizer(model)
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            for group in self.optimizer.param_groups:
+            for group in made.param_groups:
                 groups.append(
                     (group["lr"], group["weight_decay"], {names[id(p)].split(".")[-3] for p in group["params"]})
                 )
-            return super().train(*args, **kwargs)
+            return made
 
     monkeypatch.setattr(run_module, "TaskTrainer", Watched)
     train = {"learning_rate": 1e-3, "lora_plus_ratio": 4, "weight_decay": 0.1}

@@ -136,8 +136,13 @@ class ZeroCallback(FiniteGradientCallback):
         return math.inf if optimizer.step_was_skipped else 0.0
 
     def drop(self, model: nn.Module, optimizer: Any) -> None:
-        """Let the learning rate go on, as it does after a step that is skipped without ZeRO."""
-        optimizer.optimizer.overflow = False
+        """Take the divided gradients away, which DeepSpeed 0.19 would add to those of the next steps under offload.
+
+        The learning rate goes on, as it does after a step that is skipped without ZeRO.
+        """
+        parts = optimizer.optimizer
+        parts.averaged_gradients = dict.fromkeys(parts.averaged_gradients)
+        parts.overflow = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note in the checkpoint how it was written."""
