@@ -16,6 +16,9 @@ from evatune.compare.statistics import (
 
 def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
     assert interquartile_mean([np.array([0.0, 1.0, 2.0, 1000.0]), np.array([-1000.0, 3.0, 4.0, 5.0])]) == 2.5
+    for n in range(1, 12):
+        values = np.random.default_rng(n).normal(size=n)
+        assert interquartile_mean([values]) == pytest.approx(stats.trim_mean(values, 0.25))
 
 
 def test_an_interval_covers_the_true_mean_as_often_as_it_says():

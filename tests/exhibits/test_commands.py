@@ -102,3 +102,20 @@ def test_adapters_that_a_sweep_kept_are_compared(results, tmp_path, capsys):
         assert main(["table", name, str(folder)]) == 0
     for name in [name for name, row in FIGURES.items() if row.of == ADAPTERS]:
         assert main(["figure", name, str(folder), "--save", str(tmp_path / f"{name}.png")]) == 0
+
+
+def test_one_command_writes_the_page_and_every_table_and_figure(results, tmp_path, capsys):
+    folder = results()
+    assert main(["report", str(folder), "--files", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (folder / "report.html").is_file()
+    tables = {path.name for path in (folder / "tables").iterdir()}
+    assert {"scores.md", "scores.csv", "scores.tex", "steps-sst2.md", "steps-cola.md"} <= tables
+    figures = {path.stem for path in (folder / "figures").iterdir()}
+    of_tasks = {f"{name}-{task}" for name, row in FIGURES.items() if row.of_task for task in ("sst2", "cola")}
+    assert figures | content["missing"].keys() >= of_tasks | {"critical-difference"}
+    assert content["missing"]["movement-sst2"].endswith("run the sweep with `keep: adapters`.")
+    assert len(content["files"]) == len(tables) + len(figures)
+    assert "| method  | parameters |" in (folder / "tables" / "scores.md").read_text(encoding="utf-8")
+    assert main(["report", str(folder), str(folder), "--save", str(tmp_path / "page.html")]) == 1
+    assert "--save names one page, and 2 folders were given; leave it out." in capsys.readouterr().err

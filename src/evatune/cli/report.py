@@ -7,22 +7,29 @@ import argparse
 from evatune.cli.options import answer
 
 SUMMARY = "write the results of a sweep as one HTML page"
-USAGE = "RESULTS"
+USAGE = "RESULTS..."
 DESCRIPTION = """
 Write one self-contained HTML file about a folder of results of `evatune compare`: scores and their statistics, figures
-with their numbers, every run, and what failed. It needs no network and no other file.
+with their numbers, every run, and what failed. It needs no network and no other file. With --files, every table and
+figure of the results also becomes a file of its own.
 """
 EXAMPLES = """
 examples:
   evatune report results/first
   evatune report results/first --save page.html --against lora
+  evatune report results/* --files
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("results", metavar="RESULTS", help="folder that `evatune compare` wrote")
+    parser.add_argument("results", metavar="RESULTS", nargs="+", help="folders that `evatune compare` wrote")
     parser.add_argument("--save", metavar="FILE", help="the page (default: report.html in the folder, replaced)")
+    parser.add_argument(
+        "--files",
+        action="store_true",
+        help="also write all tables (Markdown, CSV, LaTeX) and figures (SVG) beside it",
+    )
     parser.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
     parser.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
@@ -30,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from pathlib import Path
+    from evatune.exhibits.every import write_reports
 
-    from evatune.exhibits.page import write_results_page
-    from evatune.exhibits.view import View
-    from evatune.files import check_writable
-
-    view = View(folders=(args.results,), score=args.score, against=args.against)
-    path = check_writable(args.save, overwrite=args.overwrite) if args.save else Path(args.results) / "report.html"
-    write_results_page(view, path)
-    answer(args, text=f"page      {path}", content={"page": str(path)})
+    reports = write_reports(
+        args.results,
+        save=args.save,
+        overwrite=args.overwrite,
+        files=args.files,
+        score=args.score,
+        against=args.against,
+    )
+    answer(args, text=reports.text(), content=reports.to_json())

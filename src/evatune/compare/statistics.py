@@ -29,7 +29,9 @@ class Estimate:
 
 def interquartile_mean(scores: Array) -> float:
     """Return the mean of the middle half of all scores."""
-    return float(stats.trim_mean(np.concatenate([np.ravel(task) for task in scores]), 0.25))
+    ordered = np.sort(np.concatenate([np.ravel(task) for task in scores]))
+    cut = len(ordered) // 4  # as `scipy.stats.trim_mean`, which takes a hundred times as long for a few numbers
+    return float(ordered[cut : len(ordered) - cut].mean())
 
 
 def stratified(

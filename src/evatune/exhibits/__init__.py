@@ -29,10 +29,12 @@ class Exhibit:
     """Home of the function that takes a view and returns a table or a figure."""
     paper: str = ""
     """What it is in the paper."""
+    of_task: bool = False
+    """Whether it shows a single task of the results."""
 
 
-def _row(idea: str, of: str, home: str, paper: str = "") -> Exhibit:
-    return Exhibit(idea=idea, of=of, home=f"evatune.exhibits.{home}", paper=paper)
+def _row(idea: str, of: str, home: str, paper: str = "", *, of_task: bool = False) -> Exhibit:
+    return Exhibit(idea=idea, of=of, home=f"evatune.exhibits.{home}", paper=paper, of_task=of_task)
 
 
 TABLES: dict[str, Exhibit] = {
@@ -49,31 +51,37 @@ TABLES: dict[str, Exhibit] = {
     "ranks": _row("mean ranks of the methods, and the critical difference", RESULTS, "scores:ranks"),
     "wins": _row("wins, ties and losses against the reference", RESULTS, "scores:wins"),
     "costs": _row("time to start and to train, peak memory", RESULTS, "scores:costs", "Table 25"),
-    "steps": _row("steps to reach the reference's final training loss", RESULTS, "curves:steps_saved"),
+    "steps": _row("steps to reach the reference's final training loss", RESULTS, "curves:steps_saved", of_task=True),
     "budget": _row("rank and parameters of each kind of matrix over ρ", SPECTRA, "ranks:budget"),
     "metrics": _row("ranks by metric of explained variance", SPECTRA, "ranks:metrics"),
-    "movement": _row("how far training moved A, by matrix", ADAPTERS, "adapters:moved", "Table 8"),
-    "distance": _row("how far apart methods end, by matrix", ADAPTERS, "adapters:apart", "Table 7"),
+    "movement": _row("how far training moved A, by matrix", ADAPTERS, "adapters:moved", "Table 8", of_task=True),
+    "distance": _row("how far apart methods end, by matrix", ADAPTERS, "adapters:apart", "Table 7", of_task=True),
 }
 """All tables by name."""
 
 FIGURES: dict[str, Exhibit] = {
-    "loss": _row("training loss over the steps", RESULTS, "curves:loss", "Figures 2 left, 6"),
-    "gradients": _row("gradient norm over the steps", RESULTS, "curves:gradients"),
-    "first-gradient": _row("gradient norm of the first step", RESULTS, "curves:first_gradient", "Theorem 3.2"),
-    "rates": _row("validation score over the learning rate", RESULTS, "curves:rates"),
-    "parameters": _row(
-        "score over trainable parameters, with the Pareto front", RESULTS, "curves:parameters", "Figures 3, 4, Table 13"
+    "loss": _row("training loss over the steps", RESULTS, "curves:loss", "Figures 2 left, 6", of_task=True),
+    "gradients": _row("gradient norm over the steps", RESULTS, "curves:gradients", of_task=True),
+    "first-gradient": _row(
+        "gradient norm of the first step", RESULTS, "curves:first_gradient", "Theorem 3.2", of_task=True
     ),
-    "rho": _row("score over ρ", RESULTS, "curves:rho", "Figure 14"),
+    "rates": _row("validation score over the learning rate", RESULTS, "curves:rates", of_task=True),
+    "parameters": _row(
+        "score over trainable parameters, with the Pareto front",
+        RESULTS,
+        "curves:parameters",
+        "Figures 3, 4, Table 13",
+        of_task=True,
+    ),
+    "rho": _row("score over ρ", RESULTS, "curves:rho", "Figure 14", of_task=True),
     "critical-difference": _row("mean ranks, and which cannot be told apart", RESULTS, "curves:critical_difference"),
-    "cost": _row("time to start as a share of the run", RESULTS, "curves:cost", "Table 25"),
+    "cost": _row("time to start as a share of the run", RESULTS, "curves:cost", "Table 25", of_task=True),
     "rank-maps": _row("ranks and their changes over ρ", SPECTRA, "ranks:maps", "Figures 7 to 10, 12, 13"),
     "variance": _row("variance that the first components explain", SPECTRA, "ranks:variance"),
     "convergence": _row("share of inputs that converged over time", SPECTRA, "ranks:convergence", "Figure 5 left"),
     "similarity": _row("overlap of components between measurements", SPECTRA, "ranks:similar", "Figures 5 right, 11"),
-    "movement": _row("how far training moved A", ADAPTERS, "adapters:moved_figure", "Figure 2 right"),
-    "updates": _row("cosines of trained updates between methods", ADAPTERS, "adapters:updates"),
+    "movement": _row("how far training moved A", ADAPTERS, "adapters:moved_figure", "Figure 2 right", of_task=True),
+    "updates": _row("cosines of trained updates between methods", ADAPTERS, "adapters:updates", of_task=True),
 }
 """All figures by name."""
 

@@ -52,7 +52,7 @@ def write_results_page(view: View, path: str | Path) -> Path:
             overall += [Heading(text=f"{idea[0].upper()}{idea[1:]}"), table]
     sections = [Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)])]
     for task in board.tasks:
-        one = dataclasses.replace(view, task=task)
+        one = view.on(task)
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
         sections.append(Section(title=task, content=content))
     sections.append(Section(title="What failed", content=[_failed(records)]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,12 @@ class View:
         if self.task is not None and self.task not in tasks:
             raise EvaError(f"these results have no task {self.task!r}; they have {', '.join(tasks)}.")
         return self.task or tasks[0]
+
+    def on(self, task: str) -> View:
+        """Return the same view of another task; what was read is not read again."""
+        one = replace(self, task=task)
+        vars(one).update(results=self.results, board=self.board)  # cached properties
+        return one
 
     def test_runs(self, task: str) -> dict[str, list[Record]]:
         """Return the finished test runs of each method on a task."""
