@@ -11,7 +11,7 @@ from torch import nn
 from evatune import EvaError, EvaWarning, StreamingPCA, measure
 from evatune.activations.input_state import InputState
 from evatune.activations.run import Run
-from evatune.activations.stopping import begin, decide, find, is_check
+from evatune.activations.stopping import begin, decide, find, is_check, weigh
 from evatune.settings import Stopping
 
 D = 12
@@ -126,6 +126,7 @@ def test_the_gain_that_is_foretold_is_the_one_that_more_data_bring(backend, seed
         state.pca.partial_fit(torch.randn(700, 200, generator=generator) * deviations)
         if is_check(n_batches):
             state.reason = None
+            weigh(state, rule, per_doubling=2)
             decide({"input": state}, {"input": find(state, rule, n_needed=16)}, rule)
             components[n_batches], foretold[n_batches] = state.pca.components_, state.gain
             state.reason = None

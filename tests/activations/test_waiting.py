@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tests import fake_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
+from evatune.activations.run import Run
+from evatune.pca import many
 
 # Of random numbers, few components do not hold much.
 pytestmark = [
@@ -94,6 +98,34 @@ def test_what_is_measured_there_is_what_is_measured_on_the_cpu(device, backend):
     for key, spectrum in there.inputs.items():
         torch.testing.assert_close(spectrum.singular_values, here.inputs[key].singular_values, rtol=1e-3, atol=1e-4)
         assert spectrum.n_rows == here.inputs[key].n_rows
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("backend", ["exact", "sketch"])
+def test_inputs_are_judged_group_by_group(device, monkeypatch, backend, rules):
+    """Where an accelerator cannot factorize all inputs at once, only one group has its eigenpairs at any time."""
+    known, done = [], Run._groups
+
+    def groups(self):
+        for group in done(self):
+            yield group
+            known.append(sum(getattr(one.pca._state, "_known", None) is not None for one in self.inputs.values()))
+
+    monkeypatch.setattr(Run, "_groups", groups)
+    model = model_on(device, n_layers=2)
+    measure = partial(evatune.measure, rank=8, progress=False, backend=backend, **rules)
+    at_once = measure(model, batches(7))
+    assert max(known) == (8 if backend == "sketch" else 0)
+    known.clear()
+    monkeypatch.setattr(many, "ACCELERATOR_BYTES", 0)
+    by_one = measure(model, batches(7))
+    assert max(known) == (1 if backend == "sketch" else 0) and len(known) >= 8 * 7
+    assert [entry["mean_gain"] for entry in by_one.history] == pytest.approx(
+        [entry["mean_gain"] for entry in at_once.history], abs=1e-6
+    )
+    for key, spectrum in by_one.inputs.items():
+        assert spectrum.stopped is at_once.inputs[key].stopped and spectrum.n_rows == at_once.inputs[key].n_rows
+        torch.testing.assert_close(spectrum.singular_values, at_once.inputs[key].singular_values, rtol=1e-5, atol=1e-5)
 
 
 def test_states_can_be_kept_on_the_cpu(device):

@@ -22,10 +22,13 @@ class InputState:
     before: Look | None = None
     """Its components before the last batch, if the next check compares them."""
     checked: list[Tensor] = field(default_factory=list)
-    """Its components at the last checks, oldest first, each (k, d)."""
+    """Its components at the last checks, oldest first, each (k, d), in bfloat16: only energies along them are compared,
+    which rounding changes by some 2⁻¹⁸."""
     energies: tuple[Tensor, int] | None = None
     """Energy of the rows up to the last check along `checked[-1]` and `checked[0]`, (2, k), and the number of these
     rows."""
+    weighed: Tensor | None = None
+    """Energy of the rows so far along each set of `checked`, (c, k), between a look and its end."""
     gain: float | None = None
     """Share of captured variance that the next doubling of the data would gain, as the last check predicted."""
     reason: Reason | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,9 +18,9 @@ from torch import Tensor
 from evatune.activations.input_state import InputState
 from evatune.activations.layer_type import Rows, TargetModule
 from evatune.activations.padding import CountedRows
-from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared
+from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared, weigh
 from evatune.errors import EvaError
-from evatune.pca import AnyPCA, StreamingPCA, look_all, settle_all
+from evatune.pca import AnyPCA, StreamingPCA, groups_of, look_all, settle_all
 from evatune.pca.threads import on_one_thread_each
 from evatune.settings import Reason, Stopping
 
@@ -102,10 +102,11 @@ class Run:
     def begin_batch(self) -> None:
         """Prepare for the next batch."""
         if self._rule.has_rule and is_check(self._n_batches + 1, per_doubling=self._per_doubling):
-            compared = [state for state in self._fitted() if is_compared(state, self._rule)]
-            look_all(state.pca for state in compared)
-            for state in compared:
-                state.before = state.pca.look()
+            for group in self._groups():
+                compared = [state for state in group if is_compared(state, self._rule)]
+                look_all(state.pca for state in compared)
+                for state in compared:
+                    state.before = state.pca.look()
 
     def take(self, key: str, number: int, entering: Any) -> bool:
         """Take what enters a target in the call of this number; return False if it is unknown which rows count."""
@@ -154,18 +155,24 @@ class Run:
         """
         self._input_of = dict(input_of)
         self._n_batches += 1
-        settle_all(state.pca for state in self.inputs.values())
         if self._alone and is_check(self._n_batches, per_doubling=self._per_doubling):
             self.conclude(self.findings())
+        else:
+            for group in self._groups():
+                settle_all(state.pca for state in group)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def findings(self) -> dict[str, Finding]:
-        """Return what the stopping rules need to know about every input that is not done."""
+        """Settle all inputs, and return what the stopping rules need to know about every one that is not done."""
+        for group in self._groups():
+            settle_all(state.pca for state in group)
+            watched = [state for state in group if self._rule.has_rule and state.reason is None]
+            look_all(state.pca for state in watched)
+            _each(partial(weigh, rule=self._rule, per_doubling=self._per_doubling), watched, watched)
         if not self._rule.has_rule:
             return {}
         undone = {key: state for key, state in self.inputs.items() if state.pca.is_fitted and state.reason is None}
-        look_all(state.pca for state in undone.values())
         needed = self._needed(self._input_of, self.inputs) if self._needed is not None else {}
 
         def found(key: str) -> Finding:
@@ -215,6 +222,15 @@ class Run:
             history=list(self.history),
             row_counts={key: list(astuple(counts)) for key, counts in self.rows.counts.items()},
         )
+
+    def _groups(self) -> Iterator[list[InputState]]:
+        """Yield the inputs with rows in the groups of `groups_of`; each rests before the next."""
+        fitted = {key: state for key, state in self.inputs.items() if state.pca.is_fitted}
+        for keys in groups_of({key: state.pca for key, state in fitted.items()}):
+            yield [fitted[key] for key in keys]
+            if len(keys) < len(fitted):
+                for key in keys:
+                    fitted[key].pca.rest()
 
     def _fitted(self) -> list[InputState]:
         return [state for state in self.inputs.values() if state.pca.is_fitted]

@@ -66,20 +66,27 @@ class Finding:
     """How many processes this finding is from, each with its own rows and components."""
 
 
+def weigh(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
+    """Find the energies that this check and the next one compare, while the factorization of a look is at hand."""
+    if rule.min_gain is not None and len(state.checked) >= per_doubling:
+        directions_kd = torch.cat(state.checked).to(state.pca.look().components)
+        state.weighed = state.pca.scatter_along(directions_kd).view(len(state.checked), -1)
+
+
 def find(state: InputState, rule: Stopping, *, n_needed: int) -> Finding:
     """Return what both rules need to know about the components of an input; the plan needs `n_needed` of them."""
     share, before, now = None, state.before, state.pca.look()
     if before is not None and now.n_samples_seen > before.n_samples_seen:
         cosines_k = component_cosines(now.components[:n_needed], before.components[:n_needed])
         share = (cosines_k >= (rule.tau or 0.0)).double().mean() if n_needed else cosines_k.new_ones(())
-    if state.energies is None:
+    if state.energies is None or state.weighed is None:
         return Finding(share=share)
     before_2k, n_rows_before = state.energies
-    now_2k, n_rows = _energies(state)
+    now_2k = torch.stack([state.weighed[-1], state.weighed[0]])
     return Finding(
         share=share,
         energies_2=(now_2k - before_2k.to(now_2k))[:, :n_needed].sum(dim=1),
-        n_rows=n_rows - n_rows_before,
+        n_rows=now.n_samples_seen - n_rows_before,
         n_rows_before=n_rows_before,
     )
 
@@ -104,21 +111,18 @@ def decide(states: Mapping[str, InputState], findings: Mapping[str, Finding], ru
 
 def begin(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
     """Keep the present components for later checks; for an input that is done, drop all that was kept."""
+    weighed, state.weighed = state.weighed, None
     if state.before is not None and state.before.n_samples_seen < state.pca.n_samples_seen_:
         state.before = None  # already compared; a look at all present rows is for the next check and stays
     if state.reason is not None:
         state.before, state.checked, state.energies = None, [], None
         return
+    now = state.pca.look()
     # `per_doubling` checks ago there were half as many rows.
-    state.checked = [*state.checked[-per_doubling:], state.pca.look().components]
-    if rule.min_gain is not None and len(state.checked) > per_doubling:
-        state.energies = _energies(state)
-
-
-def _energies(state: InputState) -> tuple[Tensor, int]:
-    """Return the energy of the rows so far along the newest and oldest checked components, (2, k), and how many."""
-    directions_kd = torch.cat([state.checked[-1], state.checked[0]])
-    return state.pca.scatter_along(directions_kd).view(2, -1), state.pca.n_samples_seen_
+    state.checked = [*state.checked[-per_doubling:], now.components.to(torch.bfloat16)]
+    if weighed is not None:
+        along_newest_k = now.singular_values.square().to(weighed)
+        state.energies = torch.stack([along_newest_k, weighed[-per_doubling]]), now.n_samples_seen
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -154,6 +154,9 @@ class State(ABC):
         """Whether the scatter is about the mean."""
         return self.wanted.center
 
+    def rest(self) -> None:  # noqa: B027 - few backends have any
+        """Forget what can be computed again."""
+
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
         """Return vᵀ C v for every row v of `directions_kd`, (k,), with C approximated by its eigenpairs."""
         vectors_dp, values_p = alone(self.eigenpairs(self.n_components))

@@ -84,6 +84,10 @@ class AnyPCA(Protocol):
         return self
 
     @abstractmethod
+    def rest(self) -> None:
+        """Forget what can be computed again from the state, but not the components that were found last."""
+
+    @abstractmethod
     def merge(self, other: Self) -> Self:
         """Return a new object that has seen the rows of both."""
 

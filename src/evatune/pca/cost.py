@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FLOAT, DOUBLE = 4, 8
-"""Bytes of a number in float32 and in float64."""
+HALF, FLOAT, DOUBLE = 2, 4, 8
+"""Bytes of a number in bfloat16, float32 and float64."""
 
 SCALARS_BYTES = 256
 """Room for the counters, flags and names of one state."""
 
-CACHED_COMPONENTS = 5
-"""How many sets of components are kept beside a state while it is watched: those of the last three checks, those before
-the last batch, and the present ones."""
+CACHED_COMPONENTS = 3 * HALF + 2 * FLOAT
+"""Bytes that are kept beside a state for each number of its components while it is watched: those of the last three
+checks, those before the last batch, and the present ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def moments_bytes(n_features: int) -> int:
 
 def components_bytes(n_components: int, n_features: int) -> int:
     """Return the bytes of the components that are kept beside a state."""
-    return CACHED_COMPONENTS * FLOAT * n_components * n_features
+    return CACHED_COMPONENTS * n_components * n_features
 
 
 def total(costs: Iterable[Cost]) -> Cost:

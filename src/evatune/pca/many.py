@@ -1,17 +1,21 @@
 """Functions for many streaming PCAs at once: their factorizations run side by side (`evatune.pca.together`).
 
-A PCA that has seen no rows is skipped. Beside them, `on_host` copies many tensors at once.
+A PCA that has seen no rows is skipped. Beside them, `groups_of` limits how many are worked on at a time, and `on_host`
+copies many tensors at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from evatune.pca.contract import AnyPCA
-from evatune.pca.together import Task, together
+from evatune.pca.together import ACCELERATOR_BYTES, Task, together
+
+Key = TypeVar("Key")
 
 
 def settle_all(pcas: Iterable[AnyPCA]) -> None:
@@ -26,9 +30,32 @@ def look_all(pcas: Iterable[AnyPCA]) -> None:
 
 def learn_all(pcas: Iterable[AnyPCA]) -> None:
     """Refresh, and find the final components."""
-    pcas = list(pcas)
-    _do(Task.REFRESH, pcas)
-    _do(Task.LEARN, pcas)
+    numbered = dict(enumerate(pcas))
+    for group in groups_of(numbered):
+        _do(Task.REFRESH, (numbered[number] for number in group))
+        _do(Task.LEARN, (numbered[number] for number in group))
+        if len(group) < len(numbered):
+            for number in group:
+                numbered[number].rest()
+
+
+def groups_of(pcas: Mapping[Key, AnyPCA]) -> Iterator[list[Key]]:
+    """Yield the keys of PCAs in groups, so that an accelerator factorizes each group at once.
+
+    A caller that does all its work with one group, and lets it `rest` before the next, never holds the eigenpairs of
+    all sketches. On the CPU, which has more memory and less of a hurry, all are one group.
+    """
+    group: list[Key] = []
+    n_bytes = 0
+    for key, pca in pcas.items():
+        size = sum(work.n_bytes for work in pca.works(Task.REFRESH) if work.device.type != "cpu")
+        if group and n_bytes + size > ACCELERATOR_BYTES:
+            yield group
+            group, n_bytes = [], 0
+        group.append(key)
+        n_bytes += size
+    if group:
+        yield group
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -98,6 +98,9 @@ class OneHotPCA(AnyPCA):
             n_samples_seen=self._n_rows,
         )
 
+    def rest(self) -> None:
+        """Do nothing: there are only counts."""
+
     def works(self, task: Task) -> list[Work]:
         """Return the work of finding the components; `SETTLE` and `REFRESH` have none."""
         is_left = self._counts_v is not None and self._decomposition is None

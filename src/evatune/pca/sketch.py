@@ -28,8 +28,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Pairs, State, Wanted, between_means, merge_eigenpairs
-from evatune.pca.cost import DOUBLE, FLOAT, Cost, components_bytes, moments_bytes
+from evatune.pca.backend import WORKING_COPIES, Pairs, State, Wanted, between_means, merge_eigenpairs
+from evatune.pca.cost import DOUBLE, FLOAT, HALF, Cost, components_bytes, moments_bytes
 from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
@@ -80,7 +80,7 @@ class SketchState(State):
         wanted: what is asked for. Its tolerance holds for all components, and a tenth of it for the first half of them;
             with few rows both are larger (`SETTLED`).
         moments: count, mean and variance of the rows.
-        columns_dm: test matrix and probes, (d, m) with m = l + s.
+        columns_dm: test matrix and probes, (d, m) with m = l + s, in bfloat16: they were rounded to it (`_rounded`).
         sums_dm: their products with S, (d, m).
         n_rows_refreshed: how many rows there were at the last refresh.
         needs_full_precision: whether bfloat16 rounding errors would hide directions of small variance.
@@ -112,8 +112,8 @@ class SketchState(State):
         """Return the state of no rows, with a random test matrix."""
         like_d = moments.shift_d
         width = sketch_width(min(wanted.n_components, len(like_d)), len(like_d))
-        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed).to(like_d)
-        return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm))
+        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed).to(like_d.device)
+        return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm, dtype=like_d.dtype))
 
     @property
     def width(self) -> int:
@@ -124,7 +124,7 @@ class SketchState(State):
         """Add shifted rows, (n, d); `moments` include them already. The test matrix is made from the first ones."""
         is_first = self.moments.n_rows == len(shifted_nd)
         if is_first:
-            test_dl = self.columns_dm[:, : self.width]
+            test_dl = self.columns_dm[:, : self.width].to(shifted_nd)
             for _ in range(FIRST_BATCH_ITERATIONS):
                 test_dl = _rounded(told_apart(shifted_nd.T @ (shifted_nd @ test_dl)))
             self.columns_dm[:, : self.width] = test_dl
@@ -225,7 +225,7 @@ class SketchState(State):
         vectors_dp, values_p = pairs
         moments = self.moments
         # Saving rounds in the same way, so that a loaded state continues with exactly these numbers.
-        vectors_dp = vectors_dp[:, :width].to(self.columns_dm).contiguous()
+        vectors_dp = vectors_dp[:, :width].to(self.sums_dm).contiguous()
         values_p = values_p[:width].to(self.sums_dm)
         test_dl = vectors_dp
         if len(values_p) < width:
@@ -237,7 +237,7 @@ class SketchState(State):
             offset_d = moments.offset_d.to(test_dl)
             sketch_dl.addr_(offset_d, offset_d @ test_dl, alpha=moments.n_rows)
         old_width = self.width
-        self.columns_dm = torch.cat([test_dl, self.columns_dm[:, old_width:]], dim=1)
+        self.columns_dm = torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1)
         self.sums_dm = torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1)
         self.n_rows_refreshed = moments.n_rows
         self._known = vectors_dp, values_p
@@ -261,7 +261,7 @@ class SketchState(State):
         if not self.center:
             return sums_dm
         offset_d = self.moments.offset_d.to(sums_dm)
-        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part], alpha=-self.moments.n_rows)
+        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part].to(sums_dm), alpha=-self.moments.n_rows)
 
     def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return approximate eigenpairs of the scatter matrix in float64, at most one for each column.
@@ -277,7 +277,8 @@ class SketchState(State):
     def _eigenpairs(self) -> Steps[Pairs]:
         """Return the eigenpairs in the dtype of the sums; they are stored until rows are added."""
         if self._known is None:
-            test_dl, sketch_dl = self.columns_dm[:, : self.width], self._scatter_of(slice(self.width))
+            sketch_dl = self._scatter_of(slice(self.width))
+            test_dl = self.columns_dm[:, : self.width].to(sketch_dl)
             self._known = yield from nystrom_eigenpairs(test_dl, sketch_dl)
         return self._known
 
@@ -304,6 +305,15 @@ class SketchState(State):
         """Return this state, which is thin."""
         return self
 
+    def rest(self) -> None:
+        """Forget the eigenpairs of the rows so far."""
+        self._known = None
+
+    @property
+    def working_bytes(self) -> int:
+        """About how many bytes of working memory a factorization needs: of copies in the dtype of the sums."""
+        return WORKING_COPIES * 2 * self.sums_dm.nbytes
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors; right after a refresh, eigenpairs (d, l), (l,) replace Q and Y."""
         numbers = [self.wanted.seed, self.n_rows_refreshed, int(self.needs_full_precision), self.width]
@@ -323,14 +333,14 @@ class SketchState(State):
             return cls(
                 wanted,
                 moments,
-                tensors["columns"],
+                tensors["columns"].to(torch.bfloat16),  # nothing is lost
                 tensors["sums"],
                 n_rows_refreshed=n_rows_refreshed,
                 needs_full_precision=bool(full),
             )
         probed_ds = tensors["probed"]
-        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds)
-        sums_dm = torch.cat([torch.zeros_like(columns_dm[:, :width]), probed_ds], dim=1)
+        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds.device)
+        sums_dm = torch.cat([probed_ds.new_zeros(len(probed_ds), width), probed_ds], dim=1)
         state = cls(wanted, moments, columns_dm, sums_dm)
         state._restart((tensors["vectors"], tensors["values"]), width=width, needs_full_precision=bool(full))
         return state
@@ -340,7 +350,7 @@ class SketchState(State):
         """Return the cost of two thin matrices, which may get wider, or be replaced by one square matrix."""
         k, d = n_components, n_features
         width, widest = sketch_width(k, d), widest_sketch(k, d)
-        initial_bytes, state_bytes = (2 * FLOAT * d * (columns + N_PROBES) for columns in (width, widest))
+        initial_bytes, state_bytes = ((FLOAT + HALF) * d * (columns + N_PROBES) for columns in (width, widest))
         if width < d and is_narrow(d):
             state_bytes = max(state_bytes, FLOAT * d * d)
         return Cost(
@@ -359,7 +369,7 @@ def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
     probes_ds = torch.randn(n_features, N_PROBES, generator=generator, device="cpu")
     generator.manual_seed(seed)
     test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator, device="cpu")
-    return _rounded(torch.cat([test_dl, probes_ds], dim=1))
+    return torch.cat([test_dl, probes_ds], dim=1).to(torch.bfloat16)
 
 
 def _rounded(columns_dm: Tensor) -> Tensor:

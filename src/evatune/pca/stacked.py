@@ -90,6 +90,11 @@ class StackedPCA(AnyPCA):
             n_samples_seen=self.n_samples_seen_,
         )
 
+    def rest(self) -> None:
+        """Forget what each part can compute again."""
+        for part in self.parts:
+            part.rest()
+
     def merge(self, other: StackedPCA) -> Self:
         """Return a new object that has seen the rows of both; its parts are `alike` if those of at least one are.
 

@@ -199,6 +199,11 @@ class StreamingPCA(AnyPCA):
         self._fitted()
         return super().refresh()
 
+    def rest(self) -> None:
+        """Forget the eigenpairs that a sketch keeps from its last factorization until rows are added."""
+        if self._state is not None:
+            self._state.rest()
+
     @torch.no_grad()
     def merge(self, other: StreamingPCA) -> Self:
         """Return a new object that has seen the rows of both.

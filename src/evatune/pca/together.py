@@ -32,8 +32,8 @@ PROCESSOR_BYTES = 16 * 1024**2
 """Upper bound of the working memory of all algorithms that run side by side on one thread of the CPU. More would not
 fit in its caches and would cost more than it gains. At least one runs."""
 
-ACCELERATOR_BYTES = 512 * 1024**2
-"""The same bound on an accelerator: enough for 28 sketches of 4,096 features and 32 components."""
+ACCELERATOR_BYTES = 256 * 1024**2
+"""The same bound on an accelerator: enough for 15 sketches of 4,096 features and 32 components."""
 
 
 class Request(ABC):
