@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from evatune.errors import EvaError
 from evatune.tasks.rows import Row, files_of, read_rows
-from evatune.tasks.shelf import Shelf, picked
+from evatune.tasks.shelf import growing, picked
 
 Item = TypeVar("Item")
 Part = Literal["all", "training", "validation"]
@@ -87,7 +87,7 @@ def gather(
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaError(f"{twice[0]} is named twice, so its examples would count double; name it once.")
-    items: list[Item] | Shelf[Item] = Shelf() if on_disk else []
+    items = growing(on_disk=on_disk)
     dropped = 0
     for name in names:
         own = [] if name in (places or {}) else files_of(name, split=split)

@@ -75,3 +75,5 @@ class RowSettings(DataSettings):
     columns: Mapping[str, str] | None = None
     """Names of the columns in the source, for example `prompt: question`; in a .csv or .tsv file without
     header a column is a number, from 1 on."""
+    streaming: bool = False
+    """Keep the training examples and their tokens in temporary files, not in memory; batches and order are the same."""

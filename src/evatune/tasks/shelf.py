@@ -89,6 +89,11 @@ class Shelf(Sequence[Item], Generic[Item]):
         return writing(user_cache(), way_out="make room, or name another disk in EVATUNE_CACHE")
 
 
+def growing(*, on_disk: bool) -> list[Any] | Shelf[Any]:
+    """Return an empty list, or an empty shelf."""
+    return Shelf() if on_disk else []
+
+
 def kept(values: Iterable[Item], *, on_disk: bool) -> Sequence[Item]:
     """Return values as a tuple, or on a shelf."""
     return Shelf(values) if on_disk else tuple(values)

@@ -54,8 +54,6 @@ class GenerationData(RowSettings):
     then so many rows."""
     bucketing: bool = False
     """Train on batches of examples of like length, so that less of them is padding; their order is less random."""
-    streaming: bool = False
-    """Keep the training examples and their tokens in temporary files, not in memory; batches and order are the same."""
     train_on_prompt: bool = False
     """Also learn the tokens of the prompt."""
     scoring: Literal["likelihood", "generated", "both"] = "likelihood"

@@ -100,6 +100,7 @@ class Classification:
         *,
         labels: Sequence[str],
         max_length: int,
+        on_disk: bool = False,
     ) -> Encoded:
         """Return tokens and numbers of classes.
 
@@ -116,7 +117,7 @@ class Classification:
                 )
             return numbers[label]
 
-        return encode_texts(examples, tokenizer, target=target, max_length=max_length)
+        return encode_texts(examples, tokenizer, target=target, max_length=max_length, on_disk=on_disk)
 
     def blank(self, size: int, length: int) -> dict[str, Tensor]:
         """Return numbers of classes."""

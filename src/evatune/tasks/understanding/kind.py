@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
+from evatune.tasks.shelf import Shelf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ class Encoded(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], *, cut: int = 0) -> None:
-        self.rows, self.cut = tuple(rows), cut
+        self.rows, self.cut = rows if isinstance(rows, Shelf) else tuple(rows), cut
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,9 +77,15 @@ class Kind(Protocol):
         """Return the names of the outputs of the head."""
 
     def encode(
-        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        on_disk: bool = False,
     ) -> Encoded:
-        """Return the examples as tokens and targets."""
+        """Return the examples as tokens and targets; they may stand in a temporary file."""
 
     def blank(self, size: int, length: int) -> dict[str, Tensor]:
         """Return targets of a batch of so many rows and tokens; their values mean nothing."""

@@ -16,6 +16,7 @@ from evatune.errors import EvaError
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
+from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.answers import agreement, best_span
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -84,7 +85,13 @@ class QuestionAnswering:
         return self.stated
 
     def encode(
-        self, examples: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Asked],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        on_disk: bool = False,
     ) -> Encoded:
         """Return windows of question and context, with the places of the answer's first and last token.
 
@@ -93,7 +100,7 @@ class QuestionAnswering:
         """
         if not tokenizer.is_fast:
             raise EvaError("question-answering needs a fast tokenizer, which says where its tokens stand.")
-        rows: list[dict[str, Any]] = []
+        rows = growing(on_disk=on_disk)
         cut = 0
         for number, example in enumerate(examples):
             asked = tokenizer(example.question, add_special_tokens=False, verbose=False)["input_ids"]

@@ -89,9 +89,10 @@ class Regression:
         *,
         labels: Sequence[str],
         max_length: int,
+        on_disk: bool = False,
     ) -> Encoded:
         """Return tokens and numbers."""
-        return encode_texts(examples, tokenizer, target=float, max_length=max_length)
+        return encode_texts(examples, tokenizer, target=float, max_length=max_length, on_disk=on_disk)
 
     def blank(self, size: int, length: int) -> dict[str, Tensor]:
         """Return numbers."""

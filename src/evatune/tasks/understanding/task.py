@@ -104,6 +104,7 @@ class Understanding:
             columns=self.data.columns,
             part="training" if self.data.validate else "all",
             share=self.data.held_out,
+            on_disk=self.data.streaming,
         )
 
     @cached_property
@@ -119,7 +120,7 @@ class Understanding:
             EvaError: there is nothing to tell apart, such as texts of one class.
         """
         self.kind.labels(self.examples)
-        return self._encoded(self.examples)
+        return self._encoded(self.examples, on_disk=self.data.streaming)
 
     @cached_property
     def held_out(self) -> Encoded:
@@ -260,8 +261,9 @@ class Understanding:
     def _held_out(self) -> HeldOut:
         return read_held_out(self.data, self.kind.converter, seed=self.seed)
 
-    def _encoded(self, examples: Sequence[Any]) -> Encoded:
-        return self.kind.encode(examples, self.tokenizer, labels=self.labels, max_length=self.data.max_length)
+    def _encoded(self, examples: Sequence[Any], *, on_disk: bool = False) -> Encoded:
+        options: dict[str, Any] = {"labels": self.labels, "max_length": self.data.max_length, "on_disk": on_disk}
+        return self.kind.encode(examples, self.tokenizer, **options)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evatune.errors import EvaError
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
+from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -102,6 +103,7 @@ def encode_texts(
     *,
     target: Callable[[str], int | float],
     max_length: int,
+    on_disk: bool,
 ) -> Encoded:
     """Tokenize examples.
 
@@ -110,8 +112,9 @@ def encode_texts(
         tokenizer: the model's tokenizer; it adds its special tokens and says at which side it cuts.
         target: what is learned of a label.
         max_length: longest sequence in tokens.
+        on_disk: keep the tokens in a temporary file.
     """
-    rows: list[dict[str, Any]] = []
+    rows = growing(on_disk=on_disk)
     cut = 0
     for example in examples:
         whole: Mapping[str, Any] = tokenizer(*example.texts, verbose=False)

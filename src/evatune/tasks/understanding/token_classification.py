@@ -17,6 +17,7 @@ from evatune.settings import IGNORED_LABEL
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
+from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.entities import entities, is_entity_tag
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -122,7 +123,13 @@ class TokenClassification:
         return self.data.classes or tuple(sorted(names))
 
     def encode(
-        self, examples: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Tagged],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        on_disk: bool = False,
     ) -> Encoded:
         """Return tokens, and the number of the tag at the first token of each word.
 
@@ -132,7 +139,7 @@ class TokenClassification:
         if not tokenizer.is_fast:
             raise EvaError("token-classification needs a fast tokenizer, which says where its tokens stand.")
         numbers = {name: number for number, name in enumerate(labels)}
-        rows: list[dict[str, Any]] = []
+        rows = growing(on_disk=on_disk)
         cut = 0
         for example in examples:
             text = " ".join(example.words)
