@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from evatune.compare.forecast import forecast
 from evatune.compare.loop import compare
 from evatune.compare.standing import standings
+from evatune.errors import EvaError
 
 
 def test_a_grid_does_not_grow_beyond_what_its_setting_allows(sweep, fake_engine):
@@ -45,3 +47,20 @@ def test_a_setting_of_which_one_seed_failed_is_not_chosen(sweep, fake_engine):
     small = sweep(methods=["lora"], validation={"eval": "validation.jsonl", "seeds": 2}, widen=0)
     results = compare(small, fake_engine(run_of))
     assert results.choices[0]["point"] == {"train.learning_rate": 1e-2}
+
+
+def test_a_method_that_searches_nothing_has_test_runs_alone(sweep, fake_engine):
+    engine = fake_engine(lambda run: 0.5)
+    one = sweep(
+        methods={"lora": None, "eva": {"learning_rate": [1e-3, 1e-2]}}, learning_rates=[5e-4], validation=None, widen=0
+    )
+    with pytest.raises(EvaError, match="scores the same held-out examples to choose and to report"):
+        compare(one, engine)
+    assert engine.names == []
+    one = sweep(methods=["lora", "eva"], learning_rates=[5e-4], validation=None)
+    left = forecast(one).runs[0]
+    assert (left["validation"], left["test"], left["left"]) == (0, 4, 4)
+    results = compare(one, engine)
+    assert engine.names == [f"task/{method}/lr0.0005-seed{seed}" for method in ("lora", "eva") for seed in (0, 1)]
+    row = standings(results).rows[0]
+    assert row.point == {"train.learning_rate": 5e-4} and row.scores == {0: 0.5, 1: 0.5} and row.open == []

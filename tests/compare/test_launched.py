@@ -33,7 +33,7 @@ def test_two_processes_score_as_one_does(tiny_sweep, tmp_path):
         sweep = Sweep.load(path)
         object.__setattr__(sweep, "output", str(tmp_path / f"results-{processes}"))
         engine = open_engine(sweep, workers=1, threads=1, processes=processes)
-        found[processes] = compare(sweep, engine, limit=1).records["tiny/eva/lr0.001-seed1000"]
+        found[processes] = compare(sweep, engine, limit=1).records["tiny/eva/lr0.001-seed0"]
     one, two = found[1], found[2]
     assert (one["state"], two["state"]) == ("done", "done")
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)

@@ -52,7 +52,7 @@ def test_workers_do_the_runs_of_a_sweep_and_a_killed_one_loses_nothing(tiny_swee
 
 
 def test_the_command_tells_what_is_left_and_how_methods_stand(tiny_sweep, capsys):
-    path = str(tiny_sweep(methods=["lora"], learning_rates=[1e-2]))
+    path = str(tiny_sweep(methods=["lora"], learning_rates=[1e-2, 1e-3]))
     assert main(["compare", path, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "time unknown: no run of some task has been measured yet" in text
@@ -60,7 +60,7 @@ def test_the_command_tells_what_is_left_and_how_methods_stand(tiny_sweep, capsys
     assert "one seed: no interval" in capsys.readouterr().out
     assert main(["compare", path, "--dry-run", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["runs"][0]["done"] == 2 and content["runs"][0]["left"] == 0 and content["seconds"] == 0
+    assert content["runs"][0]["done"] == 3 and content["runs"][0]["left"] == 0 and content["seconds"] == 0
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tiny_sweep, tmp_path):
     folder = Path(Sweep.load(path).output)
     command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    log = folder / "runs" / "tiny" / "lora" / "lr0.001-seed1000" / "log.jsonl"
+    log = folder / "runs" / "tiny" / "lora" / "lr0.001-seed0" / "log.jsonl"
     while process.poll() is None and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,9 @@ def test_a_recipe_that_is_not_there_is_named(sweep):
         cells(sweep(recipes=["tsak.yaml"]))
 
 
-SHIPPED = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "sweeps").glob("*.yaml"))
+PAPER = sorted((ROOT / "sweeps" / "paper").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -140,3 +143,28 @@ def test_shipped_sweeps(path, monkeypatch, tmp_path):
     assert len(compared) >= 8
     fewest = 3 if path.stem.startswith("glue") else 5  # the paper's search
     assert all(len(cell.contender.grid["train.learning_rate"]) >= fewest for cell in compared)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_sweeps_of_the_paper(path):
+    """Every run has a recipe of the paper, and the page of reproduction says what the sweep is for."""
+    compared = cells(Sweep.load(path))
+    for cell in compared:
+        recipe = runs_of(cell, "test", {})[0].recipe
+        assert cell.task.recipe.parent == ROOT / "recipes" / "paper"
+        assert recipe.adapter.choice.name == cell.contender.choice.name
+        assert cell.searches or set(cell.contender.grid) == {"train.learning_rate"}
+    assert f"`{path.name}`" in (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    assert f"sweeps/paper/{path.name} --dry-run" in path.read_text(encoding="utf-8")
+
+
+def test_every_table_and_figure_of_the_paper_is_on_the_page_of_reproduction():
+    text = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    rows = re.sub(r" \(deviations\)| left| right", "", "\n".join(line for line in text.splitlines() if line[:1] == "|"))
+    for kind, last in (("Table", 26), ("Figure", 14)):
+        found: set[int] = set()
+        for numbers in re.findall(rf"{kind}s? (\d+(?:(?:, | to | and )\d+)*)", rows):
+            for part in re.split(", | and ", numbers):
+                first, _, end = part.partition(" to ")
+                found |= set(range(int(first), int(end or first) + 1))
+        assert found == set(range(1, last + 1))

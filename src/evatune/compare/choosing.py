@@ -59,6 +59,10 @@ def choose(cell: Cell, kept: Kept, *, metric: str | None, widen: int) -> Choice:
         widen: how often a grid may grow.
     """
     grid = dict(cell.contender.grid)
+    if not cell.searches:
+        (point,) = points(grid)
+        missing = [run for run in runs_of(cell, "test", point) if kept(run) is None]
+        return Choice(missing=tuple(missing), point=point)
     for grown in range(widen + 1):
         tried = [(point, [(run, kept(run)) for run in runs_of(cell, "validation", point)]) for point in points(grid)]
         missing = [run for _, runs in tried for run, record in runs if record is None]

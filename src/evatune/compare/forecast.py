@@ -83,7 +83,7 @@ def _of_task(name: str, compared: Sequence[Cell], sweep: Sweep, results: Results
     left = 0
     for cell in compared:
         n_test = len(cell.task.test.seeds)
-        stages["validation"] += len(points(cell.contender.grid)) * len(cell.task.validation.seeds)
+        stages["validation"] += cell.searches * len(points(cell.contender.grid)) * len(cell.task.validation.seeds)
         stages["test"] += n_test
         choice = choose(cell, results.kept, metric=sweep.metric, widen=sweep.widen)
         left += len(choice.missing) + (n_test if choice.point is None and choice.missing else 0)

@@ -53,6 +53,11 @@ class Cell:
         return "/".join(map(_file_name, filter(None, (self.task.name, self.model_label, self.label))))
 
     @property
+    def searches(self) -> bool:
+        """Whether there is something to choose on validation data."""
+        return any(len(values) > 1 for values in self.contender.grid.values())
+
+    @property
     def overrides(self) -> dict[str, Any]:
         """Settings that differ from the recipe's."""
         own = {"model.name": self.model, "adapter.rank": self.rank, "adapter.rho": self.rho}
@@ -154,7 +159,7 @@ def _check_stages(cell: Cell) -> None:
     point = points(cell.contender.grid)[0]
     validation, test = (runs_of(cell, stage, point)[0].recipe for stage in ("validation", "test"))
     validation.require("model", "data")
-    if validation.data == test.data and not find_domain(test.task).fresh_held_out:
+    if cell.searches and validation.data == test.data and not find_domain(test.task).fresh_held_out:
         raise EvaError(
             f"recipe {cell.task.name!r} scores the same held-out examples to choose and to report; say what differs "
             "under `validation:`, such as `eval: FILE`, or `validate: true`."

@@ -46,7 +46,7 @@ def test_the_best_runs_fit_the_recipe(model):
 
 @pytest.mark.parametrize("model", TABLE_18)
 def test_the_sweep_is_the_search_of_the_paper(model):
-    compared = cells(Sweep.load(ROOT / "sweeps" / f"glue-{model}.yaml"))
+    compared = cells(Sweep.load(ROOT / "sweeps" / "paper" / f"glue-{model}.yaml"))
     assert {cell.task.name for cell in compared} == set(TASKS)
     found = {}
     for cell in compared:

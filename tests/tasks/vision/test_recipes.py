@@ -37,7 +37,7 @@ def test_appendix_d(name):
 
 
 def test_the_sweep_is_the_protocol():
-    compared = cells(Sweep.load(ROOT / "sweeps" / "vtab1k.yaml"))
+    compared = cells(Sweep.load(ROOT / "sweeps" / "paper" / "vtab1k.yaml"))
     assert {cell.task.name: cell.task.group for cell in compared} == {n: t.group for n, t in vtab.TASKS.items()}
     of_eva = [cell for cell in compared if cell.label == "eva"]
     pairs = [(cell, point) for cell in of_eva for point in points(cell.contender.grid)]

@@ -1,4 +1,4 @@
-"""VTAB-1K as data: the 19 tasks. `sweeps/vtab1k.yaml` runs the protocol and says which means are reported.
+"""VTAB-1K as data: the 19 tasks. `sweeps/paper/vtab1k.yaml` runs the protocol and says which means are reported.
 
 Zhai et al., 2019: A Large-scale Study of Representation Learning with the Visual Task Adaptation Benchmark.
 """
