@@ -20,5 +20,5 @@ class EvaWarning(UserWarning):
 
 def near_misses(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return `` (did you mean 'a', 'b'?)`` for the known names nearest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
     return f" (did you mean {', '.join(repr(match) for match in close)}?)" if close else ""

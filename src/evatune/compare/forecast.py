@@ -26,6 +26,8 @@ class Forecast:
     """Of each task: runs on validation and on test data, how many are done, seconds of one."""
     seconds: float | None
     """Time of all runs that are left; None if no run of some task was measured yet."""
+    widen: int
+    """How often each grid may grow; 0 where nothing is searched."""
     record_bytes: float | None
     """Size of the records of all runs; None if there is none yet."""
 
@@ -44,7 +46,10 @@ class Forecast:
             else "time unknown: no run of some task has been measured yet"
         )
         disk = f"about {byte_size(self.record_bytes)} of records" if self.record_bytes else "size of records unknown"
-        return f"{table}\n\n{time}, {disk} in {self.output}; grids may grow by `widen` values"
+        total = sum(row["validation"] + row["test"] for row in self.runs)
+        left = sum(row["left"] for row in self.runs)
+        grows = f"; grids may still grow (`widen: {self.widen}`)" if self.widen else ""
+        return f"{table}\n\n{total:,} runs, {left:,} left: {time}, {disk} in {self.output}{grows}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -74,6 +79,7 @@ def forecast(sweep: Sweep, *, workers: int = 1) -> Forecast:
         output=sweep.output,
         runs=rows,
         seconds=sum(row["left"] * row["seconds"] for row in open_rows) / workers if known else None,
+        widen=sweep.widen if any(row["validation"] for row in rows) else 0,
         record_bytes=size * n_runs if size else None,
     )
 
