@@ -26,7 +26,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from evatune import StreamingPCA
 from evatune.files import write_text
+from evatune.hardware import versions_of
 from evatune.report.style import INK, MUTED, PALETTE, save, styled
 from evatune.tables import markdown_table, text_table
 from initialization import BATCH, LENGTH, captured_of_best, load, processor, text_batches
@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in ("model", "batches", "layers", "components", "dtype")},
         "wanted": WANTED,
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
+        "versions": versions_of("evatune", "torch", "transformers"),
     }
 
 

@@ -21,14 +21,13 @@ import json
 import os
 import platform
 import time
-from importlib import metadata
 from typing import Any
 
 import torch
 from publish import RESULTS, ROOT, fill_block
 
 from evatune.files import write_text
-from evatune.hardware import autocast
+from evatune.hardware import autocast, versions_of
 from evatune.models import load_model, load_tokenizer
 from evatune.pca.products import has_fast_bfloat16
 from evatune.tables import markdown_table, text_table
@@ -149,7 +148,7 @@ def main() -> None:
         "written": by_writing(model, tokenizer, args),
         "settings": {name: getattr(args, name) for name in ("model", "batch_tokens", "bf16")},
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
+        "versions": versions_of("evatune", "torch", "transformers"),
     }
     print(table(results, text_table))
     if not args.publish:

@@ -32,12 +32,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from evatune.hardware import versions_of
 from evatune.tables import text_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -301,7 +301,7 @@ def main() -> None:
             print(f"{key} components: evatune captures at least as much as PEFT on {share} of inputs")
     results["settings"] = {key: value for key, value in vars(args).items() if key != "output"}
     results["machine"] = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
-    results["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "evatune")}
+    results["versions"] = versions_of("torch", "transformers", "peft", "evatune")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -18,7 +18,6 @@ import resource
 import shutil
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -115,6 +114,7 @@ def main() -> None:
         raise SystemExit("peak memory is counted in other units on macOS; run this on Linux.")
 
     import evatune
+    from evatune.hardware import versions_of
 
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder / "llama-2-7b-shaped"
@@ -151,7 +151,7 @@ def main() -> None:
             "waiting_gib": told.hidden_bytes / GIB,
         },
         **measured,
-        "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers", "safetensors")},
+        "versions": versions_of("evatune", "torch", "transformers", "safetensors"),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")

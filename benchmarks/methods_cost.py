@@ -19,12 +19,12 @@ import resource
 import statistics
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evatune.hardware import versions_of
 from evatune.methods import parse_method
 from evatune.tables import text_table
 from initialization import processor
@@ -164,7 +164,7 @@ def main() -> None:
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "training": training | {"seconds_in_all": whole},
         "methods": results,
-        "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers", "peft")},
+        "versions": versions_of("evatune", "torch", "transformers", "peft"),
         "machine": {"processor": processor(), "threads": args.threads},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,6 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ from matplotlib.figure import Figure
 
 import evatune
 from evatune.files import write_text
+from evatune.hardware import versions_of
 from evatune.report.style import INK, PALETTE, save, styled
 from evatune.tables import text_table
 from initialization import BATCH, LENGTH, captured_of_best, load, processor, scatter_matrices
@@ -277,7 +277,7 @@ def main() -> None:
         "processes": found,
         "settings": {name: getattr(args, name) for name in names} | {"rows_of_a_batch": BATCH * LENGTH},
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "evatune")},
+        "versions": versions_of("torch", "transformers", "evatune"),
     }
     rows = [
         [

@@ -21,7 +21,6 @@ import platform
 import random
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from torch import nn
 
 from evatune import StreamingPCA
 from evatune.files import write_text
+from evatune.hardware import versions_of
 from evatune.pca import learn_all
 from evatune.settings import max_components
 from evatune.tables import markdown_table, text_table
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "inputs": len(inputs),
         "settings": {name: getattr(args, name) for name in ("model", "batches", "layers", "rho")},
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in ("evatune", "torch", "transformers")},
+        "versions": versions_of("evatune", "torch", "transformers"),
     }
 
 

@@ -29,7 +29,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from evatune import StreamingPCA
 from evatune.files import write_text
+from evatune.hardware import versions_of
 from evatune.report.style import MUTED, PALETTE, save, styled
 from evatune.tables import markdown_table, text_table
 from initialization import captured_of_best, processor
@@ -301,7 +301,7 @@ def run_axis(axis: Axis, args: argparse.Namespace) -> dict[str, Any]:
         "points": points,
         "settings": {name: getattr(args, name) for name in ("batches", "repeats", "limit", "seconds", "quick")},
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": versions_of(*packages),
     }
 
 

@@ -7,6 +7,7 @@ itself gets no such help: a tensor that its code makes without a device is on th
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,6 +103,7 @@ def on_device(name: str) -> Iterator[None]:
 
     with ExitStack() as stack:
         if name == FAKE:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the device is known to this thread only
             stack.enter_context(fake_device())
         stack.enter_context(_OfTests(name))
         torch.testing.assert_close = close

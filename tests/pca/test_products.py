@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -81,6 +83,24 @@ def test_sums_and_components_keep_all_digits_where_the_caller_lets_float32_be_ro
         assert pca.components_.shape == (4, 300)
     assert set(precisions) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_thread_that_ends_first_does_not_lower_the_precision_of_another(high_precision):
+    with ThreadPoolExecutor(1) as pool:
+        with unrounded(torch.device("cpu")):
+            entered, may_leave, seen = Event(), Event(), []
+
+            def other():
+                with unrounded(torch.device("cpu")):
+                    entered.set()
+                    assert may_leave.wait(20)
+                    seen.append(torch.get_float32_matmul_precision())
+
+            running = pool.submit(other)
+            assert entered.wait(20)
+        may_leave.set()
+        running.result()
+    assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
 
 
 def test_the_newer_name_of_that_precision_is_heeded_too():

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +34,51 @@ def unrounded(*devices: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(_float32_products())
+        stack.enter_context(_ALL_DIGITS)
         yield
 
 
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Multiply float32 numbers with all their digits, whatever precision the caller has asked torch for."""
+class _AllDigits(AbstractContextManager[None]):
+    """Multiply float32 numbers with all their digits, whatever precision the caller has asked torch for.
+
+    torch has one such precision for all threads. The first thread that enters raises it, and the last one that leaves
+    restores it; meanwhile, products of other threads are at most more precise than they have asked for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._restore = _ask_for_all_digits()
+            self._n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._restore()
+
+
+_ALL_DIGITS = _AllDigits()
+
+
+def _ask_for_all_digits() -> Callable[[], None]:
+    """Raise torch's precision of float32 products, and return what restores it."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was asked for by torch's newer names, which must not be mixed with the older ones
         newer: Any = torch.backends.cuda.matmul
         before = newer.fp32_precision
         newer.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            newer.fp32_precision = before
-        return
+        return partial(setattr, newer, "fp32_precision", before)
     if before == "highest":
-        yield
-        return
+        return lambda: None
     torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return partial(torch.set_float32_matmul_precision, before)
 
 
 PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)

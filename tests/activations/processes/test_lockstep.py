@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import evatune
 
+pytestmark = pytest.mark.on_cpu("its processes compute on the CPU and send by gloo")
 N_BATCHES, ROWS, WIDTH, K = 8, 64, 32, 8
 NEVER_STOP = {"tau": None, "min_gain": None}
 EXACT = {"backend": "exact", **NEVER_STOP}

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import evatune
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_cpu("its processes compute on the CPU and send by gloo")]
 
 N_BATCHES = 8
 OPTIONS = {"n_components": 8, "backend": "exact", "tau": None, "min_gain": None, "progress": False}
