@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from evatune.errors import EvaError, near_misses
+from evatune.models.reach import hub_in_reach
 
 
 def check_choice(what: str, value: str, known: dict[str, Any]) -> None:
@@ -21,9 +22,10 @@ def check_choice(what: str, value: str, known: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def explained(name: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turn the many-line errors of a failed load into one sentence."""
+    """Turn the many-line errors of a failed load into one sentence, which comes at once where there is no network."""
     try:
-        yield
+        with contextlib.nullcontext() if _is_here(name) else hub_in_reach():
+            yield
     except (EvaError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file fails in any way: KeyError, SafetensorError, tokenizers' own Exception

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError, near_misses
+from evatune.models.reach import hub_in_reach
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
@@ -223,7 +224,8 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
             "run: pip install 'evatune[hub]'."
         ) from None
     try:
-        rows = datasets.load_dataset(name, hub_config, split=split)
+        with hub_in_reach():
+            rows = datasets.load_dataset(name, hub_config, split=split)
         names = _names_in_lists(getattr(rows, "features", None))
         for number, row in enumerate(rows, start=1):
             tags = {column: [known[value] for value in row[column]] for column, known in names.items()}
