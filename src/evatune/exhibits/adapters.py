@@ -84,7 +84,7 @@ def _by_matrix(found: Found, *, name: str, caption: str) -> Table:
         cells = []
         for kind in kinds:
             own = [one for targets_ in seeds for target, one in targets_.items() if column[target] == kind]
-            cells.append(f"{_mean(own, 'cosine'):.2f} / {_mean(own, 'spectral_norm'):.3g}" if own else None)
+            cells.append(f"{_mean(own, 'cosine'):z.2f} / {_mean(own, 'spectral_norm'):.3g}" if own else None)
         rows.append([method, *cells])
     return Table(name=name, headers=["method", *kinds], rows=rows, caption=f"{caption} Means over layers and seeds.")
 

@@ -20,9 +20,9 @@ OVERALL = ("scores", "intervals", "improvement", "paired", "ranks", "wins", "set
 BY_TASK = {"rates": "rates", "loss": "steps", "parameters": "scores", "first-gradient": None, "rho": None}
 """Figures of each task, with the table that has their numbers."""
 HOW = """
-Each method runs at the setting that was best for it on validation data; the scores are of test data that no choice has
-seen. Standard deviations and intervals are over seeds. A score leads to its runs. `evatune table` and `evatune figure`
-make everything on this page one by one.
+Each method runs at the setting that was best for it on validation data, or at the only one that the sweep gives it; the
+scores are of test data that no choice has seen. Standard deviations and intervals are over seeds. A score leads to its
+runs. `evatune table` and `evatune figure` make everything on this page one by one.
 """
 
 

@@ -44,7 +44,7 @@ def scores(view: View) -> Table:
         f"{name} ({board.metric(name)}{'' if board.sign(name) > 0 else ', lower is better'})" for name in board.tasks
     ]
     scaled = " Means over tasks are of scores with the untuned model at 0 and the best method at 1." * board.is_scaled
-    caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its own best setting.{scaled}"
+    caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its chosen setting.{scaled}"
     headers = ["method", "parameters", *headers, *board.means]
     return Table(name="scores", headers=headers, rows=rows, caption=caption + _missing(board))
 
