@@ -57,6 +57,8 @@ def test_nothing_is_lost_and_what_runs_share_is_written_once():
     [
         {"recipe": {"task": "understanding"}},  # lacks entries of the shared one
         {"versions": {"python": "3.11.7", "more": {"a": [1]}}},
+        {"versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}},  # one less
+        {"before": record("x", 0)["before"] | {"seconds": 0.0}},  # 0.0 is not 0
         {"log": [{"loss": 1.0, "step": 1}, {"step": 1, "eval_loss": 2.0}] * 8},  # not all have the same keys
         {"log": []},
         {"after": None, "reason": "ValueError: broken"},
