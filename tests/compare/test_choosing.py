@@ -64,3 +64,13 @@ def test_a_method_that_searches_nothing_has_test_runs_alone(sweep, fake_engine):
     assert engine.names == [f"task/{method}/lr0.0005-seed{seed}" for method in ("lora", "eva") for seed in (0, 1)]
     row = standings(results).rows[0]
     assert row.point == {"train.learning_rate": 5e-4} and row.scores == {0: 0.5, 1: 0.5} and row.open == []
+
+
+def test_a_forecast_counts_all_that_stays_of_a_run(sweep, fake_engine):
+    keeping = sweep(methods=["lora"], keep="adapters", widen=0)
+    assert forecast(keeping).disk_bytes is None and "5 runs, 5 left" in forecast(keeping).text()
+    folder = compare(keeping, fake_engine(lambda run: 0.5), limit=2).folder
+    (folder / "runs" / "task" / "lora" / "lr0.01-seed1000" / "adapter" / "weights").write_text("x" * 100_000)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert forecast(keeping).disk_bytes == size / 2 * 5 > 250_000
+    assert "5 runs, 3 left" in forecast(keeping).text()

@@ -106,6 +106,8 @@ def test_each_process_of_a_run_has_a_gpu_of_its_own(tiny_sweep, monkeypatch):
     assert gpus_of(3, ["4", "5", "6", "7", "8"], 2) == ["6", "7"]
     sweep = Sweep.load(tiny_sweep())
     assert open_engine(sweep, gpus=4, processes=2).processes == 2
+    assert [open_engine(sweep, gpus=4, processes=n).slots for n in (1, 2, 3)] == [4, 2, 1]
+    assert open_engine(sweep).slots == 1 and open_engine(sweep, gpus=4, workers=1).slots == 1
     with pytest.raises(EvaError, match=r"--gpus is 2 and --processes 4, .*; give --processes 2, or other --gpus"):
         open_engine(sweep, gpus=2, processes=4)
     with pytest.raises(EvaError, match="--gpus is 2 and --processes 1"):

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("local", "ray"), default="local", help="what does the runs (default: local)"
     )
     group.add_argument(
-        "--workers", type=int, metavar="N", help="runs at a time (default: 1; ray: all there is room for)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs at a time (default: 1 or all GPUs; ray: all there is room for)",
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="processor threads of each process (default: its share)"
@@ -49,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from evatune.compare.board import Board
-    from evatune.compare.command import open_engine, open_sweep
+    from evatune.compare.command import n_workers, open_engine, open_sweep
     from evatune.compare.forecast import forecast
     from evatune.compare.loop import compare
     from evatune.compare.standing import standings
 
     sweep = open_sweep(args.sweep, output=args.output)
     if args.dry_run:
-        expected = forecast(sweep, workers=args.workers or 1)
+        workers = n_workers(args.workers, gpus=args.gpus, processes=args.processes)
+        expected = forecast(sweep, workers=workers)
         answer(args, text=expected.text(), content=expected.to_json())
         return
     engine = open_engine(

@@ -19,6 +19,11 @@ def open_sweep(path: str, *, output: str | None = None) -> Sweep:
     return dataclasses.replace(sweep, output=output) if output else sweep
 
 
+def n_workers(given: int | None, *, gpus: int, processes: int) -> int:
+    """Return how many runs go on at a time on this machine: those asked for, or one for each set of accelerators."""
+    return given or max(1, gpus // max(1, processes))
+
+
 def open_engine(
     sweep: Sweep,
     *,
@@ -33,7 +38,8 @@ def open_engine(
     Args:
         sweep: its folder gets what the workers print.
         engine: processes of this machine, or tasks of a Ray cluster.
-        workers: runs at a time; by default 1, and on a cluster as many as there is room for.
+        workers: runs at a time; by default 1, with accelerators as many as have theirs, and on a cluster as many as
+            there is room for.
         threads: processor threads of each process; by default its share of the processors, and on a cluster 1.
         gpus: accelerators that local workers share, or that each run of a cluster has.
         processes: processes of each run, which share its batches; with accelerators, each has one of its own.
@@ -60,7 +66,7 @@ def open_engine(
         return RayEngine(workers=workers, threads=threads or 1, gpus=gpus, processes=processes)
     from evatune.compare.local import LocalEngine, gpu_names
 
-    workers = workers or 1
+    workers = n_workers(workers, gpus=gpus, processes=processes)
     gpu_names(gpus)
     share = max(1, (os.cpu_count() or 1) // (workers * processes))
     logs = Path(sweep.output) / RUNS

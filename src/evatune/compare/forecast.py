@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evatune.compare.choosing import choose
-from evatune.compare.results import RECORDS, Results, is_whole
+from evatune.compare.results import Results, is_whole
 from evatune.compare.runs import Cell, cells, points
 from evatune.compare.sweep import Sweep
 from evatune.tables import byte_size, duration, text_table
@@ -28,8 +28,8 @@ class Forecast:
     """Time of all runs that are left; None if no run of some task was measured yet."""
     widen: int
     """How often each grid may grow; 0 where nothing is searched."""
-    record_bytes: float | None
-    """Size of the records of all runs; None if there is none yet."""
+    disk_bytes: float | None
+    """Size of the folder once all runs are done, with what stays of each of them; None if none is done yet."""
 
     def text(self) -> str:
         """Return the same for a terminal."""
@@ -45,7 +45,7 @@ class Forecast:
             if self.seconds is not None
             else "time unknown: no run of some task has been measured yet"
         )
-        disk = f"about {byte_size(self.record_bytes)} of records" if self.record_bytes else "size of records unknown"
+        disk = f"about {byte_size(self.disk_bytes)} of disk in all" if self.disk_bytes else "disk unknown"
         total = sum(row["validation"] + row["test"] for row in self.runs)
         left = sum(row["left"] for row in self.runs)
         grows = f"; grids may still grow (`widen: {self.widen}`)" if self.widen else ""
@@ -73,14 +73,14 @@ def forecast(sweep: Sweep, *, workers: int = 1) -> Forecast:
     n_runs = sum(row["validation"] + row["test"] for row in rows)
     open_rows = [row for row in rows if row["left"]]
     known = all(row["seconds"] is not None for row in open_rows)
-    path = results.folder / RECORDS
-    size = path.stat().st_size / len(results.records) if results.records else None
+    files = (path for path in results.folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files) / len(results.records) if results.records else None
     return Forecast(
         output=sweep.output,
         runs=rows,
         seconds=sum(row["left"] * row["seconds"] for row in open_rows) / workers if known else None,
         widen=sweep.widen if any(row["validation"] for row in rows) else 0,
-        record_bytes=size * n_runs if size else None,
+        disk_bytes=size * n_runs if size else None,
     )
 
 
