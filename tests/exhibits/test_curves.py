@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from evatune.errors import EvaError
 from evatune.exhibits import curves
-from evatune.exhibits.scores import scores
+from evatune.exhibits.scores import scores, settings
 from evatune.exhibits.view import View
 from evatune.report import comparisons
 from evatune.report.style import looks
@@ -31,6 +32,19 @@ def test_rates_are_shown_by_the_metric_that_was_chosen_by(results, drawn):
     curves.rates(View(folders=(str(folder),)))
     assert drawn["y"] == "loss on validation data"
     assert drawn["curves"]["lora"][:2] == ([1e-3, 1e-2], [0.4, 0.9])
+
+
+def test_rates_and_settings_are_shown_before_the_first_test_run(results, drawn):
+    folder = results({"sst2": "accuracy"}, refused="")
+    line = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    first = json.loads(line) | {"stage": "validation"}
+    (folder / "records.jsonl").write_text(json.dumps(first) + "\n")
+    view = View(folders=(str(folder),))
+    curves.rates(view)
+    assert "lora" in drawn["curves"] and drawn["against"] == "lora"
+    assert [row[4] for row in settings(view).rows] == ["0 of 3"] * len(drawn["curves"])
+    with pytest.raises(EvaError, match="holds no scores of test runs yet"):
+        scores(view)
 
 
 def test_the_metric_of_the_sweep_is_that_of_its_tables(results):

@@ -46,7 +46,7 @@ def rates(view: View) -> Figure:
     """Draw the validation score of each method over the learning rates that were tried."""
     curves = {}
     choices = [one for one in view.results.choices if title_of(one["task"], one["model"]) == view.one_task]
-    metric = next((one["metric"] for one in choices if one.get("metric")), view.board.metric(view.one_task))
+    metric = next((one["metric"] for one in choices if one.get("metric")), view.begun.metric(view.one_task))
     better = max if is_better_higher(metric) else min
     for choice in choices:
         best: dict[float, float] = {}
@@ -159,7 +159,7 @@ def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:
 def _beside(view: View) -> str | None:
     """Return the method that each panel of a figure shows beside its own, if the sweep has the reference."""
     try:
-        return view.board.reference(view.against)
+        return view.begun.reference(view.against)
     except EvaError:
         return None
 

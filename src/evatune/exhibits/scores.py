@@ -51,9 +51,8 @@ def scores(view: View) -> Table:
 
 def settings(view: View) -> Table:
     """Return what was chosen for each method on validation data, and grids whose best value is at their end."""
-    board = view.board
     rows = []
-    for row in board.rows:
+    for row in view.begun.rows:
         point = {path.rpartition(".")[2]: value for path, value in (row.point or {}).items()}
         shown = ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in point.items()

@@ -10,6 +10,7 @@ from typing import Any
 
 from evatune.compare.board import Board
 from evatune.compare.results import RECORDS, RUNS, Record, Results
+from evatune.compare.standing import standings
 from evatune.errors import EvaError
 from evatune.settings import Planning
 from evatune.spectra import Spectra
@@ -53,6 +54,11 @@ class View:
         return Board.of(self.results, metric=self.metric)
 
     @cached_property
+    def begun(self) -> Board:
+        """The same, also where no test run is done yet."""
+        return Board(rows=standings(self.results, metric=self.metric).rows)
+
+    @cached_property
     def metric(self) -> str | None:
         """The metric of all tasks; None if it is each one's headline."""
         return self.score or self.results.metric
@@ -64,7 +70,7 @@ class View:
         Raises:
             EvaError: the results have no such task.
         """
-        tasks = self.board.tasks
+        tasks = self.begun.tasks or self.board.tasks
         if self.task is not None and self.task not in tasks:
             raise EvaError(f"these results have no task {self.task!r}; they have {', '.join(tasks)}.")
         return self.task or tasks[0]
@@ -72,7 +78,7 @@ class View:
     def on(self, task: str) -> View:
         """Return the same view of another task; what was read is not read again."""
         one = replace(self, task=task)
-        vars(one).update(results=self.results, board=self.board)  # cached properties
+        vars(one).update(results=self.results, board=self.board, begun=self.board)  # cached properties
         return one
 
     def test_runs(self, task: str) -> dict[str, list[Record]]:
