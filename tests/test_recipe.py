@@ -181,6 +181,9 @@ def test_columns_are_a_mapping_in_files_and_words_on_the_command_line(tmp_path):
     assert words.data.columns == {"text": "1", "label": "gold"}
     with pytest.raises(EvaError, match=r"data\.columns is \['text'\], but must be a mapping"):
         load_recipe(None, {"columns": ["text"]})
+    assert load_recipe(None, {"columns": "text=1"}).data.columns == {"text": "1"}  # as one alone comes from there
+    with pytest.raises(EvaError, match=r"data.columns is .text:1., .*: on the command line NAME=VALUE"):
+        load_recipe(None, {"columns": "text:1"})
 
 
 def test_missing_file_names_its_neighbour(tmp_path):

@@ -198,13 +198,16 @@ def convert(value: Any, kind: Any, name: str, *, splits_names: bool = False, amo
     if origin in _LISTS:
         return _list(value, typing.get_args(kind)[0], wrong)
     if origin is Mapping:
-        if _is_list(value) and all(isinstance(item, str) and "=" in item for item in value):
-            value = dict(item.split("=", 1) for item in value)  # as the command line writes it
+        if isinstance(value, str) or _is_list(value):  # as the command line writes it
+            items = [value] if isinstance(value, str) else list(value)
+            if not all(isinstance(item, str) and "=" in item for item in items):
+                raise EvaError(f"{name} is {value!r}, but must be {wanted}: on the command line NAME=VALUE.")
+            value = dict(item.split("=", 1) for item in items)
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise wrong
         item_kind = typing.get_args(kind)[1]
-        items = {key: str(item) if item_kind is str and type(item) is int else item for key, item in value.items()}
-        return {key: convert(item, item_kind, f"{name} of {key!r}") for key, item in items.items()}
+        read = {key: str(item) if item_kind is str and type(item) is int else item for key, item in value.items()}
+        return {key: convert(item, item_kind, f"{name} of {key!r}") for key, item in read.items()}
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
         return value.lower() in ("true", "yes")
     if kind in (int, float):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError, near_misses
-from evatune.models.reach import hub_in_reach
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of the files that can be read."""
@@ -28,6 +27,14 @@ _SPLIT = re.compile(
 """Beginnings of names of files and folders that tell the split."""
 
 Row = dict[str, Any]
+
+
+class NoSourceError(EvaError):
+    """There is neither a file nor a data set on a hub of this name, or the hub cannot be asked."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"there is no data file {name}, and it cannot be loaded from a hub: {reason}.")
+        self.name = name
 
 
 def read_rows(
@@ -223,6 +230,8 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
             f"there is no data file {name}, and a hub data set needs the Python package datasets; "
             "run: pip install 'evatune[hub]'."
         ) from None
+    from evatune.models.reach import hub_in_reach  # only here: models are of torch
+
     try:
         with hub_in_reach():
             rows = datasets.load_dataset(name, hub_config, split=split)
@@ -234,9 +243,7 @@ def _hub_rows(name: str, *, split: str, hub_config: str | None) -> Iterator[tupl
         raise
     except Exception as error:  # the hub client raises errors of many libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EvaError(
-            f"there is no data file {name}, and it cannot be loaded from a hub: {reason.rstrip('.')}."
-        ) from error
+        raise NoSourceError(name, reason.rstrip(".")) from error
 
 
 def _names_in_lists(features: Mapping[str, Any] | None) -> dict[str, list[str]]:

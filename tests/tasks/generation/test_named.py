@@ -82,3 +82,11 @@ def test_a_file_is_taken_before_a_task_of_its_name(tmp_path, monkeypatch):
 
 def test_every_task_can_be_learned_or_scored():
     assert all(task.train or task.held_out for task in NAMED.values())
+
+
+@pytest.mark.parametrize(("name", "meant"), [("comonsense/boolq", "commonsense/boolq"), ("gsm8", "gsm8k")])
+def test_a_name_that_is_nowhere_may_be_a_task_misspelt(name, meant):
+    with pytest.raises(
+        EvaError, match=rf"no data file {name}, .*; no task has this name either \(did you mean .*'{meant}'"
+    ):
+        load_examples(name)

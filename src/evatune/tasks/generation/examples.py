@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from evatune.errors import EvaError, near_misses
 from evatune.tasks.examples import Examples, gather, short_names
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.formats import find_format, in_chat
-from evatune.tasks.generation.named import expanded, places
-from evatune.tasks.rows import Row
+from evatune.tasks.generation.named import GROUPS, NAMED, expanded, places
+from evatune.tasks.rows import NoSourceError, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,4 +62,9 @@ def load_examples(
 
         return converted
 
-    return gather(names, converter, places=places(names, folder=folder, held_out=held_out), **options)
+    try:
+        return gather(names, converter, places=places(names, folder=folder, held_out=held_out), **options)
+    except NoSourceError as error:
+        if error.name not in names or not (near := near_misses(error.name, [*GROUPS, *NAMED])):
+            raise
+        raise EvaError(f"{str(error).removesuffix('.')}; no task has this name either{near}.") from error
