@@ -84,6 +84,19 @@ def test_two_processes_train_and_score_what_one_does(training, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["outcomes"]
 
 
+def test_two_processes_train_a_classifier_as_one_does(tiny_model, tmp_path):
+    rows = [{"sentence": f"{word} {number}", "label": word} for number in range(16) for word in ("good", "bad")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--task", "understanding", "--model", str(tiny_model), "--data", str(tmp_path / "train.jsonl")]
+    words += ["--method", "lora", "--precision", "fp32", "--train.batch-size", "4", "--steps", "4"]
+    words += ["--max-grad-norm", "0", "--logging-steps", "1"]
+    in_two("finetune", *words, "--output", tmp_path / "two")
+    assert main(["finetune", *words, "--output", str(tmp_path / "one")]) == 0
+    two, one = (json.loads((tmp_path / name / "run.json").read_text())["log"] for name in ("two", "one"))
+    for found, expected in zip(two, one, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_mistake_is_told_once(training, tmp_path):
     process = start("finetune", *training, "--train.batch-size", 5, "--output", tmp_path / "run")
     _, err = process.communicate(timeout=200)

@@ -36,6 +36,9 @@ class Needs:
     """The same with `measure.use_label_mask`, where `row_mask` is given; None for tasks without such positions."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers' `TrainingArguments` that differ from what `training/` gives."""
+    counts_tokens: bool = False
+    """Whether the model divides its loss by the tokens of all batches and processes of a step, which the Trainer
+    counts; the loss of other models is a mean over their own batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

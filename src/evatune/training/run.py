@@ -342,7 +342,7 @@ class _Run:
 
     def _train(self, model: Any, *, checkpoint: Path | None) -> tuple[TaskTrainer, int | None]:
         settings, task = self.recipe.train, self.task
-        n_examples = len(task.train)
+        n_examples, needs = len(task.train), task.needs(model)
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
         interrupt = InterruptCallback()
@@ -369,13 +369,14 @@ class _Run:
                 checkpoints=self.folder / CHECKPOINTS,
                 n_examples=n_examples,
                 evaluates=len(task.held_out) > 0,
-                further={**task.needs(model).arguments, **(self.zero.arguments(settings) if self.zero else {})},
+                further={**needs.arguments, **(self.zero.arguments(settings) if self.zero else {})},
             ),
             train_dataset=task.train,
             eval_dataset=task.held_out,
             data_collator=task.collate,
             callbacks=callbacks,
             make_optimizer=partial(self._optimizer, model),
+            counts_tokens=needs.counts_tokens,
         )
         trainer.add_callback(ChecksumCallback())  # after all that write into checkpoints
         for noisy in (PrinterCallback, ProgressCallback):

@@ -23,6 +23,7 @@ class TaskTrainer(Trainer):
     Args:
         settings: the recipe's section `train`.
         score: returns the scores of the model as it is; None where nothing is held out.
+        counts_tokens: whether the model's loss is over the tokens of a whole step, see `evatune.tasks.task.Needs`.
         make_optimizer: returns the optimizer, or None for the Trainer's own; it is called when training begins.
         options: arguments of `Trainer`.
     """
@@ -33,10 +34,13 @@ class TaskTrainer(Trainer):
         settings: TrainSettings,
         score: Callable[[], Scores] | None,
         make_optimizer: Callable[[], torch.optim.Optimizer | None],
+        counts_tokens: bool,
         **options: Any,
     ) -> None:
         self.settings, self.score, self.make_optimizer = settings, score, make_optimizer
         super().__init__(**options)
+        if not counts_tokens:  # transformers trusts all models whose `forward` takes any keyword
+            self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer."""

@@ -273,3 +273,15 @@ def test_a_head_is_not_scored_on_other_classes_of_the_same_number(opened, write_
     with pytest.raises(EvaError, match=r"2 classes \(bad, good\), .* 2 classes \(bad, fair\); .*data.classes"):
         other.check_saved(tmp_path / "saved")
     other.check_saved(tmp_path)  # nothing was saved there
+
+
+def test_a_step_of_two_batches_is_that_of_one_as_large(recipe, tiny_model):
+    model = {"name": str(tiny_model)}  # without dropout
+    logs = []
+    for name, more in (("whole", {"batch_size": 16}), ("halves", {"batch_size": 8, "gradient_accumulation": 2})):
+        train = {"steps": 3, "logging_steps": 1, "max_grad_norm": 0.0} | more
+        adapter = {"method": "lora", "lora_dropout": 0.0}
+        logs.append(finetune(recipe(name, model=model, adapter=adapter, train=train), progress=False).losses)
+    for whole, halves in zip(*logs, strict=True):
+        assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert halves["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)

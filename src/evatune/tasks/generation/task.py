@@ -142,6 +142,7 @@ class Generation:
     def needs(self, model: Any) -> Needs:
         """Return what the model needs: its pretrained head, no new one."""
         return Needs(
+            counts_tokens=True,
             task_type="CAUSAL_LM",
             row_mask=row_mask if self.data.packing else None,
             learned_mask=learned_mask if self.data.packing else None,
