@@ -37,7 +37,7 @@ NAMES = [
 RULES = [
     {"target_modules": ["q_proj"]},
     {"target_modules": ["q_proj", "fc"]},
-    {"target_modules": {"w1", "c_attn"}},
+    {"target_modules": {"c_attn"}},
     {"target_modules": ["layers.1.fc"]},
     {"target_modules": ["encoder.layers.1.fc"]},
     {"target_modules": ["self_attn.q_proj", "mlp.fc1"]},
