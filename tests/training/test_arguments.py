@@ -27,9 +27,9 @@ ARGUMENTS = {
     "keep_checkpoints": (3, {"save_total_limit": 3}),
     "seed": (5, {"seed": 5, "data_seed": 5}),
 }
-# Not arguments of the Trainer: the optimizer's, the model's, the process's or the schedule's.
+# Not arguments of the Trainer: the optimizer's, the model's, the process's, the run's or the schedule's.
 ELSEWHERE = {"lora_plus_ratio", "layer_decay", "gradient_checkpointing", "threads", "schedule", "warmup_ratio"}
-ELSEWHERE |= {"final_learning_rate"}
+ELSEWHERE |= {"final_learning_rate", "eval_before"}
 
 
 def arguments(tmp_path, **settings):
