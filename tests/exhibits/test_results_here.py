@@ -18,9 +18,11 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("*/records.jsonl"))
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_tables_are_made_of_them(folder):
     view = View(folders=(str(folder),))
-    table = scores.scores(view)
+    records = Results(folder).records.values()
+    is_scored = any(record["stage"] == "test" for record in records)
+    table = scores.scores(view) if is_scored else scores.settings(view)
     assert len(table.rows) >= 3
-    assert {record["state"] for record in Results(folder).records.values()} <= {"done", "refused", "failed"}
+    assert {record["state"] for record in records} <= {"done", "refused", "failed"}
     text = (folder / "records.jsonl").read_text(encoding="utf-8")
     assert not re.search(r'"/(tmp|home|root|work|Users)/', text)
 
