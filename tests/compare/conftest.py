@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +108,31 @@ def write_run(job: Job, value: float | None) -> None:
 @pytest.fixture
 def fake_engine() -> type[FakeEngine]:
     return FakeEngine
+
+
+def interrupt(path: Path, *options: str, patience: float) -> Path:
+    """Run `tiny/lora/lr0.001-seed0` from the command line, press Ctrl-C in its training, and return its folder.
+
+    Ctrl-C in a terminal reaches the whole group of processes; the run in progress saves its checkpoint.
+    """
+    folder = Path(Sweep.load(path).output)
+    command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1", *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    run = folder / "runs" / "tiny" / "lora" / "lr0.001-seed0"
+    log = run / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(patience) == 130
+    assert list(run.glob("checkpoints/checkpoint-*/checksums.json"))
+    assert not (folder / "records.jsonl").exists()
+    return run
+
+
+@pytest.fixture
+def interrupted() -> Callable[..., Path]:
+    """The function `interrupt`."""
+    return interrupt
 
 
 @pytest.fixture

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -76,16 +71,7 @@ def test_a_run_one_of_whose_processes_is_killed_is_started_again(tiny_sweep, mon
     assert (record["state"], record["tries"]) == ("done", 2)
 
 
-def test_an_interrupted_run_of_two_processes_saves_a_checkpoint(tiny_sweep):
+def test_an_interrupted_run_of_two_processes_saves_a_checkpoint(tiny_sweep, interrupted):
     path = tiny_sweep(methods=["lora"], learning_rates=[1e-3], settings={"steps": 20000})
-    folder = Path(Sweep.load(path).output)
-    command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1", "--processes", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    log = folder / "runs" / "tiny" / "lora" / "lr0.001-seed0" / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(90) == 130
-    assert list(log.parent.glob("checkpoints/checkpoint-*/checksums.json"))
-    assert not (folder / "records.jsonl").exists()
+    interrupted(path, "--processes", "2", patience=90)
     assert not members()

@@ -123,16 +123,10 @@ def test_ray_is_asked_for_where_it_is_missing(tiny_sweep, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tiny_sweep, tmp_path):
-    """Ctrl-C in a terminal reaches the whole group of processes; the run in progress saves its checkpoint."""
-    path = tiny_sweep(methods=["lora"], learning_rates=[1e-3], settings={"steps": 4000})
-    folder = Path(Sweep.load(path).output)
-    command = [sys.executable, "-m", "evatune", "compare", str(path), "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    log = folder / "runs" / "tiny" / "lora" / "lr0.001-seed0" / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
-    assert list(log.parent.glob("checkpoints/checkpoint-*/checksums.json"))
-    assert not (folder / "records.jsonl").exists()
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tiny_sweep, interrupted):
+    path = tiny_sweep(methods=["lora"], learning_rates=[1e-3], settings={"steps": 1500})
+    checkpoint = next(interrupted(path, patience=60).glob("checkpoints/checkpoint-*"))
+    sweep = Sweep.load(path)
+    (record,) = compare(sweep, open_engine(sweep, workers=1, threads=1), limit=1).records.values()
+    assert (record["state"], record["steps"]) == ("done", 1500)
+    assert record["resumed_from"] == int(checkpoint.name.removeprefix("checkpoint-")) > 0

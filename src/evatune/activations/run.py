@@ -224,13 +224,10 @@ class Run:
         )
 
     def _groups(self) -> Iterator[list[InputState]]:
-        """Yield the inputs with rows in the groups of `groups_of`; each rests before the next."""
-        fitted = {key: state for key, state in self.inputs.items() if state.pca.is_fitted}
-        for keys in groups_of({key: state.pca for key, state in fitted.items()}):
-            yield [fitted[key] for key in keys]
-            if len(keys) < len(fitted):
-                for key in keys:
-                    fitted[key].pca.rest()
+        """Yield the inputs with rows in the groups of `groups_of`, each of which rests before the next."""
+        fitted = self._fitted()
+        for group in groups_of([state.pca for state in fitted]):
+            yield fitted[group]
 
     def _fitted(self) -> list[InputState]:
         return [state for state in self.inputs.values() if state.pca.is_fitted]

@@ -8,8 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from evatune.compare.results import Results
-from evatune.compare.standing import Standing, standings, title_of
+from evatune.compare.standing import Standing, title_of
 from evatune.errors import EvaError, near_misses
 from evatune.tables import text_table
 from evatune.tasks.scores import is_better_higher
@@ -23,18 +22,6 @@ class Board:
     """The scores of a sweep."""
 
     rows: Sequence[Standing]
-
-    @classmethod
-    def of(cls, results: Results, *, metric: str | None = None) -> Board:
-        """Return the scores in a folder of results.
-
-        Raises:
-            EvaError: there are none, or no such metric.
-        """
-        rows = standings(results, metric=metric).rows
-        if not any(row.scores for row in rows):
-            raise EvaError(f"{results.folder} holds no scores of test runs yet; run `evatune compare` to its end.")
-        return cls(rows=rows)
 
     @cached_property
     def tasks(self) -> list[str]:

@@ -38,9 +38,8 @@ class Packer:
     def lines(self, record: Mapping[str, Any]) -> str:
         """Return the lines that add a record to the file: shared values that are new in it, and the record's own."""
         added: list[dict[str, Any]] = []
-        own = {
-            key: self._like(key, value, added) if isinstance(value, Mapping) else value for key, value in record.items()
-        }
+        plain = json.loads(json_text(record))
+        own = {key: self._like(key, value, added) if isinstance(value, dict) else value for key, value in plain.items()}
         return "".join(_dense(line) + "\n" for line in [*added, own])
 
     def read(self, line: str) -> dict[str, Any] | None:
@@ -58,29 +57,28 @@ class Packer:
         _ = content["name"], content["state"], content["recipe"]
         return content
 
-    def _like(self, entry: str, value: Mapping[str, Any], added: list[dict[str, Any]]) -> Any:
+    def _like(self, entry: str, value: dict[str, Any], added: list[dict[str, Any]]) -> Any:
         """Return a value by the shared one that is nearest to it; of some entries, one that is like none is shared."""
-        plain = json.loads(json_text(value))
         found = [
             {_LIKE: key, **difference}
             for key, shared in self._shared.items()
-            if (difference := _difference(shared, plain)) is not None
+            if (difference := _difference(shared, value)) is not None
         ]
         nearest = min(found, key=lambda one: len(_dense(one)), default=None)
-        saved = len(_dense(plain)) - len(_dense(nearest)) if nearest is not None else 0
+        saved = len(_dense(value)) - len(_dense(nearest)) if nearest is not None else 0
         if nearest is not None and saved > (len(_dense(nearest)) if entry in SHARED else 0):
             return nearest
         if entry not in SHARED:
-            return plain
-        key = hashlib.sha256(json_text(plain).encode()).hexdigest()[:KEY_LENGTH]
+            return value
+        key = hashlib.sha256(json_text(value).encode()).hexdigest()[:KEY_LENGTH]
         if key not in self._shared:
-            self._shared[key] = plain
-            added.append({"shared": key, "value": plain})
+            self._shared[key] = value
+            added.append({"shared": key, "value": value})
         return {_LIKE: key}
 
 
 def _dense(value: Any) -> str:
-    return json.dumps(json.loads(json_text(_packed(value))), separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(_packed(value), separators=(",", ":"), ensure_ascii=False)
 
 
 def _difference(shared: Any, value: Any) -> dict[str, Any] | None:

@@ -49,14 +49,20 @@ class View:
         return Results(folder)
 
     @cached_property
-    def board(self) -> Board:
-        """The test scores of the results."""
-        return Board.of(self.results, metric=self.metric)
-
-    @cached_property
     def begun(self) -> Board:
-        """The same, also where no test run is done yet."""
+        """The test scores of the results, also where no test run is done yet."""
         return Board(rows=standings(self.results, metric=self.metric).rows)
+
+    @property
+    def board(self) -> Board:
+        """The test scores of the results.
+
+        Raises:
+            EvaError: there are none, or no such metric.
+        """
+        if not any(row.scores for row in self.begun.rows):
+            raise EvaError(f"{self.results.folder} holds no scores of test runs yet; run `evatune compare` to its end.")
+        return self.begun
 
     @cached_property
     def metric(self) -> str | None:
@@ -78,7 +84,7 @@ class View:
     def on(self, task: str) -> View:
         """Return the same view of another task; what was read is not read again."""
         one = replace(self, task=task)
-        vars(one).update(results=self.results, board=self.board, begun=self.board)  # cached properties
+        vars(one).update(results=self.results, begun=self.begun)  # cached properties
         return one
 
     def test_runs(self, task: str) -> dict[str, list[Record]]:

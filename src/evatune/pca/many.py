@@ -6,16 +6,14 @@ copies many tensors at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from evatune.pca.contract import AnyPCA
 from evatune.pca.together import ACCELERATOR_BYTES, Task, together
-
-Key = TypeVar("Key")
 
 
 def settle_all(pcas: Iterable[AnyPCA]) -> None:
@@ -30,32 +28,31 @@ def look_all(pcas: Iterable[AnyPCA]) -> None:
 
 def learn_all(pcas: Iterable[AnyPCA]) -> None:
     """Refresh, and find the final components."""
-    numbered = dict(enumerate(pcas))
-    for group in groups_of(numbered):
-        _do(Task.REFRESH, (numbered[number] for number in group))
-        _do(Task.LEARN, (numbered[number] for number in group))
-        if len(group) < len(numbered):
-            for number in group:
-                numbered[number].rest()
+    pcas = list(pcas)
+    for group in groups_of(pcas):
+        _do(Task.REFRESH, pcas[group])
+        _do(Task.LEARN, pcas[group])
 
 
-def groups_of(pcas: Mapping[Key, AnyPCA]) -> Iterator[list[Key]]:
-    """Yield the keys of PCAs in groups, so that an accelerator factorizes each group at once.
+def groups_of(pcas: Sequence[AnyPCA]) -> Iterator[slice]:
+    """Yield groups of neighbours, each of which an accelerator factorizes at once; a group rests before the next.
 
-    A caller that does all its work with one group, and lets it `rest` before the next, never holds the eigenpairs of
-    all sketches. On the CPU, which has more memory and less of a hurry, all are one group.
+    A caller that does all its work with one group before the next never holds the eigenpairs of all sketches. On the
+    CPU, which has more memory and less of a hurry, all are one group, which does not rest.
     """
-    group: list[Key] = []
+    begins: list[int] = []
     n_bytes = 0
-    for key, pca in pcas.items():
+    for place, pca in enumerate(pcas):
         size = sum(work.n_bytes for work in pca.works(Task.REFRESH) if work.device.type != "cpu")
-        if group and n_bytes + size > ACCELERATOR_BYTES:
-            yield group
-            group, n_bytes = [], 0
-        group.append(key)
+        if not begins or n_bytes + size > ACCELERATOR_BYTES:
+            begins.append(place)
+            n_bytes = 0
         n_bytes += size
-    if group:
-        yield group
+    for begin, end in itertools.pairwise([*begins, len(pcas)]):
+        yield slice(begin, end)
+        if len(begins) > 1:
+            for pca in pcas[begin:end]:
+                pca.rest()
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
