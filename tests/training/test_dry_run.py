@@ -75,6 +75,9 @@ def data(tmp_path_factory) -> Path:
                 path.write_text(TABLES[path.relative_to(folder).parts[1]])
             else:
                 pictures(path)
+    (folder / "demo").mkdir()
+    for split in ("train", "heldout"):
+        (folder / "demo" / f"{split}.jsonl").write_text(json.dumps({"prompt": "Good?", "completion": " yes"}) + "\n")
     return folder
 
 
@@ -100,6 +103,8 @@ def test_every_shipped_recipe_passes(name, data, monkeypatch, tmp_path):
     overrides = {}
     if (path := "/usr/share/datasets/fashion-mnist") in (RECIPES / name).read_text() and not Path(path).exists():
         overrides = {"data": str(data / "cifar10/train_1000.parquet"), "label_column": "label_name"}
+    if "../../demo/data/" in (RECIPES / name).read_text():
+        overrides = {"data": str(data / "demo/train.jsonl"), "eval": str(data / "demo/heldout.jsonl")}
     told = dry_run(load_recipe(RECIPES / name, overrides), accelerator=find_accelerator("h100-80gb"))
     assert told.n_trainable and told.n_parameters and told.memory is not None
     assert told.steps or any("data" in note for note in told.unchecked)
