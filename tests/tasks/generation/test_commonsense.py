@@ -109,6 +109,20 @@ def test_labels_out_of_range_are_errors(name, change, message):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "maybe"}, "field 'answer' is 'maybe', but must be one of true, false"),
+        ({"output": "yes"}, "field 'output' is 'yes', but must end in the answer, 'true'"),
+    ],
+)
+def test_answers_that_a_prompt_does_not_list_are_errors(change, message):
+    row = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "it is true", "answer": "true"}
+    assert converted(row).choices == ("it is true", "it is false")
+    with pytest.raises(EvaError, match=message):
+        converted(row | change)
+
+
+@pytest.mark.parametrize(
     ("original", "templated"),
     [("piqa/plain_text", "piqa"), ("social_i_qa/none", "social_i_qa"), ("winogrande/winogrande_xl", "winogrande")],
 )

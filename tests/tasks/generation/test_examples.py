@@ -36,11 +36,17 @@ def test_commonsense(tmp_path):
     assert example.answer == 0
 
 
-def test_commonsense_without_known_choices_has_no_question(tmp_path):
+def test_an_answer_that_is_not_listed_is_an_error_that_names_the_row(tmp_path):
     odd = QUESTION | {"output": "the correct answer is answer5", "answer": "answer5"}
-    (example,) = load_examples(write_jsonl(tmp_path / "a.jsonl", odd))
+    with pytest.raises(EvaError, match=r"a\.jsonl.*2.*'answer5', but must be one of answer1"):
+        load_examples(write_jsonl(tmp_path / "a.jsonl", QUESTION, odd))
+
+
+def test_commonsense_without_listed_choices_has_no_question(tmp_path):
+    unlisted = QUESTION | {"instruction": "Which is it?"}
+    (example,) = load_examples(write_jsonl(tmp_path / "a.jsonl", unlisted))
     assert example.answer is None
-    assert example.completion == odd["output"]
+    assert example.completion == unlisted["output"]
 
 
 @pytest.mark.parametrize(

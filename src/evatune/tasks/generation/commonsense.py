@@ -85,11 +85,14 @@ def templated(row: Row) -> Example | None:
     listed = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
     if example is None or not answer:
         return None
-    choices = tuple(listed[1].split("/")) if listed else ()
-    if answer not in choices or not output.endswith(answer):
+    if not listed:
         return example
-    stem = output.removesuffix(answer)
-    return _with_choices(example, stem, choices, choices.index(answer))
+    choices = listed[1].split("/")
+    if answer not in choices:
+        raise EvaError(f"field 'answer' is {answer!r}, but must be one of {', '.join(choices)}.")
+    if not output.endswith(answer):
+        raise EvaError(f"field 'output' is {output!r}, but must end in the answer, {answer!r}.")
+    return _with_choices(example, output.removesuffix(answer), choices, choices.index(answer))
 
 
 def _keyed(row: Row, question: str) -> Example | None:

@@ -57,11 +57,14 @@ def _alpaca(row: Row) -> Example | None:
 
 
 def _completion(row: Row) -> Example | None:
-    """Read a prompt and a completion; with a list of `choices` that holds the completion, it is a question."""
+    """Read a prompt and a completion; with a list of `choices`, one of which is the completion, it is a question."""
     example = prompted(PLAIN, text_of(row, "prompt"), text_of(row, "completion"))
     choices = tuple(row.get("choices") or ())
-    if example is None or example.completion not in choices:
+    if example is None or not choices:
         return example
+    if example.completion not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise EvaError(f"field 'completion' is {example.completion!r}, but must be one of the choices, {listed}.")
     answer = choices.index(example.completion)
     return replace(example, choices=choices, answer=answer, expected=example.completion, judge="choice")
 
