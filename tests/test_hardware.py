@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import metadata
 
+import pytest
 import torch
 
 from evatune import __version__
@@ -33,3 +34,17 @@ def test_the_package_may_be_on_the_path_without_being_installed(monkeypatch):
 def test_cards_that_only_emulate_bfloat16_are_not_fast_at_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not has_fast_bfloat16.__wrapped__("cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("avx512f avx512_bf16 amx_tile amx_bf16", True),
+        ("avx512f avx512_bf16 avx512_fp16", False),
+        ("asimd bf16 i8mm", True),
+    ],
+)
+def test_a_processor_needs_matrix_units_to_be_fast_at_bfloat16(monkeypatch, flags, fast):
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: f"flags\t\t: {flags}\n")
+    assert has_fast_bfloat16.__wrapped__("cpu") == fast
