@@ -149,15 +149,16 @@ def has_fast_bfloat16(device_type: str) -> bool:
 
     Returns:
         True on accelerators that have it in hardware (cards older than Ampere compute it in float32, slowly) and on
-        processors with AMX (or the Arm equivalent). AVX512-BF16 alone is not enough: on a Xeon that has it without
-        AMX, products in bfloat16 took 1.4 to 2.1 times as long as in float32, and training steps 1.6 times.
+        processors with AMX, with AMD's AVX512-BF16, or the Arm equivalent. Intel's AVX512-BF16 is not enough: on a Xeon
+        that has it without AMX, products in bfloat16 took 1.4 to 2.1 times as long as in float32. On an EPYC, forward
+        passes in bfloat16 took 0.7 of the time.
     """
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
         return False
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    return any(flag in flags for flag in ("amx_bf16", " bf16"))
+    return any(flag in flags for flag in ("amx_bf16", " bf16")) or ("AuthenticAMD" in flags and "avx512_bf16" in flags)
 
 
 def choose_product_dtype(rows: Tensor, wanted: str | torch.dtype, *, n_components: int) -> torch.dtype:
