@@ -1,22 +1,26 @@
 """Cost of initialization on an accelerator: seconds and peak memory beside the bare passes and beside other methods.
 
-Command (random weights that are made on the device: no hub, no network; `--minutes` at most, by default eight):
+Command (random weights that are made on the device: no hub, no network; `--minutes` at most, by default eight; evatune
+need not be installed):
 
-    python benchmarks/accelerator.py                    # where evatune is installed
-    PYTHONPATH=src python benchmarks/accelerator.py     # elsewhere
+    python benchmarks/accelerator.py
 
 1. A model with the shape of Llama-2-7B passes batches of 4, 8 and 16 x 512 tokens: bare, with the backends `auto`,
    `sketch` and `exact` at rank 16, and `auto` at rank 128, always for the same number of batches without stopping rules
    (what random weights do says nothing about convergence). Its weights are scaled so that the variances of activations
-   decay as 1/i. The share is of one epoch over `--train-examples` examples, whose seconds a step are measured in this
-   very run with plain LoRA, `--micro` sequences at a time.
-2. The tests run on the device (`EVATUNE_TEST_DEVICE`), for `--tests-seconds` at most.
-3. How often the host waits for the device in one run, and a profile of the operations.
-4. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
+   decay as 1/i. `auto, rules` keeps the components that both rules compare; `auto, widest` demands so much of sketches
+   that all get as wide as they can, and what the device has no room for waits in main memory. The share is of one epoch
+   over `--train-examples` examples, whose seconds a step are measured in this very run with plain LoRA, `--micro`
+   sequences at a time.
+2. How often the host waits for the device in one run, and a profile of the operations.
+3. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
    weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
+4. The tests run on the device (`EVATUNE_TEST_DEVICE`), for `--tests-seconds` at most; those that have failed until then
+   are listed.
 
-Every part is on its own: one that fails, or takes longer than `--part-seconds`, is listed under `failed`, one for which
-no time is left under `left_out`, and the results are written after each. On a CPU a tiny shape is used.
+The most wanted parts come first. Every part is on its own: one that fails, or takes longer than `--part-seconds`, is
+listed under `failed`, one for which no time is left under `left_out`, and the results are written after each. On a CPU
+a tiny shape is used.
 """
 
 from __future__ import annotations
@@ -33,19 +37,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a hub; a slip would wait for a network
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.append(str(Path(__file__).parents[1] / "src"))  # where evatune is not installed
+
 import evatune
 from evatune.files import write_json
 from evatune.hardware import best_device, describe_machine, versions_of
 from evatune.tables import text_table
-from initialization import CappedLoader, CapReachedError
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -54,13 +62,16 @@ SHAPES = {
     "tiny": {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 4},
 }
-RIVALS = ("peft-eva", "pissa", "olora", "corda", "lora-ga")
+RIVALS = ("evatune", "peft-eva", "pissa", "olora", "corda", "lora-ga")
 NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
-
+UNMET_RULES: dict[str, Any] = {"tau": 1 - 1e-9, "min_gain": 1e-9, "progress": False}
+"""Both rules are applied, and no input meets them."""
 
 TESTS = ("tests/pca", "tests/initialization", "tests/adapters", "tests/activations")
 LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
+LAST_WORDS = 20.0
+"""How many seconds of their time tests have to tell what has failed when they are ended."""
 
 
 class TooLongError(BaseException):
@@ -159,6 +170,8 @@ def rival(name: str, model: LlamaForCausalLM, batches: list[dict[str, torch.Tens
     from peft import EvaConfig, LoraConfig
     from peft.tuners.lora import eva
 
+    from initialization import CappedLoader, CapReachedError
+
     config = LoraConfig(r=rank, init_lora_weights="eva", target_modules="all-linear", eva_config=EvaConfig(rho=2.0))
     there = [{key: value.to(model.device) for key, value in batch.items() if key != "labels"} for batch in batches]
     with suppress(CapReachedError):
@@ -182,16 +195,19 @@ class Parts:
     def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield name and action of every part, the most wanted first."""
         first, *others = self.args.sizes
+        rivals = [(f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)) for name in RIVALS]
         yield "the model", lambda: self.whole
         yield from self.passes(first, ranks=(16, 128))
-        if self.args.tests:
-            yield "tests", self.tests
+        yield f"{first}: auto, rules", partial(self.measure, first, "auto, rules", rank=16, **UNMET_RULES)
+        yield f"{first}: auto, widest", partial(self.measure, first, "auto, widest", rank=16, tolerance=1e-9)
         yield "waits", self.waits
         yield "profile", self.operations
+        yield from rivals[:2]
+        if self.args.tests:
+            yield "tests", self.tests
         for size in others:
             yield from self.passes(size, ranks=(16,))
-        for name in ("evatune", *RIVALS):
-            yield f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)
+        yield from rivals[2:]
 
     def passes(self, size: int, *, ranks: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the parts for batches of one size."""
@@ -232,14 +248,15 @@ class Parts:
             lora.unload()
 
     def measure(self, size: int, name: str, **options: Any) -> None:
-        """Time a measurement."""
+        """Time a measurement; by default without stopping rules."""
+        options = {"rho": 2.0} | NO_RULES | options
         batches, found = self.batches(size), self.results["passes"].setdefault(str(size), {})
-        evatune.measure(self.whole, batches[:2], rho=2.0, **NO_RULES, **options)  # warms up
-        one = found[name] = measured(
-            lambda: evatune.measure(self.whole, batches, rho=2.0, **NO_RULES, **options), self.device
-        )
+        evatune.measure(self.whole, batches[:2], **options)  # warms up
+        one = found[name] = measured(lambda: evatune.measure(self.whole, batches, **options), self.device)
         if "bare" in found:
             one["over_bare"] = one["seconds"] / found["bare"]["seconds"]
+            if "peak_gb" in one:
+                one["peak_gb_above_bare"] = one["peak_gb"] - found["bare"]["peak_gb"]
         if "lora step" in found:
             epoch = found["lora step"]["seconds"] * self.args.train_examples / size
             one["share_of_epoch"] = one["seconds"] / epoch
@@ -290,21 +307,49 @@ def run_tests(device: str, *, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"EVATUNE_TEST_DEVICE": device, "PYTHONPATH": path}
-    output, ended = "", f"not within {seconds:.0f} s"
+    output, ended, until = "", f"not within {seconds:.0f} s", time.perf_counter() + seconds
     with subprocess.Popen(
         [*command, *TESTS], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:
         try:
-            output, _ = running.communicate(timeout=seconds)
+            output, _ = running.communicate(timeout=max(seconds - LAST_WORDS, seconds / 2))
             ended = (output.strip().splitlines() or [f"exit status {running.returncode}"])[-1]
         except subprocess.TimeoutExpired:
-            running.kill()
-            output, _ = running.communicate()
+            while not output and time.perf_counter() < until:
+                running.send_signal(signal.SIGINT)  # pytest then tells what has failed; a measurement ends before that
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = running.communicate(timeout=4)
+            if not output:
+                running.kill()
+                output, _ = running.communicate()
         finally:
             running.kill()
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
     progress = [line for line in output.splitlines() if line.endswith("%]")][-1:]
-    return {"ended": ended, "failed": failed[:40], "progress": progress, "output": output[-4000:]}
+    return {"ended": ended, "failed": failed[:80], "progress": progress, "output": output[-8000:]}
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """Return what tells one accelerator from another; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "memory_gb": found.total_memory / 1e9,
+        "multiprocessors": found.multi_processor_count,
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Return the versions of those packages that are there."""
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found |= versions_of(name)
+    return found
 
 
 def show(results: dict[str, Any]) -> None:
@@ -321,10 +366,11 @@ def show(results: dict[str, Any]) -> None:
                     "" if over is None else f"{over:.2f} x",
                     "" if share is None else f"{share:.3%}",
                     f"{one['peak_gb']:.2f} GB" if "peak_gb" in one else "",
+                    f"{one['peak_gb_above_bare']:.2f} GB" if "peak_gb_above_bare" in one else "",
                 ]
             )
     if rows:
-        print(text_table(["tokens", "run", "time", "over bare", "of an epoch", "peak above model"], rows))
+        print(text_table(["tokens", "run", "time", "over bare", "of an epoch", "peak above model", "above bare"], rows))
     beside = results.get("beside", {})
     if beside:
         rows = [
@@ -356,14 +402,16 @@ def main() -> None:
     args = parser.parse_args()
     args.shape = args.shape or ("tiny" if args.device == "cpu" else "llama-2-7b")
     results: dict[str, Any] = {
+        "card": card(torch.device(args.device)),
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "machine": describe_machine(),
-        "versions": versions_of("torch", "transformers", "peft", "evatune"),
+        "versions": installed("torch", "transformers", "peft", "evatune"),
         "passes": {},
         "beside": {},
         "failed": {},
         "left_out": [],
     }
+    print(f"{args.shape} on {results['card'].get('name') or args.device}", flush=True)
     parts = Parts(args, results)
     write_json(args.output, results)
     for name, action in parts.all():

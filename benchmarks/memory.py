@@ -12,10 +12,13 @@ rank 16 and rho = 2 with both stopping rules. Every allocation is counted by `to
 2. On the device without hardware of the tests, whose memory is that of the CPU: what is held while a batch passes and
    when a check has looked at all inputs, and what the check takes at most. None of these depends on the rows of a
    batch, so these batches have fewer.
+3. The same with a tolerance so small that all sketches get as wide as they can (`widest`). What waits in main memory is
+   not counted.
 
 The bound of the factorizations that run side by side is set to half of what it is on an accelerator, because a few
-layers would not reach it. `whole` is an extrapolation to all layers: what is held by their number, what is beside it as
-it is; for the factorizations of a check the bound stands, which is more.
+layers would not reach it; that of the sketches is set to the share of these layers. `whole` is an extrapolation to all
+layers: what is held by their number, what is beside it as it is; for the factorizations of a check the bound stands,
+which is more.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from accelerator import SHAPES, bare, batches_of, let_decay
 from torch import nn
@@ -41,7 +45,7 @@ import evatune
 from evatune.activations.run import Run
 from evatune.files import write_json
 from evatune.hardware import describe_machine, versions_of
-from evatune.pca import many, together
+from evatune.pca import many, parking, together
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -113,6 +117,21 @@ def measured(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]], **
         return counted(lambda: evatune.measure(model, batches, rank=16, rho=2.0, progress=False, **rules))
 
 
+def uncounted(matrix: torch.Tensor) -> torch.Tensor:
+    """Return main memory for a matrix, as `evatune.pca.parking.room_for` does, that torch has not allocated."""
+    return torch.from_numpy(numpy.empty(matrix.nbytes, dtype=numpy.uint8)).view(matrix.dtype).view(matrix.shape)
+
+
+def held(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]], **options: float) -> dict[str, float]:
+    """Count what is held on the device without hardware, with both rules, which no input meets."""
+    parts = measured(model, batches, tau=1 - 1e-9, min_gain=1e-9, **options)
+    return {
+        "held_in_a_pass_mib": max(end for name, _, end in parts if name == "pass"),
+        "held_at_a_check_mib": max(end for name, _, end in parts if name == "end"),
+        "most_at_a_check_mib": max(most for name, most, _ in parts if name == "end"),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Count, extrapolate, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,33 +149,41 @@ def main(arguments: list[str] | None = None) -> None:
     on_cpu = measured(model, batches, tau=None, min_gain=None)
     beside = [most - held for name, most, held in on_cpu if name == "pass"][-1]
     many.ACCELERATOR_BYTES = together.ACCELERATOR_BYTES = (bound := together.ACCELERATOR_BYTES) // 2
+    share = SHAPES[args.shape]["num_hidden_layers"] / args.layers
+    many.STATES_BYTES = int(many.STATES_BYTES / share)
+    parking.room_for = uncounted
     with fake_device() as device:
         batches = batches_of(model, size=1, length=args.length, n=6)
-        there = measured(model.to(device), batches, tau=1 - 1e-9, min_gain=1e-9)  # no input meets these rules
-    in_pass = max(held for name, _, held in there if name == "pass")
-    at_check = max(held for name, _, held in there if name == "end")
-    check = max(most for name, most, _ in there if name == "end")
-    share = SHAPES[args.shape]["num_hidden_layers"] / args.layers
+        model.to(device)
+        there = {"narrow": held(model, batches), "widest": held(model, batches, tolerance=1e-9)}
+    # What the widest input's sketch takes while rows are added to it, if it waits in main memory between batches.
+    visit_mib = evatune.StreamingPCA(32).cost(n_features=SHAPES[args.shape]["intermediate_size"]).state_bytes / MIB
     results = {
         "shape": args.shape,
         "layers": args.layers,
         "length": args.length,
         "bare_mib": bare_mib,
-        "held_in_a_pass_mib": in_pass,
         "beside_it_mib": beside - bare_mib,
-        "held_at_a_check_mib": at_check,
-        "most_at_a_check_mib": check,
+        "visit_mib": visit_mib,
+        **there,
         "whole": {
-            "in_a_pass_above_bare_mib": share * in_pass + beside - bare_mib,
-            "at_a_check_above_bare_mib": share * at_check + bound / MIB - bare_mib,
+            name: {
+                "in_a_pass_above_bare_mib": share * found["held_in_a_pass_mib"]
+                + beside
+                - bare_mib
+                + (visit_mib if name == "widest" else 0.0),
+                "at_a_check_above_bare_mib": share * found["held_at_a_check_mib"] + bound / MIB - bare_mib,
+            }
+            for name, found in there.items()
         },
         "versions": versions_of("evatune", "torch", "transformers"),
         "machine": describe_machine(),
     }
     write_json(args.output, results)
-    for name, value in (results | results["whole"]).items():
-        if name.endswith("_mib"):
-            print(f"{name:28s} {value:8.1f}")
+    print(f"bare {bare_mib:.1f} MiB, beside what is held {beside - bare_mib:.1f} MiB")
+    for name, found in there.items():
+        for what, value in (found | results["whole"][name]).items():
+            print(f"{name:8s} {what:28s} {value:8.1f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
 from evatune.activations.run import Run
-from evatune.pca import many
+from evatune.pca import StreamingPCA, many, widths
 
 # Of random numbers, few components do not hold much.
 pytestmark = [
@@ -131,3 +131,40 @@ def test_inputs_are_judged_group_by_group(device, monkeypatch, backend, rules):
 def test_states_can_be_kept_on_the_cpu(device):
     spectra = evatune.measure(model_on(device), batches(3), rank=8, progress=False, state_device="cpu")
     assert {spectrum.n_rows for spectrum in spectra.inputs.values()} == {3 * (4 * 64 - 24)}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_wide_sketches_wait_in_main_memory_and_the_host_does_not(device, monkeypatch, rules):
+    """What sketches take of an accelerator does not grow as they get wider, and all bits and waits stay."""
+    monkeypatch.setattr(widths, "EXACT_UP_TO", 512)  # wider rows than these 1,024 features are never measured exactly
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(1024, 1024, device="cpu") for _ in range(3)]
+    model = torch.nn.Sequential(*layers).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    deviations = torch.arange(1, 1025, device="cpu").rsqrt()
+    rows = [torch.randn(300, 1024, generator=generator, device="cpu") * deviations for _ in range(7)]
+    options = {"rank": 4, "rho": 1.0, "backend": "sketch", "tolerance": 1e-9, "progress": False, **rules}
+    held, begin = [], Run.begin_batch
+
+    def note(self):
+        begin(self)
+        matrices = [matrix for state in self.inputs.values() for matrix in state.pca.parkable()]
+        held.append((sum(matrix.device_bytes for matrix in matrices), sum(matrix.nbytes for matrix in matrices)))
+
+    monkeypatch.setattr(Run, "begin_batch", note)
+    found = []
+    for states_bytes in (many.STATES_BYTES, 0):
+        monkeypatch.setattr(many, "STATES_BYTES", states_bytes)
+        fake_device.waits.clear()
+        spectra = evatune.measure(model, rows, **options)
+        found.append((spectra, sum(fake_device.waits.values()), held[1:]))
+        held.clear()
+    (here, waits, all_here), (away, waits_away, some_here) = found
+    assert all(held == all_bytes for held, all_bytes in all_here)
+    begun = 3 * StreamingPCA(4, backend="sketch").cost(n_features=1024).initial_bytes
+    assert some_here[-1][1] > 2 * begun and max(held for held, _ in some_here) <= begun
+    assert waits_away == waits
+    for key, spectrum in here.inputs.items():
+        assert torch.equal(spectrum.components, away.inputs[key].components)
+        assert torch.equal(spectrum.singular_values, away.inputs[key].singular_values)
+        assert spectrum.stopped is away.inputs[key].stopped

@@ -21,6 +21,8 @@ class InputState:
     """The streaming PCA of its rows."""
     before: Look | None = None
     """Its components before the last batch, if the next check compares them."""
+    cosines: Tensor | None = None
+    """Cosines of its components with those before the last batch, (k,), between a look and its end."""
     checked: list[Tensor] = field(default_factory=list)
     """Its components at the last checks, oldest first, each (k, d), in bfloat16: only energies along them are compared,
     which rounding changes by some 2⁻¹⁸."""

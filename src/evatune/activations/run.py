@@ -20,7 +20,7 @@ from evatune.activations.layer_type import Rows, TargetModule
 from evatune.activations.padding import CountedRows
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared, weigh
 from evatune.errors import EvaError
-from evatune.pca import AnyPCA, StreamingPCA, groups_of, look_all, settle_all
+from evatune.pca import AnyPCA, StreamingPCA, groups_of, look_all, make_room, settle_all
 from evatune.pca.threads import on_one_thread_each
 from evatune.settings import Reason, Stopping
 
@@ -226,8 +226,10 @@ class Run:
     def _groups(self) -> Iterator[list[InputState]]:
         """Yield the inputs with rows in the groups of `groups_of`, each of which rests before the next."""
         fitted = self._fitted()
-        for group in groups_of([state.pca for state in fitted]):
+        pcas = [state.pca for state in fitted]
+        for group in groups_of(pcas):
             yield fitted[group]
+            make_room(pcas, used=pcas[group])
 
     def _fitted(self) -> list[InputState]:
         return [state for state in self.inputs.values() if state.pca.is_fitted]

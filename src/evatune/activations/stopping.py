@@ -67,17 +67,25 @@ class Finding:
 
 
 def weigh(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
-    """Find the energies that this check and the next one compare, while the factorization of a look is at hand."""
+    """Find what this check and the next one compare, while the factorization of a look is at hand.
+
+    Components that are compared for the last time are dropped, before those of the next inputs are found.
+    """
+    now = state.pca.look()
+    if state.before is not None and now.n_samples_seen > state.before.n_samples_seen:
+        state.cosines = component_cosines(now.components, state.before.components)
+        state.before = None
     if rule.min_gain is not None and len(state.checked) >= per_doubling:
-        directions_kd = torch.cat(state.checked).to(state.pca.look().components)
+        directions_kd = torch.cat(state.checked).to(now.components)
         state.weighed = state.pca.scatter_along(directions_kd).view(len(state.checked), -1)
+        state.checked = state.checked[-per_doubling:]
 
 
 def find(state: InputState, rule: Stopping, *, n_needed: int) -> Finding:
     """Return what both rules need to know about the components of an input; the plan needs `n_needed` of them."""
-    share, before, now = None, state.before, state.pca.look()
-    if before is not None and now.n_samples_seen > before.n_samples_seen:
-        cosines_k = component_cosines(now.components[:n_needed], before.components[:n_needed])
+    share, now = None, state.pca.look()
+    if state.cosines is not None:
+        cosines_k = state.cosines[:n_needed]
         share = (cosines_k >= (rule.tau or 0.0)).double().mean() if n_needed else cosines_k.new_ones(())
     if state.energies is None or state.weighed is None:
         return Finding(share=share)
@@ -112,8 +120,7 @@ def decide(states: Mapping[str, InputState], findings: Mapping[str, Finding], ru
 def begin(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
     """Keep the present components for later checks; for an input that is done, drop all that was kept."""
     weighed, state.weighed = state.weighed, None
-    if state.before is not None and state.before.n_samples_seen < state.pca.n_samples_seen_:
-        state.before = None  # already compared; a look at all present rows is for the next check and stays
+    state.cosines = None
     if state.reason is not None:
         state.before, state.checked, state.energies = None, [], None
         return

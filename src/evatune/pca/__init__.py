@@ -2,7 +2,7 @@
 
 from evatune.pca.contract import AnyPCA, Look
 from evatune.pca.kinds import from_state
-from evatune.pca.many import groups_of, learn_all, look_all, on_host, settle_all
+from evatune.pca.many import groups_of, learn_all, look_all, make_room, on_host, settle_all
 from evatune.pca.streaming import StreamingPCA
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "groups_of",
     "learn_all",
     "look_all",
+    "make_room",
     "on_host",
     "settle_all",
 ]

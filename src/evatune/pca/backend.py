@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evatune.pca.cost import Cost
 from evatune.pca.moments import Moments
+from evatune.pca.parking import Parkable
 from evatune.pca.subspace import eigenpairs_of_factor, solver_copy
 from evatune.pca.together import Steps, alone
 
@@ -155,7 +156,11 @@ class State(ABC):
         return self.wanted.center
 
     def rest(self) -> None:  # noqa: B027 - few backends have any
-        """Forget what can be computed again."""
+        """Forget what can be computed again; what is parked leaves the device."""
+
+    def parkable(self) -> list[Parkable]:
+        """Return the matrices that may wait in main memory while they are not used."""
+        return []
 
     def scatter_along(self, directions_kd: Tensor) -> Tensor:
         """Return vᵀ C v for every row v of `directions_kd`, (k,), with C approximated by its eigenpairs."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evatune.errors import EvaError
 from evatune.pca.cost import Cost
+from evatune.pca.parking import Parkable
 from evatune.pca.together import Task, Work, together
 
 
@@ -85,7 +86,14 @@ class AnyPCA(Protocol):
 
     @abstractmethod
     def rest(self) -> None:
-        """Forget what can be computed again from the state, but not the components that were found last."""
+        """Forget what can be computed again from the state, but not the components that were found last.
+
+        What is parked leaves the device.
+        """
+
+    @abstractmethod
+    def parkable(self) -> list[Parkable]:
+        """Return the matrices of the state that may wait in main memory while they are not used."""
 
     @abstractmethod
     def merge(self, other: Self) -> Self:

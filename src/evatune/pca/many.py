@@ -15,6 +15,13 @@ from torch import Tensor
 from evatune.pca.contract import AnyPCA
 from evatune.pca.together import ACCELERATOR_BYTES, Task, together
 
+STATES_BYTES = 576 * 1024**2
+"""What the matrices of all sketches may take of an accelerator between two uses (`make_room`).
+
+Those of Llama-2-7B begin with 546 MiB at rank 16 and rho 2. What is kept and used beside them leaves room for no more
+than this within 1 GB above a bare pass (docs/accelerators.md#memory).
+"""
+
 
 def settle_all(pcas: Iterable[AnyPCA]) -> None:
     """Do the work that `AnyPCA.add` has left, for all of them."""
@@ -53,6 +60,31 @@ def groups_of(pcas: Sequence[AnyPCA]) -> Iterator[slice]:
         if len(begins) > 1:
             for pca in pcas[begin:end]:
                 pca.rest()
+
+
+def make_room(pcas: Sequence[AnyPCA], *, used: Iterable[AnyPCA]) -> None:
+    """Let sketches leave an accelerator until they are used, as far as all of them take more than they may there.
+
+    Together they may take `STATES_BYTES`, or what they began with if that is more. Test matrices go first: rows do not
+    change them, so that they are copied in one direction only. A sketch gets wider no matter where it is kept, and all
+    numbers stay as they are.
+
+    Args:
+        pcas: all that share the device.
+        used: those of them that have just been used.
+    """
+    for pca in used:
+        if any(matrix.is_parked for matrix in pca.parkable()):
+            pca.rest()
+    held = [matrix for pca in pcas for matrix in pca.parkable() if matrix.device_bytes]
+    n_bytes = sum(matrix.device_bytes for matrix in held)
+    if n_bytes <= STATES_BYTES:
+        return
+    begun = sum(pca.cost(n_features=pca.n_features_in_).initial_bytes for pca in pcas if pca.is_fitted)
+    for matrix in sorted(held, key=lambda matrix: matrix.changes):
+        if n_bytes > max(STATES_BYTES, begun):
+            n_bytes -= matrix.device_bytes
+            matrix.park()
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

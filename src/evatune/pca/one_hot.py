@@ -24,6 +24,7 @@ from torch import Tensor
 from evatune.errors import EvaError
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, components_bytes
+from evatune.pca.parking import Parkable
 from evatune.pca.products import unrounded
 from evatune.pca.subspace import fix_signs
 from evatune.pca.together import Eigh, Steps, Task, Work, together
@@ -100,6 +101,10 @@ class OneHotPCA(AnyPCA):
 
     def rest(self) -> None:
         """Do nothing: there are only counts."""
+
+    def parkable(self) -> list[Parkable]:
+        """Return nothing: counts are small."""
+        return []
 
     def works(self, task: Task) -> list[Work]:
         """Return the work of finding the components; `SETTLE` and `REFRESH` have none."""

@@ -34,6 +34,7 @@ from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
+from evatune.pca.parking import Parkable
 from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_product
 from evatune.pca.subspace import complete_basis, solver_copy, told_apart
 from evatune.pca.together import Host, Steps, alone
@@ -100,8 +101,8 @@ class SketchState(State):
         needs_full_precision: bool = False,
     ) -> None:
         super().__init__(wanted, moments)
-        self.columns_dm = columns_dm
-        self.sums_dm = sums_dm
+        self._columns = Parkable(columns_dm, changes=False)
+        self._sums = Parkable(sums_dm, changes=True)
         self.n_rows_refreshed = n_rows_refreshed
         self.needs_full_precision = needs_full_precision
         self._known: Pairs | None = None  # eigenpairs of the rows so far
@@ -116,9 +117,19 @@ class SketchState(State):
         return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm, dtype=like_d.dtype))
 
     @property
+    def columns_dm(self) -> Tensor:
+        """Test matrix and probes, (d, m), on their device."""
+        return self._columns.get()
+
+    @property
+    def sums_dm(self) -> Tensor:
+        """Products of S with them, (d, m), on their device."""
+        return self._sums.get()
+
+    @property
     def width(self) -> int:
         """How many columns the sketch has beside the probes, l."""
-        return self.columns_dm.shape[1] - N_PROBES
+        return self._columns.shape[1] - N_PROBES
 
     def update(self, shifted_nd: Tensor, *, product_dtype: torch.dtype) -> None:
         """Add shifted rows, (n, d); `moments` include them already. The test matrix is made from the first ones."""
@@ -132,7 +143,10 @@ class SketchState(State):
         self._first = (shifted_nd, product_dtype) if is_first and self._may_turn_exact else None
         rows_nd = shifted_nd if is_first or self.needs_full_precision else shifted_nd.to(product_dtype)
         projected_nm = rows_nd @ self.columns_dm.to(rows_nd.dtype)
-        accumulate_product(self.sums_dm, rows_nd.T, projected_nm)
+        sums_dm = self.sums_dm
+        accumulate_product(sums_dm, rows_nd.T, projected_nm)
+        self._sums.put(sums_dm)
+        self._leave()
 
     @property
     def _may_turn_exact(self) -> bool:
@@ -237,8 +251,8 @@ class SketchState(State):
             offset_d = moments.offset_d.to(test_dl)
             sketch_dl.addr_(offset_d, offset_d @ test_dl, alpha=moments.n_rows)
         old_width = self.width
-        self.columns_dm = torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1)
-        self.sums_dm = torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1)
+        self._columns.put(torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1))
+        self._sums.put(torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1))
         self.n_rows_refreshed = moments.n_rows
         self._known = vectors_dp, values_p
         self.needs_full_precision = needs_full_precision
@@ -308,11 +322,20 @@ class SketchState(State):
     def rest(self) -> None:
         """Forget the eigenpairs of the rows so far."""
         self._known = None
+        self._leave()
+
+    def parkable(self) -> list[Parkable]:
+        """Return the two matrices; rows change only one of them."""
+        return [self._columns, self._sums]
+
+    def _leave(self) -> None:
+        self._columns.leave()
+        self._sums.leave()
 
     @property
     def working_bytes(self) -> int:
         """About how many bytes of working memory a factorization needs: of copies in the dtype of the sums."""
-        return WORKING_COPIES * 2 * self.sums_dm.nbytes
+        return WORKING_COPIES * 2 * self._sums.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors; right after a refresh, eigenpairs (d, l), (l,) replace Q and Y."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from evatune.errors import EvaError
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, total
+from evatune.pca.parking import Parkable
 from evatune.pca.streaming import StreamingPCA
 from evatune.pca.subspace import complete_basis
 from evatune.pca.together import Task, Work, together
@@ -94,6 +95,10 @@ class StackedPCA(AnyPCA):
         """Forget what each part can compute again."""
         for part in self.parts:
             part.rest()
+
+    def parkable(self) -> list[Parkable]:
+        """Return the matrices of the parts."""
+        return [matrix for part in self.parts for matrix in part.parkable()]
 
     def merge(self, other: StackedPCA) -> Self:
         """Return a new object that has seen the rows of both; its parts are `alike` if those of at least one are.

@@ -19,6 +19,7 @@ from evatune.pca.checks import check_rows, refuse_non_finite
 from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
 from evatune.pca.cost import Cost
 from evatune.pca.moments import Moments
+from evatune.pca.parking import Parkable
 from evatune.pca.products import PRODUCT_DTYPES, choose_product_dtype, unrounded
 from evatune.pca.subspace import complete_basis, fix_signs
 from evatune.pca.together import Host, Steps, Task, Work, alone, together
@@ -192,10 +193,7 @@ class StreamingPCA(AnyPCA):
         return self.partial_fit(rows)
 
     def refresh(self) -> Self:
-        """Fold the rows since the last refresh into the sketch's basis.
-
-        Right after it the state is as small as it can be.
-        """
+        """Fold the rows since the last refresh into the sketch's basis; the state is then as small as it can be."""
         self._fitted()
         return super().refresh()
 
@@ -203,6 +201,10 @@ class StreamingPCA(AnyPCA):
         """Forget the eigenpairs that a sketch keeps from its last factorization until rows are added."""
         if self._state is not None:
             self._state.rest()
+
+    def parkable(self) -> list[Parkable]:
+        """Return the matrices of a sketch."""
+        return [] if self._state is None else self._state.parkable()
 
     @torch.no_grad()
     def merge(self, other: StreamingPCA) -> Self:
