@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,6 +71,8 @@ UNMET_RULES: dict[str, Any] = {"tau": 1 - 1e-9, "min_gain": 1e-9, "progress": Fa
 TESTS = ("tests/pca", "tests/initialization", "tests/adapters", "tests/activations")
 LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
+AGAIN = 10.0
+"""A part that goes on although its time is over (an error may be swallowed) is ended again after these seconds."""
 LAST_WORDS = 20.0
 """How many seconds of their time tests have to tell what has failed when they are ended."""
 
@@ -86,7 +89,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TooLongError(f"not within {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
@@ -408,7 +411,9 @@ def main() -> None:
         "versions": installed("torch", "transformers", "peft", "evatune"),
         "passes": {},
         "beside": {},
+        "seconds": {},
         "failed": {},
+        "tracebacks": {},
         "left_out": [],
     }
     print(f"{args.shape} on {results['card'].get('name') or args.device}", flush=True)
@@ -425,6 +430,8 @@ def main() -> None:
                     action()
             except (Exception, TooLongError) as error:  # one part that fails, for want of memory perhaps, ends no other
                 results["failed"][name] = f"{type(error).__name__}: {error}"[:500]
+                results["tracebacks"][name] = "".join(traceback.format_tb(error.__traceback__))[-3000:]
+            results["seconds"][name] = left - parts.seconds_left
         write_json(args.output, results)
     show(results)
 

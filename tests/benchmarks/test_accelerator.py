@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.benchmarks.conftest import FOLDER
+
+RIVALS = ("evatune", "peft-eva", "pissa", "olora", "corda", "lora-ga")
 
 
 def run(benchmark_script, monkeypatch, folder, *options):
@@ -19,9 +28,10 @@ def test_every_part_runs(benchmark_script, monkeypatch, tmp_path, capsys):
     results = run(benchmark_script, monkeypatch, tmp_path)
     assert not results["failed"] and not results["left_out"]
     found = results["passes"]["2"]
-    assert set(found) == {"bare", "lora step", "auto", "exact", "sketch", "auto, rank 16"}
+    names = {"bare", "lora step", "auto", "exact", "sketch", "auto, rank 16", "auto, rules", "auto, widest"}
+    assert set(found) == names
     assert all(one["seconds"] > 0 for one in found.values()) and found["sketch"]["over_bare"] > 0
-    assert set(results["beside"]) == {"evatune", "peft-eva", "pissa", "olora", "corda", "lora-ga"}
+    assert set(results["beside"]) == set(RIVALS)
     assert results["beside"]["pissa"]["whole"] == 2 * results["beside"]["pissa"]["seconds"]
     assert results["profile"][0]["ms"] > 0
     assert "over bare" in capsys.readouterr().out
@@ -47,6 +57,35 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(benchmark_script, mon
         "corda on 1 layers": "TooLongError: not within 3 s",
     }
     assert set(results["beside"]) == {"evatune", "peft-eva", "olora", "lora-ga"}
+    assert "in rival" in results["tracebacks"]["pissa on 1 layers"]
+    assert results["seconds"]["corda on 1 layers"] >= 3 > results["seconds"]["pissa on 1 layers"]
+
+
+def test_what_needs_a_package_that_is_missing_fails_alone(tmp_path):
+    """As a program, in a process without PEFT that knows of evatune only what stands beside the script."""
+    (tmp_path / "peft.py").write_text("raise ModuleNotFoundError(\"No module named 'peft'\")\n")
+    command = [sys.executable, FOLDER / "accelerator.py", "--device", "cpu", "--output", tmp_path / "found.json"]
+    options = ["--sizes", "2", "--length", "32", "--batches", "3", "--no-tests"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([*command, *options], env=environment, cwd="/", capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert set(results["failed"]) == {"2: bare", *(f"{name} on 1 layers" for name in RIVALS)}
+    assert "No module named 'peft'" in results["failed"]["2: bare"]
+    assert {"bare", "auto", "auto, widest"} <= set(results["passes"]["2"]) and results["profile"]
+
+
+def test_an_accelerator_is_named(benchmark_script, monkeypatch):
+    script = benchmark_script("accelerator")
+    assert script.card(torch.device("cpu")) == {}
+    found = SimpleNamespace(name="Card 1", total_memory=80e9, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    card = script.card(torch.device("cuda"))
+    assert (card["name"], card["memory_gb"], card["capability"]) == ("Card 1", 80, "9.0")
+
+
+def test_a_package_that_is_missing_has_no_version(benchmark_script):
+    assert set(benchmark_script("accelerator").installed("torch", "no-such-package")) == {"torch"}
 
 
 def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, monkeypatch):
@@ -54,3 +93,15 @@ def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, mo
     monkeypatch.setattr(script, "TESTS", ("tests/test_hardware.py",))
     assert "passed" in script.run_tests("cpu", seconds=60)["ended"]
     assert script.run_tests("cpu", seconds=0.1)["ended"] == "not within 0 s"
+
+
+@pytest.mark.slow
+def test_tests_that_do_not_end_tell_what_has_failed(benchmark_script, monkeypatch, tmp_path):
+    script, path = benchmark_script("accelerator"), tmp_path / "test_some.py"
+    path.write_text(
+        "import contextlib, time\n\n\ndef test_first():\n    assert 1 == 2\n\n\ndef test_second():\n"
+        "    with contextlib.suppress(KeyboardInterrupt):\n        time.sleep(60)\n    time.sleep(60)\n"
+    )
+    monkeypatch.setattr(script, "TESTS", (str(path),))
+    found = script.run_tests("cpu", seconds=28)
+    assert found["ended"] == "not within 28 s" and any("test_first" in line for line in found["failed"])
