@@ -74,8 +74,8 @@ def make_room(pcas: Sequence[AnyPCA], *, used: Iterable[AnyPCA]) -> None:
         used: those of them that have just been used.
     """
     for pca in used:
-        if any(matrix.is_parked for matrix in pca.parkable()):
-            pca.rest()
+        for matrix in pca.parkable():
+            matrix.leave()
     held = [matrix for pca in pcas for matrix in pca.parkable() if matrix.device_bytes]
     n_bytes = sum(matrix.device_bytes for matrix in held)
     if n_bytes <= STATES_BYTES:
