@@ -22,8 +22,8 @@ def test_memory_is_counted_and_extrapolated(benchmark_script, monkeypatch, tmp_p
     states = 4 * (3 * 64**2 + 160**2) / 2**20  # exact second moments, and beside them moments and components
     for name in ("narrow", "widest"):
         held = found[name]
-        assert states < held["held_in_a_pass_mib"] <= held["held_at_a_check_mib"] < held["most_at_a_check_mib"]
-        assert held["held_at_a_check_mib"] < 3 * states
+        assert states < held["held_at_a_check_mib"] < min(held["most_at_a_check_mib"], held["held_in_a_pass_mib"])
+        assert held["held_in_a_pass_mib"] < 3 * states
     in_a_pass = 2 * found["narrow"]["held_in_a_pass_mib"] + found["beside_it_mib"]
     assert found["whole"]["narrow"]["in_a_pass_above_bare_mib"] == pytest.approx(in_a_pass)
 
