@@ -52,7 +52,15 @@ def test_a_copy_of_a_parked_matrix_is_its_own(device):
     copied = copy.deepcopy(matrix)
     assert matrix.device_bytes == copied.device_bytes == 0 and copied.is_parked
     copied.put(copied.get().zero_())
-    torch.testing.assert_close(matrix.get().cpu(), numbers(5, 3), rtol=0, atol=0)
+    again = copy.deepcopy(matrix)
+    matrix.get().zero_()
+    assert torch.equal(again.get().cpu(), numbers(5, 3)) and not copied.get().any()
+
+
+def test_a_copy_of_a_matrix_on_its_device_is_its_own(device):
+    matrix = Parkable(numbers(5, 3).to(device), changes=True)
+    copy.deepcopy(matrix).get().zero_()
+    assert torch.equal(matrix.get().cpu(), numbers(5, 3))
 
 
 def test_nothing_is_parked_where_the_device_computes_in_main_memory():
@@ -89,12 +97,12 @@ def test_wide_sketches_make_room(device, room):
     begun = sum(pca.cost(n_features=1024).initial_bytes for pca in pcas)
     wide = held(pcas)
     assert wide > 2 * begun
-    make_room(pcas, used=pcas)
+    make_room(pcas)
     assert held(pcas) == wide, "where there is enough room, nothing is moved"
     room(0)
     others = fitted(device, 2)
     for seed in (5, 6):
-        make_room(pcas, used=pcas)
+        make_room(pcas)
         assert begun / 3 < held(pcas) <= begun
         for pca, other in zip(pcas, others, strict=True):
             rows = numbers(pca.n_samples_seen_, 1024, seed=seed).to(device)
@@ -112,5 +120,5 @@ def test_test_matrices_go_first(device, room):
     pcas = fitted(device, 2)
     begun = sum(pca.cost(n_features=1024).initial_bytes for pca in pcas)
     room(max(begun, int(0.7 * held(pcas))))
-    make_room(pcas, used=pcas)
+    make_room(pcas)
     assert [[matrix.is_parked for matrix in pca.parkable()] for pca in pcas] == 2 * [[True, False]]

@@ -229,7 +229,7 @@ class Run:
         pcas = [state.pca for state in fitted]
         for group in groups_of(pcas):
             yield fitted[group]
-            make_room(pcas, used=pcas[group])
+            make_room(pcas)
 
     def _fitted(self) -> list[InputState]:
         return [state for state in self.inputs.values() if state.pca.is_fitted]

@@ -62,20 +62,12 @@ def groups_of(pcas: Sequence[AnyPCA]) -> Iterator[slice]:
                 pca.rest()
 
 
-def make_room(pcas: Sequence[AnyPCA], *, used: Iterable[AnyPCA]) -> None:
-    """Let sketches leave an accelerator until they are used, as far as all of them take more than they may there.
+def make_room(pcas: Sequence[AnyPCA]) -> None:
+    """Let sketches leave an accelerator until they are used again, as far as together they take more than they may.
 
-    Together they may take `STATES_BYTES`, or what they began with if that is more. Test matrices go first: rows do not
-    change them, so that they are copied in one direction only. A sketch gets wider no matter where it is kept, and all
-    numbers stay as they are.
-
-    Args:
-        pcas: all that share the device.
-        used: those of them that have just been used.
+    They may take `STATES_BYTES`, or what they began with if that is more. Test matrices go first: rows do not
+    change them, so that they are copied in one direction only. All numbers stay as they are.
     """
-    for pca in used:
-        for matrix in pca.parkable():
-            matrix.leave()
     held = [matrix for pca in pcas for matrix in pca.parkable() if matrix.device_bytes]
     n_bytes = sum(matrix.device_bytes for matrix in held)
     if n_bytes <= STATES_BYTES:
