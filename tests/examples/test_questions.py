@@ -47,6 +47,7 @@ def test_an_answer_stands_there_as_whole_words(module):
     assert (written["context"], written["question"]) == ("In 1923 it was 23.\nSo they say.", "Who?")
     assert module.places("(a+b)", "f(a+b) = (a+b).") == [9]
     assert module.as_squad(row("In 1923.", "23")) is None
+    assert module.as_squad(row("In 1923.", "1923", "23")) is None
     assert module.as_squad(row("In 1923.", "")) is None
     assert module.as_squad(row("In 1923.")) is None
     assert module.as_squad(row("In 1923.", "1923") | {"query": "1923?"}) is None
@@ -60,6 +61,7 @@ def test_what_is_left_out_is_counted(module):
     train, held_out, left_out = module.split(rows)
     assert [row["context"] for row in train] == ["Bob ran.", "Both."]
     assert [row["context"] for row in held_out] == [twice]
+    assert held_out[0]["answers"]["answer_start"] == [0]
     assert left_out == {
         "whose answer is not in the passage": 1,
         "to learn from, whose answer is there more than once": 1,
