@@ -15,8 +15,8 @@ need not be installed):
 2. How often the host waits for the device in one run, and a profile of the operations.
 3. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
    weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
-4. The tests run on the device (`EVATUNE_TEST_DEVICE`), for `--tests-seconds` at most; those that have failed until then
-   are listed.
+4. The tests run on the device (`EVATUNE_TEST_DEVICE`), in several processes where pytest-xdist is installed, for
+   `--tests-seconds` at most; those that have failed until then are listed.
 
 The most wanted parts come first. Every part is on its own: one that fails, or takes longer than `--part-seconds`, is
 listed under `failed`, one for which no time is left under `left_out`, and the results are written after each. On a CPU
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
 AGAIN = 10.0
 """A part that goes on although its time is over (an error may be swallowed) is ended again after these seconds."""
+MOST_PROCESSES = 16
+"""Tests run in half as many processes as the machine has cores, and as this."""
 LAST_WORDS = 20.0
 """How many seconds of their time tests have to tell what has failed when they are ended."""
 
@@ -306,29 +310,38 @@ class Parts:
 
 
 def run_tests(device: str, *, seconds: float) -> dict[str, Any]:
-    """Run the tests on the device and return how they ended, or how far they came."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
+    """Run the tests on the device and return how they ended, or how far they came and what had failed until then."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"EVATUNE_TEST_DEVICE": device, "PYTHONPATH": path}
+    n_workers = min(os.cpu_count() or 1, MOST_PROCESSES) // 2
+    is_spread = n_workers > 1 and find_spec("xdist") is not None
+    if is_spread:
+        command += ["-n", str(n_workers)]
     output, ended, until = "", f"not within {seconds:.0f} s", time.perf_counter() + seconds
     with subprocess.Popen(
-        [*command, *TESTS], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *TESTS],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as running:
         try:
             output, _ = running.communicate(timeout=max(seconds - LAST_WORDS, seconds / 2))
             ended = (output.strip().splitlines() or [f"exit status {running.returncode}"])[-1]
         except subprocess.TimeoutExpired:
             while not output and time.perf_counter() < until:
-                running.send_signal(signal.SIGINT)  # pytest then tells what has failed; a measurement ends before that
+                running.send_signal(signal.SIGINT)  # pytest then tells why; a measurement takes this for itself
                 with suppress(subprocess.TimeoutExpired):
-                    output, _ = running.communicate(timeout=4)
-            if not output:
-                running.kill()
-                output, _ = running.communicate()
+                    output, _ = running.communicate(timeout=12 if is_spread else 4)  # its processes have 10 s to end
         finally:
-            running.kill()
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
-    progress = [line for line in output.splitlines() if line.endswith("%]")][-1:]
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            output = output or running.communicate()[0]
+    failed = [line for line in output.splitlines() if line.startswith("E  ") or re.search(r"\b(FAILED|ERROR)\b", line)]
+    progress = re.findall(r"\[ *\d+%\]", output)[-1:]
     return {"ended": ended, "failed": failed[:80], "progress": progress, "output": output[-8000:]}
 
 

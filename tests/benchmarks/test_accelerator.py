@@ -96,7 +96,9 @@ def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, mo
 
 
 @pytest.mark.slow
-def test_tests_that_do_not_end_tell_what_has_failed(benchmark_script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("n_cores", [1, 4], ids=["one process", "two processes"])
+def test_tests_that_do_not_end_tell_what_has_failed(benchmark_script, monkeypatch, tmp_path, n_cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
     script, path = benchmark_script("accelerator"), tmp_path / "test_some.py"
     path.write_text(
         "import contextlib, time\n\n\ndef test_first():\n    assert 1 == 2\n\n\ndef test_second():\n"
