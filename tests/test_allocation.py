@@ -156,7 +156,7 @@ def test_a_target_may_get_nothing():
 
 @pytest.mark.parametrize("metric", list(METRICS))
 @pytest.mark.parametrize("position", [0, 1])
-def test_defect_8_an_input_that_never_varies_comes_last(metric, position):
+def test_an_input_that_never_varies_comes_last(metric, position):
     constant, varying = target([0.0] * 4, total=0.0), target([1e-9, 1e-10, 1e-11, 1e-12], total=1.0)
     targets = (
         {"constant": constant, "varying": varying} if position == 0 else {"varying": varying, "constant": constant}
@@ -172,7 +172,7 @@ def test_rounding_cannot_put_a_later_component_before_an_earlier_one():
     assert allocate({"a": wobbly, "b": target([1.0] * 4)}, rank=1, rho=4.0, metric="raw").ranks == {"a": 1, "b": 1}
 
 
-def test_defect_12_a_target_narrower_than_its_cap_takes_what_it_can():
+def test_a_target_narrower_than_its_cap_takes_what_it_can():
     narrow = target([3.0, 2.0, 1.0], in_features=3)
     wide = target([1.0] * 16, total=1e6, in_features=64)
     plan = allocate({"narrow": narrow, "wide": wide}, rank=8, rho=2.0)
@@ -191,7 +191,7 @@ def test_ranks_and_alphas_of_each_target():
 
 @PLENTY
 @given(targets=many_targets(), rank=st.integers(1, 4), alpha=st.floats(0.1, 64), use_rslora=st.booleans())
-def test_defect_7_the_scale_stays(targets, rank, alpha, use_rslora):
+def test_the_scale_stays(targets, rank, alpha, use_rslora):
     plan = allocate(targets, rank=rank, rho=2.0, lora_alpha=alpha, use_rslora=use_rslora)
 
     def scale(a, r):

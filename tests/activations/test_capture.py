@@ -41,7 +41,7 @@ def check(names, run, batches, observe, quiet):
     return spectra
 
 
-def test_defect_17_query_key_and_value_are_one_input(build, batches_for, quiet):
+def test_query_key_and_value_are_one_input(build, batches_for, quiet):
     spectra = measure(build("llama"), batches_for("llama"), **quiet)
     shared = {name.rsplit(".", 1)[-1]: target.input for name, target in spectra.targets.items() if ".1." in name}
     attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
@@ -58,7 +58,7 @@ def test_defect_17_query_key_and_value_are_one_input(build, batches_for, quiet):
     assert spectra[attention + "q_proj"] is spectra[attention + "v_proj"]
 
 
-def test_defect_17_equal_values_in_different_tensors_are_not_one_input(batches, observe, quiet):
+def test_equal_values_in_different_tensors_are_not_one_input(batches, observe, quiet):
     spectra = check("ab", lambda m, x: m.a(x) + m.b(x.clone()), batches, observe, quiet)
     assert [t.input for t in spectra.targets.values()] == ["a", "b"]
 
@@ -199,7 +199,7 @@ def test_targets_that_appear_late_and_share_do_not_drop_what_was_measured(batche
         seen.check(name, spectra[name])
 
 
-def test_defect_10_targets_that_no_row_reaches_are_left_out_with_a_warning(batches, quiet):
+def test_targets_that_no_row_reaches_are_left_out_with_a_warning(batches, quiet):
     model = Net("abc", lambda m, x: m.a(x))
     with pytest.warns(EvaWarning, match="2 of 3 targets got no input in 4 batches .* the first is 'b'") as caught:
         spectra = measure(model, batches, target_modules=list("abc"), **quiet | {"tau": 0.99, "min_gain": 0.01})

@@ -63,7 +63,7 @@ def test_gpt2_with_its_conv1d_layers(build, batches_for, observe, quiet):
 
 
 @pytest.mark.parametrize("use_label_mask", [False, True])
-def test_defect_3_sequence_classification_with_one_label_a_sequence(build, batches_for, observe, quiet, use_label_mask):
+def test_sequence_classification_with_one_label_a_sequence(build, batches_for, observe, quiet, use_label_mask):
     model, batches = build("bert"), batches_for("bert")
     spectra = measure(model, batches, use_label_mask=use_label_mask, **quiet)
     seen = observe(
@@ -75,7 +75,7 @@ def test_defect_3_sequence_classification_with_one_label_a_sequence(build, batch
 
 
 @pytest.mark.parametrize("length", [12, 16], ids=["T != T'", "other T"])
-def test_defect_3_encoder_decoder(build, batches_for, observe, quiet, length):
+def test_encoder_decoder(build, batches_for, observe, quiet, length):
     model, batches = build("t5"), batches_for("t5", length=length)
     spectra = measure(model, batches, **quiet)
 
@@ -105,7 +105,7 @@ def test_cross_attention_keys_are_masked_as_the_encoder_where_both_lengths_agree
         seen.check(name, spectra[name])
 
 
-def test_defect_5_vision_batches(build, batches_for, observe, quiet):
+def test_vision_batches(build, batches_for, observe, quiet):
     model, batches = build("vit"), batches_for("vit")
     spectra = measure(model, batches, target_modules="all-linear", **quiet)
     seen = observe(model, batches, spectra)
@@ -128,7 +128,7 @@ def test_positions_of_ones_own_choice(build, batches_for, observe, quiet):
         seen.check(name, spectra[name])
 
 
-def test_defect_4_the_label_mask_is_obeyed(build, batches_for, observe, quiet):
+def test_the_label_mask_is_obeyed(build, batches_for, observe, quiet):
     model, batches = build("llama"), batches_for("llama")
     spectra = measure(model, batches, use_label_mask=True, **quiet)
     before_a_label = lambda name, batch: (batch["labels"] != -100).roll(-1, dims=1)  # noqa: E731 - the first has none
@@ -139,7 +139,7 @@ def test_defect_4_the_label_mask_is_obeyed(build, batches_for, observe, quiet):
         assert spectra[name].n_rows < everything[name].n_rows
 
 
-def test_defect_4_labels_beside_embeddings_mask_too(build, batches_for, quiet):
+def test_labels_beside_embeddings_mask_too(build, batches_for, quiet):
     model, batches = build("llama"), batches_for("llama")
     embedded = [
         {"inputs_embeds": model.model.embed_tokens(b["input_ids"]).detach(), "labels": b["labels"]} for b in batches
@@ -183,10 +183,10 @@ def as_tuple(batches):
     [
         pytest.param(lambda batches: batches, id="list of dicts"),
         pytest.param(tuple, id="tuple of dicts"),
-        pytest.param(lambda batches: [BatchEncoding(batch) for batch in batches], id="defect 5, BatchEncoding"),
-        pytest.param(lambda batches: (batch for batch in batches), id="defect 6, generator"),
-        pytest.param(iter, id="defect 6, iterator"),
-        pytest.param(lambda batches: DataLoader(Endless(batches), batch_size=None), id="defect 6, IterableDataset"),
+        pytest.param(lambda batches: [BatchEncoding(batch) for batch in batches], id="BatchEncoding"),
+        pytest.param(lambda batches: (batch for batch in batches), id="generator"),
+        pytest.param(iter, id="iterator"),
+        pytest.param(lambda batches: DataLoader(Endless(batches), batch_size=None), id="IterableDataset"),
         pytest.param(lambda batches: DataLoader(batches, batch_size=None), id="DataLoader"),
         pytest.param(lambda batches: [{**b, "text": ["a"], "idx": "x", "odd": 3} for b in batches], id="extra entries"),
         pytest.param(as_tuple, id="tuples of inputs and labels"),
@@ -197,7 +197,7 @@ def test_the_container_of_batches_makes_no_difference(build, batches_for, quiet,
     same(measure(model, wrap(batches), **quiet), measure(model, batches, **quiet))
 
 
-def test_defect_5_embeddings_instead_of_tokens(build, batches_for, quiet):
+def test_embeddings_instead_of_tokens(build, batches_for, quiet):
     model, batches = build("llama"), batches_for("llama")
     embedded = [
         {"inputs_embeds": model.model.embed_tokens(b["input_ids"]).detach(), "attention_mask": b["attention_mask"]}

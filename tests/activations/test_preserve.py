@@ -75,7 +75,7 @@ def test_after_success(build, batches_for, quiet, make):
 
 
 @pytest.mark.parametrize("make", [plain, wrapped])
-def test_defect_13_after_an_exception_in_the_loader(build, batches_for, quiet, make):
+def test_after_an_exception_in_the_loader(build, batches_for, quiet, make):
     model = make(build)
     before = photograph(model)
     with pytest.raises(RuntimeError, match="disk on fire"):
@@ -85,7 +85,7 @@ def test_defect_13_after_an_exception_in_the_loader(build, batches_for, quiet, m
 
 @pytest.mark.parametrize("make", [plain, wrapped])
 @pytest.mark.parametrize("at", [0, 2])
-def test_defect_13_after_an_exception_in_the_forward_pass(build, batches_for, quiet, make, at):
+def test_after_an_exception_in_the_forward_pass(build, batches_for, quiet, make, at):
     model = make(build)
     before = photograph(model)
     count = [0]
@@ -101,7 +101,7 @@ def test_defect_13_after_an_exception_in_the_forward_pass(build, batches_for, qu
     assert photograph(model) == before
 
 
-def test_defect_13_after_an_exception_inside_the_model(build, batches_for, quiet):
+def test_after_an_exception_inside_the_model(build, batches_for, quiet):
     model, batches = plain(build), batches_for("llama")
     batches[1]["input_ids"][0, 0] = 10_000
     before = photograph(model)
@@ -236,7 +236,7 @@ def test_merged_adapters_are_refused(build, batches_for, quiet):
 
 @pytest.mark.on_hardware("torch does not compile for it")
 @pytest.mark.parametrize("kind", ["torch.compile(model)", "by an own forward", "model.compile()", "layer.compile()"])
-def test_defect_16_after_compilation_and_a_forward_pass(build, batches_for, quiet, kind):
+def test_after_compilation_and_a_forward_pass(build, batches_for, quiet, kind):
     compiled = []
 
     def backend(graph, inputs):

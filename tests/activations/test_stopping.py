@@ -51,13 +51,13 @@ def test_the_cap_ends_endless_data_and_takes_no_batch_more(linear):
 
 
 @pytest.mark.parametrize("min_gain", [None, 1e-9])
-def test_defect_2_a_cosine_of_one_ends_at_the_cap(linear, min_gain):
+def test_a_cosine_of_one_ends_at_the_cap(linear, min_gain):
     data = Endless([rows(20, seed=i) for i in range(50)])
     spectra = measure(linear, data, max_batches=12, tau=1.0, min_gain=min_gain, **FIRST)
     assert data.taken == 12 and spectra["0"].stopped == "batch cap"
 
 
-def test_defect_2_batches_with_fewer_rows_than_components_come_to_an_end(linear):
+def test_batches_with_fewer_rows_than_components_come_to_an_end(linear):
     data = Endless([rows(2, seed=i) for i in range(50)])
     spectra = measure(linear, data, max_batches=40, rank=2, rho=2.0, target_modules=["0"], progress=False)
     assert spectra["0"].n_rows >= 4 and data.taken <= 40
@@ -73,7 +73,7 @@ def test_a_plan_is_asked_for_before_there_are_rows_enough(build, size, batches_f
     assert {s.components.shape[0] for s in spectra.inputs.values()} == {16}
 
 
-def test_defect_2_a_first_batch_that_is_all_masked_is_no_end(build, batches_for):
+def test_a_first_batch_that_is_all_masked_is_no_end(build, batches_for):
     batches = batches_for("llama", 6)
     batches[0]["labels"][:] = -100
     batches[3]["attention_mask"][:] = 0
@@ -172,7 +172,7 @@ def test_a_rank_says_how_many_components_are_kept(linear):
     assert measure(linear, data, target_modules=["0"], progress=False).n_components == D, "no more than features"
 
 
-def test_defect_12_inputs_narrower_than_the_components_keep_what_they_have(linear):
+def test_inputs_narrower_than_the_components_keep_what_they_have(linear):
     with torch.no_grad():
         spectra = measure(linear, [rows(60)], rank=16, rho=2.0, progress=False)
     assert spectra["0"].components.shape == (D, D)
@@ -253,7 +253,7 @@ def test_the_rules_check_themselves(name):
         Stopping(**{name: -1.0})
 
 
-def test_defect_8_an_input_that_never_varies_is_measured_and_gets_least():
+def test_an_input_that_never_varies_is_measured_and_gets_least():
     class Constant(nn.Module):
         def __init__(self):
             super().__init__()

@@ -302,7 +302,7 @@ class Block(nn.Module):
         return x + out
 
 
-def test_defect_10_an_expert_without_rows_keeps_an_adapter(lora):
+def test_an_expert_without_rows_keeps_an_adapter(lora):
     batches = [torch.randn(40, E, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     model = lora(Block())
     with pytest.warns(EvaWarning, match="of experts that got fewer than 8 rows"):

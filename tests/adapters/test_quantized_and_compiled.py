@@ -146,7 +146,7 @@ def compile_layers(model):
 
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_layers])
 @pytest.mark.parametrize("passes_before", [0, 1])
-def test_defect_16_compiled_models(llama, batches, outputs, compiled, passes_before):
+def test_compiled_models(llama, batches, outputs, compiled, passes_before):
     expected = spectra_of(llama(), batches)
     model = compiled(llama())
     before = [outputs(model, batches[0]) for _ in range(passes_before)]
@@ -156,7 +156,7 @@ def test_defect_16_compiled_models(llama, batches, outputs, compiled, passes_bef
 
 
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place])
-def test_defect_16_a_compiled_adapter_is_initialized_after_a_pass(llama, lora, batches, outputs, compiled):
+def test_a_compiled_adapter_is_initialized_after_a_pass(llama, lora, batches, outputs, compiled):
     base = outputs(llama(), batches[0])
     plan = evatune.initialize(lora(llama()), batches, **QUIET)
     model = compiled(lora(llama()))
@@ -213,7 +213,7 @@ def test_checkpointing_that_does_not_ask_for_training_mode(vectors):
     ],
     ids=["the last layer on disk", "all on disk"],
 )
-def test_defect_19_parts_on_other_devices(llama, lora, batches, outputs, tmp_path, device_map):
+def test_parts_on_other_devices(llama, lora, batches, outputs, tmp_path, device_map):
     from accelerate import dispatch_model
 
     def offloaded():

@@ -238,7 +238,7 @@ def test_every_expert_is_measured_on_its_own_rows():
 
 
 @pytest.mark.parametrize("n_rows", [0, 3])
-def test_defect_10_experts_with_few_or_no_rows_take_what_their_siblings_saw(n_rows):
+def test_experts_with_few_or_no_rows_take_what_their_siblings_saw(n_rows):
     batches = [destined(14, 13, 13, 0, seed=1)] * 3 + [destined(20, 20 - n_rows, 0, n_rows, seed=2)]
     # An expert's layers that were called together share an input, also where that was in the last batch only.
     with pytest.warns(
