@@ -263,7 +263,7 @@ def report(folder: Path, records: Mapping[tuple[str, float], dict], *, source: s
     methods = by_method(records)
     eva = methods["EVA"]
     run = eva[best_rate(eva)]
-    plan = RankPlan.from_json(json.loads((run["folder"] / "plan.json").read_text(encoding="utf-8")))
+    plan = RankPlan.load(run["folder"] / "plan.json")
     spectra = Spectra.load(next(iter(eva.values()))["folder"] / "spectra")
     logs = {f"{title} {best_rate(runs):g}": log_of(runs[best_rate(runs)]) for title, runs in methods.items()}
     recipe, machine, versions = run["recipe"], run["machine"], run["versions"]
