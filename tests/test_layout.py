@@ -1,6 +1,6 @@
-"""The layout of the house: what each room may import, read from the sources without importing them.
+"""The layout of the code: what each part may import, read from the sources without importing them.
 
-An import under `TYPE_CHECKING` counts for the arrows between rooms, since a name in a signature is knowledge too, and
+An import under `TYPE_CHECKING` counts for the arrows between parts, since a name in a signature is knowledge too, and
 does not count for circles, since it is not there at run time. An import inside a function counts for both.
 """
 
@@ -32,7 +32,7 @@ _TRAINED = (*_ADAPTED, "adapters", "tasks", "recipe")
 _RUN = ("activations.results", "activations.planning", "activations.starved")
 _RUN += ("hardware", "interruption", "fingerprint")
 
-ROOMS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "settings": ("errors",),
     "files": ("errors",),
@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "exhibits": (*_TRAINED, "training", "compare", "analyses", "report"),
     "cli": (*_TRAINED, "training", "compare", "exhibits", "report", "launch"),
 }
-"""What the modules of each room may import beside each other. The longest name that fits a module is its room.
+"""What the modules of each part may import beside each other. The longest name that fits a module is its part.
 
 `evatune/__init__.py`, `evatune/__main__.py` and `activations/__init__.py` only hand names on and may import all.
 """
@@ -84,10 +84,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "activations": ("torch", "numpy"),  # NumPy's generator is given back as it was
     "initialization": ("torch",),
 }
-"""All that these rooms may import from other projects."""
+"""All that these parts may import from other projects."""
 
 ONLY_IN = {"peft": "adapters", "bitsandbytes": "adapters", "matplotlib": "report", "yaml": "recipe"}
-"""Libraries that one room alone may import."""
+"""Libraries that one part alone may import."""
 
 SELF = ("self", "cls", "super()")
 COMMAND_CONSTANTS = {"SUMMARY", "USAGE", "DESCRIPTION", "EXAMPLES"}
@@ -126,12 +126,12 @@ class Module:
         return ast.parse(self.text)
 
     @cached_property
-    def room(self) -> str:
-        """The room it stands in; empty for what only hands names on."""
+    def part(self) -> str:
+        """The part it is in; empty for what only hands names on."""
         if self.name in ("", "__main__") or (self.name == "activations" and self.is_package):
             return ""
-        fitting = [room for room in ROOMS if f"{self.name}.".startswith(f"{room}.")]
-        return max(fitting, key=len, default=f"no room for {self.name}")
+        fitting = [part for part in PARTS if f"{self.name}.".startswith(f"{part}.")]
+        return max(fitting, key=len, default=f"no part for {self.name}")
 
     @cached_property
     def imports(self) -> list[Import]:
@@ -204,30 +204,30 @@ def broken_rules(sources: Path) -> list[str]:
 
 
 def arrows(modules: dict[str, Module], module: Module) -> Iterator[str]:
-    """A room imports only rooms that the table gives it."""
-    room = module.room
-    if room and room not in ROOMS:
-        yield f"{module.name}: stands in no room of the table"
-    elif room:
+    """A part imports only parts that the table gives it."""
+    part = module.part
+    if part and part not in PARTS:
+        yield f"{module.name}: is in no part of the table"
+    elif part:
         for found, reached in own_imports(modules, module):
-            other = modules[reached].room if reached in modules else ""
+            other = modules[reached].part if reached in modules else ""
             is_version = (found.module, found.name) == ("evatune", "__version__")
-            # Names handed on by `activations/__init__.py` belong to the rooms above the core.
+            # Names handed on by `activations/__init__.py` belong to the parts above the core.
             other = "activations.measure" if reached == "activations" else other
-            if other not in (room, *ROOMS[room]) and not is_version:
-                yield f"{module.name}:{found.line}: {room} may not import {reached or 'evatune'}"
+            if other not in (part, *PARTS[part]) and not is_version:
+                yield f"{module.name}:{found.line}: {part} may not import {reached or 'evatune'}"
 
 
 def libraries(modules: dict[str, Module], module: Module) -> Iterator[str]:
-    """Some rooms import few other projects, and some projects are imported by one room."""
-    allowed = LIBRARIES.get(module.room)
+    """Some parts import few other projects, and some projects are imported by one part."""
+    allowed = LIBRARIES.get(module.part)
     for found in module.imports:
         project = found.module.partition(".")[0]
         if project in ("evatune", *sys.stdlib_module_names):
             continue
         if allowed is not None and project not in allowed:
-            yield f"{module.name}:{found.line}: {module.room} may not import {project}"
-        if project in ONLY_IN and module.room != ONLY_IN[project]:
+            yield f"{module.name}:{found.line}: {module.part} may not import {project}"
+        if project in ONLY_IN and module.part != ONLY_IN[project]:
             yield f"{module.name}:{found.line}: only {ONLY_IN[project]} imports {project}"
 
 
@@ -256,7 +256,7 @@ def private_attributes(modules: dict[str, Module], module: Module) -> Iterator[s
 
 def classes_of_states(modules: dict[str, Module], module: Module) -> Iterator[str]:
     """Nobody asks an object of `pca/` what class it has: the protocol answers."""
-    classes = {name for other in modules.values() if other.room == "pca" for name in other.classes}
+    classes = {name for other in modules.values() if other.part == "pca" for name in other.classes}
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
             asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
@@ -280,7 +280,7 @@ def methods(modules: dict[str, Module], module: Module) -> Iterator[str]:
 
 def domains(modules: dict[str, Module], module: Module) -> Iterator[str]:
     """Training, comparing and the command line name no domain."""
-    if module.room not in ("training", "compare", "cli"):
+    if module.part not in ("training", "compare", "cli"):
         return
     names = {name.split(".")[1] for name, other in modules.items() if name.startswith("tasks.") and other.is_package}
     for found, reached in own_imports(modules, module):
@@ -293,7 +293,7 @@ def domains(modules: dict[str, Module], module: Module) -> Iterator[str]:
 
 def commands(modules: dict[str, Module], module: Module) -> Iterator[str]:
     """A command has its texts, its options, and one short function that calls the library and prints."""
-    if module.room != "cli" or module.is_package or module.name in ("cli.main", "cli.options"):
+    if module.part != "cli" or module.is_package or module.name in ("cli.main", "cli.options"):
         return
     functions = [node.name for node in module.tree.body if isinstance(node, ast.FunctionDef)]
     helpers = [name for name in functions if name not in ("add_arguments", "run")]
@@ -318,9 +318,9 @@ def commands(modules: dict[str, Module], module: Module) -> Iterator[str]:
 
 
 def circles(modules: dict[str, Module]) -> list[str]:
-    """No module imports itself through others, and neither does a room in the table."""
+    """No module imports itself through others, and neither does a part in the table."""
     graphs: dict[str, dict[str, set[str]]] = {
-        "rooms": {room: set(allowed) for room, allowed in ROOMS.items()},
+        "parts": {part: set(allowed) for part, allowed in PARTS.items()},
         "modules": {
             name: {reached for found, reached in own_imports(modules, module) if not found.typing_only} - {name, ""}
             for name, module in modules.items()
@@ -343,7 +343,7 @@ def too_long(sources: Path) -> list[str]:
     return [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
 
 
-def test_the_house_keeps_its_layout():
+def test_the_code_keeps_its_layout():
     broken = broken_rules(SOURCES)
     assert not broken, "\n" + "\n".join(broken)
 
@@ -352,7 +352,7 @@ COMMAND = """SUMMARY = USAGE = DESCRIPTION = EXAMPLES = ""
 def add_arguments(parser): ...
 def run(args): ...
 """
-SMALL_HOUSE = {
+SMALL_PROJECT = {
     "__init__": "from evatune.activations import measure",
     "errors": "class EvaError(ValueError): ...",
     "settings/__init__": "from evatune.errors import EvaError",
@@ -372,15 +372,15 @@ SMALL_HOUSE = {
     "training/run": "from evatune import __version__, tasks\nfrom evatune.adapters import x",
     "cli/plan": COMMAND,
 }
-"""A house that keeps every rule."""
+"""Code that keeps every rule."""
 
 
 @pytest.fixture
-def broken_house(tmp_path):
-    """Return a function that adds files to the small house and returns the rules that it breaks then."""
+def broken_by(tmp_path):
+    """Return a function that adds files to the small project and returns the rules that it breaks then."""
 
     def build(**files: str) -> list[str]:
-        for name, text in (SMALL_HOUSE | files).items():
+        for name, text in (SMALL_PROJECT | files).items():
             path = tmp_path / "src" / "evatune" / f"{name}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -389,8 +389,8 @@ def broken_house(tmp_path):
     return build
 
 
-def test_a_house_that_keeps_the_rules_breaks_none(broken_house):
-    assert broken_house() == []
+def test_code_that_keeps_the_rules_breaks_none(broken_by):
+    assert broken_by() == []
 
 
 BREAKS = {
@@ -409,7 +409,7 @@ BREAKS = {
         "from evatune.activations.layers.linear import LINEAR",
         "activations may not import activations.layers.linear",
     ),
-    "no room": ("attic", "x = 1", "attic: stands in no room"),
+    "no part": ("attic", "x = 1", "attic: is in no part"),
     "a library of the core": ("activations/rows", "import tqdm", "activations may not import tqdm"),
     "a library of pca": ("pca/sketch", "import numpy.linalg", "pca may not import numpy"),
     "peft outside adapters": ("training/setup", "from peft import LoraConfig", "only adapters imports peft"),
@@ -444,18 +444,18 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_every_rule_can_fail(broken_house, broken):
+def test_every_rule_can_fail(broken_by, broken):
     file, text, message = BREAKS[broken]
     files = {file: text}
     if broken == "a circle":
         files["activations/run"] = "from evatune.activations.rows import f"
     if broken == "a name of a private module":
         files["pca/_c"] = ""
-    lines = broken_house(**files)
+    lines = broken_by(**files)
     assert len(lines) == 1, lines
     assert message in lines[0]
 
 
-def test_a_circle_in_the_table_of_rooms_is_seen(broken_house, monkeypatch):
-    monkeypatch.setitem(ROOMS, "errors", ("settings",))
-    assert [line for line in broken_house() if "a circle of rooms" in line]
+def test_a_circle_in_the_table_of_parts_is_seen(broken_by, monkeypatch):
+    monkeypatch.setitem(PARTS, "errors", ("settings",))
+    assert [line for line in broken_by() if "a circle of parts" in line]
