@@ -1,4 +1,7 @@
-"""Ctrl-C that does not destroy what was done: some presses may be noted instead of raising `KeyboardInterrupt`."""
+"""Ctrl-C that does not destroy what was done: some presses may be noted instead of raising `KeyboardInterrupt`.
+
+SIGTERM can be made to do the same.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,14 @@ class _Handler:
 
     def is_pressed(self) -> bool:
         return self.n_pressed > 0
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Do what Ctrl-C does; a handler for SIGTERM, by which a scheduler asks a run to save its work and end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # a shell lets what it runs in the background ignore Ctrl-C
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def test_every_figure_is_drawn(folders, name, tmp_path, capsys):
 def test_names_and_files_that_do_not_fit_are_told(folders, tmp_path, capsys):
     assert main(["table", "score", *folders[RESULTS]]) == 1
     assert "there is no table 'score' (did you mean 'scores'" in capsys.readouterr().err
-    assert main(["figure", "rates", *folders[RESULTS], "--save", str(tmp_path / "x.gif")]) == 1
+    assert main(["figure", "rates", "not/there", "--save", str(tmp_path / "x.gif")]) == 1  # before results are read
     assert "a figure cannot be written as 'x.gif'" in capsys.readouterr().err
     assert main(["figure", "movement", *folders[RESULTS], "--save", str(tmp_path / "x.svg")]) == 1
     assert "kept no adapters; run the sweep with `keep: adapters`" in capsys.readouterr().err

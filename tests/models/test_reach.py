@@ -13,6 +13,7 @@ from evatune.errors import EvaError
 from evatune.models import load_model
 from evatune.models.reach import hub_in_reach
 from evatune.tasks.rows import read_rows
+from evatune.tasks.vision.sources import read_source
 
 
 @pytest.fixture
@@ -36,6 +37,8 @@ def test_a_model_and_data_of_a_hub_without_network():
         load_model("gpt2x")
     with pytest.raises(EvaError, match="there is no data file someone/answers, and it cannot be loaded from a hub"):
         list(read_rows("someone/answers"))
+    with pytest.raises(EvaError, match="there is no folder or file someone/photos, and it cannot be loaded from a hub"):
+        read_source("someone/photos")
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 

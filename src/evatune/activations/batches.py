@@ -77,6 +77,11 @@ def with_decoder_inputs(model: Any, batch: Any) -> Any:
     return with_entries(batch, {DECODER + "input_ids": make(labels=entries[LABELS])})
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether a model's configuration says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def reader_of(
     model: Any, *, use_label_mask: bool = False, row_mask: Callable[[Any], Given] | None = None
 ) -> Callable[[Any], BatchPositions]:
@@ -92,7 +97,7 @@ def reader_of(
         return lambda batch: BatchPositions(given=_checked(row_mask(batch), names))
     return partial(
         read_positions,
-        encoder_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+        encoder_decoder=is_encoder_decoder(model),
         use_label_mask=use_label_mask,
         loss_type=getattr(model, "loss_type", None),
     )

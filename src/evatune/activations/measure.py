@@ -17,6 +17,7 @@ from evatune.activations.batches import (
     device_of,
     devices_of,
     forward_arguments,
+    is_encoder_decoder,
     reader_of,
     reserved_tokens,
     takes_entry,
@@ -97,7 +98,7 @@ def measure(
     processes = Processes() if Processes.present() else None
     base = unwrap(model)
     device = device_of(base)
-    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    encoder_decoder = is_encoder_decoder(base)
     started = time.perf_counter()
     bar = tqdm(
         total=settings.max_batches,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.activations.batches import forward_arguments
+from evatune.activations.batches import forward_arguments, is_encoder_decoder
 from evatune.activations.gradients import first_batches
 from evatune.activations.layers.linear import LINEAR
 from evatune.activations.preserve import measuring_state, preserved_random_state
@@ -75,10 +75,10 @@ def _covariances(p: Preparation) -> dict[str, Tensor]:
         for target in p.targets:
             handle = target.module.register_forward_pre_hook(watch(target.name), with_kwargs=True)
             stack.callback(handle.remove)
-        is_encoder_decoder = bool(getattr(getattr(p.model, "config", None), "is_encoder_decoder", False))
+        encoder_decoder = is_encoder_decoder(p.model)
         for batch in first_batches(p.given_batches(), p.settings.max_batches):
-            for example in examples(batch, encoder_decoder=is_encoder_decoder):
-                args, kwargs = forward_arguments(p.model, example, keep_labels=is_encoder_decoder)
+            for example in examples(batch, encoder_decoder=encoder_decoder):
+                args, kwargs = forward_arguments(p.model, example, keep_labels=encoder_decoder)
                 p.model(*args, **kwargs)
     if unreached := [name for name, count in counts.items() if not count]:
         raise EvaError(

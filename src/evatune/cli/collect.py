@@ -1,4 +1,4 @@
-"""`evatune collect`: make training data, where a task can."""
+"""`evatune collect`: make training data, for tasks that make their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from evatune.cli.options import add_recipe_options, answer, recipe_from, say
 from evatune.tasks import collecting_domains
 
-SUMMARY = "make training data, where a task can"
+SUMMARY = "make training data, for tasks that make their own"
 USAGE = "[RECIPE]"
 DESCRIPTION = f"""
 Make the training data that a recipe asks for and keep them as a data set of their own (tasks:

@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> None:
     from evatune.exhibits import find_exhibit, make
     from evatune.exhibits.view import View
     from evatune.files import check_writable
-    from evatune.report.style import save
+    from evatune.report.style import check_format, save
 
     exhibit = find_exhibit(args.name, FIGURES, kind="figure")
+    check_format(args.save)
     check_writable(args.save, overwrite=args.overwrite)
     save(make(exhibit, View(**view_options(args))), args.save)
     answer(args, text=f"drew      {args.save}", content={"figure": args.name, "file": args.save})

@@ -15,12 +15,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from types import FrameType
 
 from evatune import __version__, launch
 from evatune.cli.options import HelpFormatter
 from evatune.errors import EvaError, near_misses
 from evatune.files import json_text
+from evatune.interruption import interrupt
 from evatune.recipe import MEANT, find_setting
 
 # In the order of a run. The modules are imported only when needed: `evatune --help` must not wait for PyTorch.
@@ -162,13 +162,6 @@ def _terminated_as_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):  # a shell lets what it runs in the background ignore Ctrl-C
-            raise KeyboardInterrupt
-        handler(signal.SIGINT, frame)
-
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

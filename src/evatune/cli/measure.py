@@ -7,7 +7,7 @@ import argparse
 from evatune.cli.options import HELD_OUT, add_recipe_options, answer, recipe_from, say
 from evatune.settings import Measuring
 
-SUMMARY = "measure the activations that data cause in a model"
+SUMMARY = "measure a model's activations on your data"
 USAGE = "[RECIPE]"
 DESCRIPTION = """
 Pass training data through a model and learn the leading components of the inputs of all its linear layers. The spectra

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+from evatune.interruption import interrupt
 
 
 def work(connection: Connection, *, log: str, environment: dict[str, str], processes: int = 1) -> None:
@@ -31,7 +32,7 @@ def work(connection: Connection, *, log: str, environment: dict[str, str], proce
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         while (recipe := connection.recv()) is not None:
             connection.send(attempt(recipe, processes=processes))
@@ -88,11 +89,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    if callable(handler):
-        handler(signal.SIGINT, frame)
-    else:
-        raise KeyboardInterrupt

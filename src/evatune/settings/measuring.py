@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from evatune.errors import EvaError
 from evatune.settings.section import Section, number
@@ -129,8 +129,10 @@ class Measuring(Rows, Decomposition, Stopping, Targets, Ranking):
 
     def __post_init__(self) -> None:
         # Both may be objects of PyTorch: torch.bfloat16, torch.device("cpu").
-        object.__setattr__(self, "dtype", _named(self.dtype).removeprefix("torch.") if self.dtype is not None else None)
-        object.__setattr__(self, "state_device", _named(self.state_device) if self.state_device is not None else None)
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        if self.state_device is not None:
+            object.__setattr__(self, "state_device", str(self.state_device))
         super().__post_init__()
         check_kept(self.n_components, self.rank, self.rho)
 
@@ -163,7 +165,3 @@ def check_kept(n_components: int | None, rank: int | Mapping[str, int] | None, r
 
 def _largest(rank: int | Mapping[str, int]) -> int:
     return max(rank.values(), default=0) if isinstance(rank, Mapping) else rank
-
-
-def _named(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)

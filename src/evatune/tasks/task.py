@@ -41,6 +41,10 @@ class Needs:
     counts; the loss of other models is a mean over their own batch."""
 
 
+LEARNED = ("⟦", "⟧")
+"""What stands around the learned parts of a preview."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preview:
     """Examples exactly as the model sees them."""

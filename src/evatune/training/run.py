@@ -442,7 +442,7 @@ class _Run:
 
     def _plan(self) -> RankPlan | None:
         path = self.folder / PLAN
-        return RankPlan.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return RankPlan.load(path) if path.is_file() else None
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

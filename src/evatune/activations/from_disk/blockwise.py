@@ -356,15 +356,15 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value) if isinstance(value, Tensor | _Waits) or value is HIDDEN else value
 
 
-def _put_away(calls: Sequence[Call], number: tuple[int, str], waiting: WaitingTensors) -> list[Call]:
-    """Store the tensors among the arguments of a batch in `waiting`; one that several blocks get is stored once."""
+def _put_away(calls: Sequence[Call], variant: tuple[int, str], waiting: WaitingTensors) -> list[Call]:
+    """Store the tensors among a variant's arguments in `waiting`; one that several blocks get is stored once."""
     keys: dict[int, _Waits] = {}
 
     def away(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in keys:
-            keys[id(value)] = _Waits(("argument", number, len(keys)))
+            keys[id(value)] = _Waits(("argument", variant, len(keys)))
             waiting[keys[id(value)].key] = value
         return keys[id(value)]
 

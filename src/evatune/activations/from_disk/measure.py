@@ -33,7 +33,7 @@ from evatune.settings import Measuring, Stopping, takes
 from evatune.spectra import Spectra
 
 _RULES = ("tau", "delta", "min_gain", "metric", "budget", "train_a")
-"""Options of `measure` for the stopping rules, which do not exist here."""
+"""Options of `measure` that only its stopping rules need; measuring from disk has no such rules."""
 
 
 @takes(Measuring, without=_RULES)

@@ -10,10 +10,7 @@ import numpy as np
 from evatune.errors import EvaError
 from evatune.tasks.control.episodes import Episode
 from evatune.tasks.control.filmstrip import Strip, frames, sheet
-from evatune.tasks.task import Preview
-
-LEARNED = ("⟦", "⟧")
-"""What stands around the learned parts."""
+from evatune.tasks.task import LEARNED, Preview
 
 N_PICTURES, N_STEPS_SHOWN = 7, 3
 """Pictures of an episode, and steps of a window, the last ones."""

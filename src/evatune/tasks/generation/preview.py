@@ -8,13 +8,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from evatune.tasks.generation.encoding import IGNORED
-from evatune.tasks.task import Preview
+from evatune.tasks.task import LEARNED, Preview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LEARNED = ("⟦", "⟧")
-"""What stands around the learned parts."""
 
 
 def preview(

@@ -189,7 +189,7 @@ def check(
     size = preprocessing.size
     keep = len(pictures) * size * size * 3 <= CACHE_BYTES
 
-    def look(picture: Picture) -> tuple[np.ndarray | None, str | None]:
+    def read(picture: Picture) -> tuple[np.ndarray | None, str | None]:
         image, note = decode(picture.read())
         return (preprocessing.resize(image) if keep else None), note
 
@@ -197,7 +197,7 @@ def check(
     pixels: list[np.ndarray] = []
     bad: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
-    for picture, seen, reason in _looks(look, pictures, progress=progress):
+    for picture, seen, reason in _each_read(read, pictures, progress=progress):
         if seen is None:
             bad[picture.name] = str(reason)
             continue
@@ -208,8 +208,8 @@ def check(
             converted.setdefault(seen[1], []).append(picture.name)
     if bad and (not skip or not good):
         keep = False
-        looks = _looks(look, others, progress=progress)
-        bad |= {picture.name: reason for picture, _, reason in looks if reason is not None}
+        also = _each_read(read, others, progress=progress)
+        bad |= {picture.name: reason for picture, _, reason in also if reason is not None}
         named = "; ".join(f"{name} {reason}" for name, reason in list(bad.items())[:_NAMED])
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise EvaError(
@@ -224,18 +224,18 @@ def check(
     )
 
 
-def _looks(
-    look: Callable[[Picture], Any], pictures: Sequence[Picture], *, progress: bool
+def _each_read(
+    read: Callable[[Picture], Any], pictures: Sequence[Picture], *, progress: bool
 ) -> Iterator[tuple[Picture, Any, str | None]]:
-    """Yield each picture with what a look at it returns, or with why it cannot be used."""
+    """Yield each picture with what `read` returns of it, or with why it cannot be used."""
 
     def either(picture: Picture) -> tuple[Picture, Any, str | None]:
         try:
-            return picture, look(picture), None
+            return picture, read(picture), None
         except BadPicture as reason:
             return picture, None, str(reason)
 
     hidden = None if progress else True
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        looks = pool.map(either, pictures)
-        yield from tqdm(looks, total=len(pictures), desc="pictures", leave=False, disable=hidden)
+        results = pool.map(either, pictures)
+        yield from tqdm(results, total=len(pictures), desc="pictures", leave=False, disable=hidden)

@@ -157,7 +157,7 @@ def _file(path: Path, columns: Columns) -> Source:
     if path.suffix in _TABLES:
         table = _table(path)
         return _rows(
-            _table_rows(table),
+            _TableRows(table),
             where=str(path),
             folder=path.parent,
             columns=columns,
@@ -240,7 +240,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], number: int, column: str, folder: P
     return value if isinstance(value, bytes) else np.asarray(value, dtype=np.uint8)
 
 
-class _table_rows(Sequence[Mapping[str, Any]]):  # noqa: N801 - used as a function
+class _TableRows(Sequence[Mapping[str, Any]]):
     """Rows of an Arrow table; each is converted to Python values when it is read."""
 
     def __init__(self, table: Any) -> None:
@@ -287,8 +287,11 @@ def _hub(name: str, *, split: str, hub_config: str | None, columns: Columns) -> 
             f"there is no folder or file {name}, and a hub data set needs the Python package datasets; "
             "run: pip install 'evatune[vision]'."
         ) from None
+    from evatune.models.reach import hub_in_reach  # only here: models are of torch
+
     try:
-        dataset = datasets.load_dataset(name, hub_config, split=split)
+        with hub_in_reach():
+            dataset = datasets.load_dataset(name, hub_config, split=split)
     except Exception as error:  # the hub client raises errors of many libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EvaError(
