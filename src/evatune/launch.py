@@ -102,7 +102,7 @@ def any_of(value: bool) -> bool:
     return bool(found.item())
 
 
-def kept_result() -> AbstractContextManager[Any]:
+def result_protected() -> AbstractContextManager[Any]:
     """Return a context to measure and save in: Ctrl-C ends the first, and more presses do not destroy the second."""
     return held_interrupts(held=KEEPS if n_processes() == 1 else ENDS_TOGETHER)
 

@@ -13,7 +13,7 @@ import evatune
 from evatune.adapters import freeze_a, initialized_plan, save_adapter, unload
 from evatune.adapters.attach import load_adapter
 from evatune.adapters.base_change import base_change, load_start
-from evatune.adapters.taking_off import kept
+from evatune.adapters.unloading import base_state
 from evatune.errors import EvaError
 from evatune.methods import METHODS
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_leaves_the_base_alone_has_no_start_to_load(llama, batch
 
 def test_base_weights_that_were_not_kept_cannot_come_back(llama, batches):
     model = evatune.prepare(llama(), **settings("pissa", batches), keep_base=False)
-    assert kept(model).weights is None
+    assert base_state(model).weights is None
     with pytest.raises(EvaError, match=r"were not kept \(keep_base=False\); load the base model anew"):
         unload(model)
 

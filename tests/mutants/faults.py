@@ -313,7 +313,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             "tests/adapters/test_initialize.py",
             "tests/adapters/test_layer_types.py",
             "tests/adapters/test_all_or_nothing.py",
-            "tests/adapters/test_taking_off.py",
+            "tests/adapters/test_unloading.py",
         ),
         [
             ("piece_rd * len(pairs) ** 0.5", "piece_rd"),

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from evatune import Spectra
 from evatune.cli.main import main
 from evatune.errors import EvaError
-from evatune.training import finetune, keeping
+from evatune.training import finetune, rescue
 from evatune.training import run as run_module
 from evatune.training.trainer import TaskTrainer
 
@@ -106,7 +106,7 @@ def elsewhere(tmp_path, monkeypatch):
     """The folder for temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    monkeypatch.setattr(keeping.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(rescue.tempfile, "gettempdir", lambda: str(folder))
     return folder
 
 

@@ -127,7 +127,7 @@ def test_a_checkpoint_goes_on_as_it_was_written(launched, tmp_path):
     assert zero is not None
     with pytest.raises(EvaError, match=r"was written without ZeRO, .* go on from it under ZeRO 1 with offload 'none'"):
         check_resumes(tmp_path, zero)
-    (tmp_path / "zero.json").write_text(json.dumps(zero.kept()))
+    (tmp_path / "zero.json").write_text(json.dumps(zero.to_json()))
     check_resumes(tmp_path, zero)
     with pytest.raises(EvaError, match=r"under ZeRO 1 with offload 'none' and 1 processes, .* without ZeRO; launch"):
         check_resumes(tmp_path, None)

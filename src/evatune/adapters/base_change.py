@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evatune.adapters.all_or_nothing import all_or_nothing
 from evatune.adapters.lora import down_up, find_adapter
-from evatune.adapters.taking_off import remember, trained_names
+from evatune.adapters.unloading import remember, trained_names
 from evatune.methods import METHODS
 
 

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from evatune.activations.processes.sharded_models import sharding_of
+from evatune.adapters.applied_plan import initialized_plan, is_trained
 from evatune.adapters.config import configured
 from evatune.adapters.factors import factors_of
-from evatune.adapters.forgotten import initialized_plan, is_trained
 from evatune.adapters.lora import check_can_start, find_adapter, wrapped_parameters
 from evatune.errors import EvaError, EvaWarning
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from evatune.activations import measure
 from evatune.activations.measure import Forward, RowMask
 from evatune.adapters.all_or_nothing import all_or_nothing
+from evatune.adapters.applied_plan import note_plan
 from evatune.adapters.config import planned_config
 from evatune.adapters.fit import fit_spectra
-from evatune.adapters.forgotten import note_plan
 from evatune.adapters.fresh import Fresh, fresh_adapter
 from evatune.adapters.lora import find_adapter, remove_layer, start_at_random, wrapped_parameters, write_layer
-from evatune.adapters.taking_off import copy_biases, remember
+from evatune.adapters.unloading import copy_biases, remember
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError, EvaWarning
 from evatune.initialization import eva

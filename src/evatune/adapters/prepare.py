@@ -23,7 +23,7 @@ from evatune.adapters.factors import COMPUTED, factors_of, is_computed
 from evatune.adapters.four_bits import quantize
 from evatune.adapters.lora import find_adapter
 from evatune.adapters.preparation import Preparation
-from evatune.adapters.taking_off import copy_biases, copy_weights, remember, trained_names
+from evatune.adapters.unloading import copy_biases, copy_weights, remember, trained_names
 from evatune.adapters.wrap import wrap
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError

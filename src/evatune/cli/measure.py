@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune.errors import EvaError
     from evatune.files import check_writable
     from evatune.training.from_disk import estimate_recipe, measure_recipe_from_disk
-    from evatune.training.keeping import kept_elsewhere
+    from evatune.training.rescue import saved_elsewhere
     from evatune.training.setup import (
         is_interrupted,
         load_base,
@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> None:
     task = open_recipe(recipe)
     say(f"data      {task.summary()}")
     model = None if args.from_disk else load_base(recipe, task)
-    with launch.kept_result():
+    with launch.result_protected():
         spectra = measure_recipe_from_disk(recipe, task) if model is None else measure_recipe(recipe, model, task=task)
         try:
             if launch.is_first():
                 spectra.save(recipe.output, overwrite=args.overwrite)
         except EvaError as error:
             say(spectra.overview())
-            raise kept_elsewhere(spectra, error) from error
+            raise saved_elsewhere(spectra, error) from error
     answer(
         args,
         text=spectra.summary() if args.table else spectra.overview(),

@@ -12,7 +12,7 @@ from evatune.compare.runs import Cell, Run, points, runs_of
 from evatune.errors import EvaError, near_misses
 from evatune.tasks.scores import is_better_higher
 
-Kept = Callable[[Run], Record | None]
+Find = Callable[[Run], Record | None]
 """Returns the record of a run, or None."""
 DIGITS = 3
 """Significant digits of a value that a grid grows by."""
@@ -49,22 +49,22 @@ class Choice:
         }
 
 
-def choose(cell: Cell, kept: Kept, *, metric: str | None, widen: int) -> Choice:
+def choose(cell: Cell, find: Find, *, metric: str | None, widen: int) -> Choice:
     """Return what is next for a cell.
 
     Args:
         cell: a method on a task.
-        kept: the records so far.
+        find: returns the record of a run that was done.
         metric: the metric to choose by; by default the task's headline.
         widen: how often a grid may grow.
     """
     grid = dict(cell.contender.grid)
     if not cell.searches:
         (point,) = points(grid)
-        missing = [run for run in runs_of(cell, "test", point) if kept(run) is None]
+        missing = [run for run in runs_of(cell, "test", point) if find(run) is None]
         return Choice(missing=tuple(missing), point=point)
     for grown in range(widen + 1):
-        tried = [(point, [(run, kept(run)) for run in runs_of(cell, "validation", point)]) for point in points(grid)]
+        tried = [(point, [(run, find(run)) for run in runs_of(cell, "validation", point)]) for point in points(grid)]
         missing = [run for _, runs in tried for run, record in runs if record is None]
         if missing:
             return Choice(missing=tuple(missing), point=None)
@@ -82,7 +82,7 @@ def choose(cell: Cell, kept: Kept, *, metric: str | None, widen: int) -> Choice:
         if not allowed or grown == widen:
             break
         grid |= {path: tuple(sorted((*grid[path], beyond))) for path, beyond in allowed.items()}
-    missing = [run for run in runs_of(cell, "test", best) if kept(run) is None]
+    missing = [run for run in runs_of(cell, "test", best) if find(run) is None]
     return Choice(missing=tuple(missing), point=best, open=tuple(ends), curve=curve, metric=name)
 
 

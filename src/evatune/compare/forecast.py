@@ -91,7 +91,7 @@ def _of_task(name: str, compared: Sequence[Cell], sweep: Sweep, results: Results
         n_test = len(cell.task.test.seeds)
         stages["validation"] += cell.searches * len(points(cell.contender.grid)) * len(cell.task.validation.seeds)
         stages["test"] += n_test
-        choice = choose(cell, results.kept, metric=sweep.metric, widen=sweep.widen)
+        choice = choose(cell, results.find, metric=sweep.metric, widen=sweep.widen)
         left += len(choice.missing) + (n_test if choice.point is None and choice.missing else 0)
     done = [record for record in results.records.values() if record["task"] == name]
     seconds = [record["wall_seconds"] for record in done if is_whole(record)]

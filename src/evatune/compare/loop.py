@@ -99,7 +99,7 @@ def compare(
 
 def _chosen(sweep: Sweep, compared: list[Cell], results: Results) -> list[Choice]:
     """Return what is known of each cell, and write it beside the records."""
-    choices = [choose(cell, results.kept, metric=sweep.metric, widen=sweep.widen) for cell in compared]
+    choices = [choose(cell, results.find, metric=sweep.metric, widen=sweep.widen) for cell in compared]
     results.write_choices([choice.to_json(cell) for cell, choice in zip(compared, choices, strict=True)])
     return choices
 

@@ -58,7 +58,7 @@ class Results:
             os.fsync(file.fileno())
         self.records[record["name"]] = record
 
-    def kept(self, run: Run) -> Record | None:
+    def find(self, run: Run) -> Record | None:
         """Return the record of a run, or None if it is still to be done.
 
         Raises:

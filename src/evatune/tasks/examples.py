@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from evatune.errors import EvaError
+from evatune.tasks.disk_list import empty_list, selected
 from evatune.tasks.rows import Row, files_of, read_rows
-from evatune.tasks.shelf import growing, picked
 
 Item = TypeVar("Item")
 Part = Literal["all", "training", "validation"]
@@ -87,7 +87,7 @@ def gather(
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaError(f"{twice[0]} is named twice, so its examples would count double; name it once.")
-    items = growing(on_disk=on_disk)
+    items = empty_list(on_disk=on_disk)
     dropped = 0
     for name in names:
         own = [] if name in (places or {}) else files_of(name, split=split)
@@ -116,7 +116,7 @@ def gather(
         chosen = set(random.Random(_PART_SEED).sample(order, max(1, round(share * len(items)))))
         order = [number for number in order if (number in chosen) == (part == "validation")]
     random.Random(seed).shuffle(order)
-    return Examples(items=picked(items, order[:limit]), sources=tuple(names), dropped=dropped)
+    return Examples(items=selected(items, order[:limit]), sources=tuple(names), dropped=dropped)
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

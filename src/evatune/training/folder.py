@@ -108,7 +108,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], *, free: Collecti
     ]
 
 
-def kept_training(folder: Path) -> TrainSettings:
+def saved_train_settings(folder: Path) -> TrainSettings:
     """Return the training settings that a run was started or last extended with."""
     return load_recipe(folder / RECIPE).train
 

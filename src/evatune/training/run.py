@@ -75,12 +75,11 @@ from evatune.training.folder import (
     check_still_there,
     checkpoint_step,
     go_on,
-    kept_training,
     last_checkpoint,
+    saved_train_settings,
     start_folder,
     writing_run,
 )
-from evatune.training.keeping import kept_elsewhere
 from evatune.training.layerwise import layerwise_optimizer
 from evatune.training.origin import (
     check_data,
@@ -91,6 +90,7 @@ from evatune.training.origin import (
     write_origin,
 )
 from evatune.training.record import RunRecord, library_versions
+from evatune.training.rescue import saved_elsewhere
 from evatune.training.setup import (
     checkpoint_gradients,
     is_interrupted,
@@ -196,7 +196,7 @@ class _Run:
 
     def n_steps_before(self) -> int:
         """Return the steps of the whole run as it was started or last extended."""
-        return total_steps(kept_training(self.folder), n_examples=len(self.task.train))
+        return total_steps(saved_train_settings(self.folder), n_examples=len(self.task.train))
 
     def execute(self, *, resume: bool) -> RunRecord:
         recipe, started = self.recipe, datetime.now(UTC)
@@ -243,7 +243,7 @@ class _Run:
             versions=library_versions(),
             machine=describe_machine()
             | {"processes": launch.n_processes()}
-            | ({"zero": self.zero.kept()} if self.zero else {}),
+            | ({"zero": self.zero.to_json()} if self.zero else {}),
             started=started.isoformat(timespec="seconds"),
             fingerprints=fingerprints(weights=self.weights, data=self.data),
             peak_memory_gib=peak_memory_gib(),
@@ -314,7 +314,7 @@ class _Run:
             return Spectra.load(self.recipe.measure.spectra)
         settings = self.recipe.measure
         self.say(f"measure   at most {settings.max_batches} batches of {settings.batch_size} examples")
-        with launch.kept_result():
+        with launch.result_protected():
             with self._timed("measure"):
                 spectra = measure_recipe(self.recipe, model, task=self.task, plan=self.plan, progress=self.progress)
             if launch.is_first() and is_interrupted(spectra):
@@ -335,7 +335,7 @@ class _Run:
         except EvaError as error:
             if spectra is None or self.recipe.measure.spectra:
                 raise
-            raise kept_elsewhere(spectra, error) from error
+            raise saved_elsewhere(spectra, error) from error
 
     def _write_origin(self, folder: Path) -> None:
         write_origin(folder, weights=self.weights, data=self.data)

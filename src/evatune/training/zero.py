@@ -54,7 +54,7 @@ class Zero:
             }
         return {"deepspeed": config, "bf16": False}
 
-    def kept(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint depends on."""
         return {"stage": self.stage, "offload": self.offload, "processes": launch.n_processes()}
 
@@ -105,7 +105,7 @@ def check_resumes(checkpoint: Path, zero: Zero | None) -> None:
     """
     path = checkpoint / FILE_NAME
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    now = zero.kept() if zero else None
+    now = zero.to_json() if zero else None
     if before != now:
         raise EvaError(
             f"{checkpoint} was written {_told(before)}, and training cannot go on from it {_told(now)}; launch it as "
@@ -147,7 +147,7 @@ class ZeroCallback(FiniteGradientCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note in the checkpoint how it was written."""
         if state.is_world_process_zero:
-            write_json(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME, self.zero.kept())
+            write_json(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME, self.zero.to_json())
 
 
 def _from_recipe(settings: TrainSettings) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from evatune.recipe import load_recipe
+from evatune.tasks.disk_list import DiskList
 from evatune.tasks.generation import encoding
-from evatune.tasks.shelf import Shelf
 from evatune.tasks.task import batches
 from evatune.training import finetune
 from evatune.training.setup import open_recipe
@@ -35,8 +35,8 @@ def opened(model, data, **overrides):
 )
 def test_batches_and_counts_are_the_same(overrides, tiny_model, tiny_data):
     whole, streamed = (opened(tiny_model, tiny_data, streaming=on, **overrides) for on in (False, True))
-    assert isinstance(streamed.train.rows, Shelf) and isinstance(streamed.examples.items, Shelf)
-    assert not isinstance(whole.train.rows, Shelf) and not isinstance(whole.examples.items, Shelf)
+    assert isinstance(streamed.train.rows, DiskList) and isinstance(streamed.examples.items, DiskList)
+    assert not isinstance(whole.train.rows, DiskList) and not isinstance(whole.examples.items, DiskList)
     pairs = list(zip(*(batches(task, batch_size=4, seed=3) for task in (whole, streamed)), strict=True))
     assert pairs
     for one, other in pairs:

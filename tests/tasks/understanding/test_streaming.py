@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from evatune.tasks.shelf import Shelf
+from evatune.tasks.disk_list import DiskList
 from evatune.tasks.task import batches
 from evatune.training import finetune
 
@@ -34,8 +34,8 @@ def test_batches_and_counts_are_the_same(kind, more, opened, write_rows):
     settings = {"train": (file,), "kind": kind, "max_length": 64, "stride": 8} | more
     settings |= {} if "validate" in more else {"eval": (file,)}
     whole, streamed = (opened(streaming=on, **settings) for on in (False, True))
-    assert isinstance(streamed.train.rows, Shelf) and isinstance(streamed.examples.items, Shelf)
-    assert not isinstance(whole.train.rows, Shelf) and not isinstance(whole.examples.items, Shelf)
+    assert isinstance(streamed.train.rows, DiskList) and isinstance(streamed.examples.items, DiskList)
+    assert not isinstance(whole.train.rows, DiskList) and not isinstance(whole.examples.items, DiskList)
     pairs = list(zip(*(batches(task, batch_size=4, seed=3) for task in (whole, streamed)), strict=True))
     assert pairs
     for one, other in pairs:

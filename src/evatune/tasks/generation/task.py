@@ -15,6 +15,7 @@ from evatune.errors import EvaError
 from evatune.models import load_model, load_tokenizer
 from evatune.models.loading import load_positions
 from evatune.models.prompts import PromptTemplate
+from evatune.tasks.disk_list import selected, stored
 from evatune.tasks.examples import Examples, Part
 from evatune.tasks.generation.answers import check_judges
 from evatune.tasks.generation.encoding import IGNORED, Collator, EncodedExamples, encode_examples
@@ -30,7 +31,6 @@ from evatune.tasks.journal import Journal
 from evatune.tasks.outline import Outline
 from evatune.tasks.scores import Scores
 from evatune.tasks.settings import ModelSettings
-from evatune.tasks.shelf import kept, picked
 from evatune.tasks.task import Needs, Preview
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ class Generation:
     def train(self) -> EncodedExamples:
         """The training examples as tokens."""
         encoded = self._encoded_all
-        rows = picked(encoded.rows, self._learned)
+        rows = selected(encoded.rows, self._learned)
         if self.data.packing:
-            rows = kept(pack(rows, length=self.max_length), on_disk=self.data.streaming)
+            rows = stored(pack(rows, length=self.max_length), on_disk=self.data.streaming)
         return EncodedExamples(rows=rows, truncated=encoded.truncated)
 
     @cached_property

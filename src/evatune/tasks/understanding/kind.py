@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from evatune.tasks.disk_list import DiskList
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
-from evatune.tasks.shelf import Shelf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ class Encoded(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], *, cut: int = 0) -> None:
-        self.rows, self.cut = rows if isinstance(rows, Shelf) else tuple(rows), cut
+        self.rows, self.cut = rows if isinstance(rows, DiskList) else tuple(rows), cut
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
+from evatune.tasks.disk_list import empty_list
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
-from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.answers import agreement, best_span
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -100,7 +100,7 @@ class QuestionAnswering:
         """
         if not tokenizer.is_fast:
             raise EvaError("question-answering needs a fast tokenizer, which says where its tokens stand.")
-        rows = growing(on_disk=on_disk)
+        rows = empty_list(on_disk=on_disk)
         cut = 0
         for number, example in enumerate(examples):
             asked = tokenizer(example.question, add_special_tokens=False, verbose=False)["input_ids"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evatune.errors import EvaError
+from evatune.tasks.disk_list import empty_list
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
-from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Encoded
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -114,7 +114,7 @@ def encode_texts(
         max_length: longest sequence in tokens.
         on_disk: keep the tokens in a temporary file.
     """
-    rows = growing(on_disk=on_disk)
+    rows = empty_list(on_disk=on_disk)
     cut = 0
     for example in examples:
         whole: Mapping[str, Any] = tokenizer(*example.texts, verbose=False)

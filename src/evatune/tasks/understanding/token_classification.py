@@ -14,10 +14,10 @@ from torch import Tensor
 
 from evatune.errors import EvaError, near_misses
 from evatune.settings import IGNORED_LABEL
+from evatune.tasks.disk_list import empty_list
 from evatune.tasks.examples import Convert
 from evatune.tasks.rows import Row
 from evatune.tasks.scores import Metric
-from evatune.tasks.shelf import growing
 from evatune.tasks.understanding.entities import entities, is_entity_tag
 from evatune.tasks.understanding.kind import Encoded, Outcomes
 from evatune.tasks.understanding.settings import UnderstandingData
@@ -139,7 +139,7 @@ class TokenClassification:
         if not tokenizer.is_fast:
             raise EvaError("token-classification needs a fast tokenizer, which says where its tokens stand.")
         numbers = {name: number for number, name in enumerate(labels)}
-        rows = growing(on_disk=on_disk)
+        rows = empty_list(on_disk=on_disk)
         cut = 0
         for example in examples:
             text = " ".join(example.words)

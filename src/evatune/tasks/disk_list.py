@@ -14,7 +14,7 @@ from evatune.files import user_cache, writing
 Item = TypeVar("Item")
 
 
-class Shelf(Sequence[Item], Generic[Item]):
+class DiskList(Sequence[Item], Generic[Item]):
     """Values in a file of their own, which the system deletes when nobody reads it any more, at a crash too.
 
     The file has no name, so what is unpickled from it is what this process has written. Each key makes a new copy of
@@ -53,9 +53,9 @@ class Shelf(Sequence[Item], Generic[Item]):
         self._begins.append(begin)
         self._ends.append(self._size)
 
-    def picked(self, indices: Iterable[int]) -> Shelf[Item]:
+    def selected(self, indices: Iterable[int]) -> DiskList[Item]:
         """Return the values at these places, in this order, from the same file; it is not to grow any more."""
-        chosen: Shelf[Item] = Shelf.__new__(Shelf)
+        chosen: DiskList[Item] = DiskList.__new__(DiskList)
         chosen._file, chosen._size, chosen._content = self._file, self._size, self._mapped()
         chosen._begins, chosen._ends = array("Q"), array("Q")
         for index in indices:
@@ -89,16 +89,16 @@ class Shelf(Sequence[Item], Generic[Item]):
         return writing(user_cache(), way_out="make room, or name another disk in EVATUNE_CACHE")
 
 
-def growing(*, on_disk: bool) -> list[Any] | Shelf[Any]:
-    """Return an empty list, or an empty shelf."""
-    return Shelf() if on_disk else []
+def empty_list(*, on_disk: bool) -> list[Any] | DiskList[Any]:
+    """Return an empty list, in memory or on disk."""
+    return DiskList() if on_disk else []
 
 
-def kept(values: Iterable[Item], *, on_disk: bool) -> Sequence[Item]:
-    """Return values as a tuple, or on a shelf."""
-    return Shelf(values) if on_disk else tuple(values)
+def stored(values: Iterable[Item], *, on_disk: bool) -> Sequence[Item]:
+    """Return values as a tuple, or as a list on disk."""
+    return DiskList(values) if on_disk else tuple(values)
 
 
-def picked(values: Sequence[Item], indices: Iterable[int]) -> Sequence[Item]:
-    """Return the values at these places, in this order; those of a shelf stay on it."""
-    return values.picked(indices) if isinstance(values, Shelf) else tuple(values[index] for index in indices)
+def selected(values: Sequence[Item], indices: Iterable[int]) -> Sequence[Item]:
+    """Return the values at these places, in this order; those of a list on disk stay there."""
+    return values.selected(indices) if isinstance(values, DiskList) else tuple(values[index] for index in indices)

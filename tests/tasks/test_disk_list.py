@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from evatune.errors import EvaError
-from evatune.tasks.shelf import Shelf, kept, picked
+from evatune.tasks.disk_list import DiskList, selected, stored
 
 
 @pytest.fixture(autouse=True)
@@ -20,34 +20,34 @@ def cache(tmp_path, monkeypatch):
 
 def test_it_is_a_sequence_as_a_tuple_is():
     values = [{"n": number, "text": "ü" * number} for number in range(20)]
-    for made in (kept(values, on_disk=True), kept(values, on_disk=False)):
+    for made in (stored(values, on_disk=True), stored(values, on_disk=False)):
         assert (len(made), list(made), made[3], made[-1]) == (20, values, values[3], values[-1])
         assert made[2:5] == tuple(values[2:5])
-        chosen = picked(made, [4, 0, 4])
-        assert list(chosen) == [values[4], values[0], values[4]] and list(picked(chosen, [1])) == [values[0]]
+        chosen = selected(made, [4, 0, 4])
+        assert list(chosen) == [values[4], values[0], values[4]] and list(selected(chosen, [1])) == [values[0]]
         with pytest.raises(IndexError):
             made[20]
-    assert list(Shelf()) == list(picked(Shelf(), [])) == []
+    assert list(DiskList()) == list(selected(DiskList(), [])) == []
 
 
 def test_it_grows_after_it_was_read():
-    shelf = Shelf(["a"])
-    assert shelf[0] == "a"
-    shelf.append("b")
-    assert list(shelf) == ["a", "b"]
+    values = DiskList(["a"])
+    assert values[0] == "a"
+    values.append("b")
+    assert list(values) == ["a", "b"]
 
 
 def test_memory_does_not_grow_with_the_values():
     tracemalloc.start()
-    shelf = Shelf("x" * 10_000 + str(number) for number in range(3000))
-    assert sum(len(value) for value in shelf) > 30_000_000
+    values = DiskList("x" * 10_000 + str(number) for number in range(3000))
+    assert sum(len(value) for value in values) > 30_000_000
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
 
 def test_nothing_has_a_name_on_the_disk(cache):
-    shelf = Shelf(["a"])
-    assert list(cache.iterdir()) == [] and list(shelf) == ["a"]
+    values = DiskList(["a"])
+    assert list(cache.iterdir()) == [] and list(values) == ["a"]
 
 
 def test_a_full_disk_is_one_sentence(cache, capsys):
@@ -57,7 +57,7 @@ def test_a_full_disk_is_one_sentence(cache, capsys):
         with pytest.raises(
             EvaError, match=rf"cannot write {cache}: File too large; make room, or name another disk in"
         ):
-            Shelf("x" * 1000 for _ in range(9))
+            DiskList("x" * 1000 for _ in range(9))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     gc.collect()
@@ -67,4 +67,4 @@ def test_a_full_disk_is_one_sentence(cache, capsys):
 def test_a_folder_that_cannot_be_made_is_one_sentence(cache):
     cache.write_text("a file")
     with pytest.raises(EvaError, match=r"cannot write .*cache: .*exists; make room, or name another disk"):
-        Shelf()
+        DiskList()

@@ -19,7 +19,7 @@ from evatune.errors import EvaError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
+class BaseState:
     """State of the base model before it got its adapter."""
 
     weights: dict[str, Tensor] | None
@@ -74,17 +74,17 @@ def remember(
         originals: copies of the base weights that change; None if they are not kept.
         trainable: names of the parameters of the base model that required a gradient.
     """
-    before = kept(peft_model) or Kept(weights={}, trainable=None)
+    before = base_state(peft_model) or BaseState(weights={}, trainable=None)
     weights = None if originals is None or before.weights is None else {**originals, **before.weights}
     if before.trainable is None and trainable is not None:
         before = replace(before, trainable=tuple(trainable))
-    vars(peft_model.base_model)["_evatune_kept"] = replace(before, weights=weights)
+    vars(peft_model.base_model)["_evatune_base_state"] = replace(before, weights=weights)
 
 
-def kept(peft_model: Any) -> Kept | None:
+def base_state(peft_model: Any) -> BaseState | None:
     """Return what was noted on this model, or None."""
     tuner = getattr(peft_model, "base_model", None)
-    return vars(tuner).get("_evatune_kept") if tuner is not None else None
+    return vars(tuner).get("_evatune_base_state") if tuner is not None else None
 
 
 def unload(peft_model: PeftModel) -> Any:
@@ -97,7 +97,7 @@ def unload(peft_model: PeftModel) -> Any:
         EvaError: base weights have changed and no copy was kept: `keep_base` was false, or evatune did not start this
             adapter.
     """
-    noted = kept(peft_model)
+    noted = base_state(peft_model)
     if noted is None and any(getattr(c, "bias", "none") != "none" for c in peft_model.peft_config.values()):
         raise EvaError(
             "the biases of the base model are trained in place, and evatune did not start this adapter, so there is no "

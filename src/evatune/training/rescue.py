@@ -10,7 +10,7 @@ from evatune.errors import EvaError
 from evatune.spectra import Spectra
 
 
-def kept_elsewhere(spectra: Spectra, error: EvaError) -> EvaError:
+def saved_elsewhere(spectra: Spectra, error: EvaError) -> EvaError:
     """Save spectra in another place: the system's folder for temporary files, the present one, or the user's own.
 
     Args:
