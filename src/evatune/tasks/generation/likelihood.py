@@ -2,7 +2,7 @@
 
 The choices of a question have the same beginning: the prompt, and often the first words of the answer. It passes
 through the model once. Where the choices then differ in one token, the logits of that pass hold the probabilities of
-all of them. Otherwise the rest of each choice passes with the keys and values of the beginning in the cache.
+all of them. Otherwise the ending of each choice passes with the keys and values of the beginning in the cache.
 
 The head of a language model costs as much as many layers, so logits are computed for the last positions only.
 
@@ -59,7 +59,7 @@ class _Passage:
     """The same where it is learned, else -100."""
     shared: int = 0
     """Tokens at the beginning that all choices have."""
-    rests: tuple[tuple[int, ...], ...] = ()
+    endings: tuple[tuple[int, ...], ...] = ()
     """The other tokens of each choice, at least one."""
     learned: tuple[tuple[int, ...], ...] = ()
     """The same where they are learned, else -100."""
@@ -76,13 +76,13 @@ class _Passage:
     @property
     def forks(self) -> bool:
         """Whether the choices differ in their last token alone."""
-        return bool(self.rests) and all(len(rest) == 1 for rest in self.rests)
+        return bool(self.endings) and all(len(ending) == 1 for ending in self.endings)
 
     def cost(self, *, shares: bool) -> int:
         """Return how many positions pass through the model; with `shares`, what the choices share passes once."""
-        if self.forks or not self.rests:
+        if self.forks or not self.endings:
             return len(self.ids)
-        n_choices, longest = len(self.rests), max(map(len, self.rests)) + 1
+        n_choices, longest = len(self.endings), max(map(len, self.endings)) + 1
         return self.shared + n_choices * longest if shares else n_choices * (self.shared + longest)
 
 
@@ -113,7 +113,7 @@ def score(
     collate, shares = Collator(tokenizer), shares_prompts(model)
     wanted = {index: example for index, example in enumerate(examples) if index not in skip}
     for batch in _batches(_passages(wanted, tokenizer, max_length=max_length), batch_tokens, shares=shares):
-        if batch[0].rests and not batch[0].forks:
+        if batch[0].endings and not batch[0].forks:
             found = _with_choices(model, batch, collate, shares=shares, bf16=bf16)
         else:
             found = _completions(model, batch, collate, bf16=bf16)
@@ -143,7 +143,7 @@ def _passages(
             ids=right["input_ids"],
             labels=right["labels"],
             shared=shared,
-            rests=tuple(tuple(choice[shared:]) for choice in choices),
+            endings=tuple(tuple(choice[shared:]) for choice in choices),
             learned=tuple(
                 tuple(row["labels"][shared : len(choice)]) for row, choice in zip(rows, choices, strict=True)
             ),
@@ -164,7 +164,7 @@ def _batches(passages: Iterator[_Passage], batch_tokens: int, *, shares: bool) -
     batch: list[_Passage] = []
 
     def kind(passage: _Passage) -> int:
-        return 0 if passage.forks else len(passage.rests)
+        return 0 if passage.forks else len(passage.endings)
 
     for passage in sorted(passages, key=lambda passage: (kind(passage), -passage.cost(shares=shares))):
         largest = (batch or [passage])[0].cost(shares=shares)
@@ -188,10 +188,10 @@ def _completions(model: Any, batch: list[_Passage], collate: Collator, *, bf16: 
     for row, passage in enumerate(batch):
         fork = passage.shared - first
         choices: tuple[float, ...] = ()
-        if passage.rests:
+        if passage.endings:
             at_fork_v = logits_btv[row, fork].float().log_softmax(-1)  # the last token of a choice is learned
             common = float(log_probs_bt[row, :fork].sum())
-            choices = tuple(common + at_fork_v[[rest[0] for rest in passage.rests]].double().cpu().numpy())
+            choices = tuple(common + at_fork_v[[ending[0] for ending in passage.endings]].double().cpu().numpy())
         found.append(_likelihood(passage, log_probs_bt[row], greedy_bt[row], choices))
     return found
 
@@ -201,19 +201,19 @@ def _with_choices(
     model: Any, batch: list[_Passage], collate: Collator, *, shares: bool, bf16: bool
 ) -> list[Likelihood]:
     """Score choices of several tokens; what they share passes once, or with each where the model has no such cache."""
-    ends = [passage.ids[passage.shared + len(passage.rests[passage.answer]) :] for passage in batch]
-    n_choices = len(batch[0].rests)
-    rests = [
+    ends = [passage.ids[passage.shared + len(passage.endings[passage.answer]) :] for passage in batch]
+    n_choices = len(batch[0].endings)
+    endings = [
         {"input_ids": [*ids, *more], "labels": [*labels, *more]}
         for passage, end in zip(batch, ends, strict=True)
-        for choice, (ids, labels) in enumerate(zip(passage.rests, passage.learned, strict=True))
+        for choice, (ids, labels) in enumerate(zip(passage.endings, passage.learned, strict=True))
         for more in [end if choice == passage.answer else []]
     ]
     first = min(min(passage.first, passage.shared) for passage in batch)
     if shares:
-        log_probs, greedy = _rests_with_cache(model, batch, rests, collate, bf16=bf16)
+        log_probs, greedy = _endings_with_cache(model, batch, endings, collate, bf16=bf16)
     else:
-        log_probs, greedy = _rests_alone(model, batch, rests, collate, first=first, bf16=bf16)
+        log_probs, greedy = _endings_alone(model, batch, endings, collate, first=first, bf16=bf16)
     found = []
     for number, passage in enumerate(batch):
         mine = slice(number * n_choices, (number + 1) * n_choices)
@@ -226,12 +226,12 @@ def _with_choices(
     return found
 
 
-def _rests_with_cache(
-    model: Any, batch: list[_Passage], rests: list[dict[str, list[int]]], collate: Collator, *, bf16: bool
+def _endings_with_cache(
+    model: Any, batch: list[_Passage], endings: list[dict[str, list[int]]], collate: Collator, *, bf16: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return log-probabilities of the learned tokens of each choice, and whether each is the most probable one."""
     device = next(model.parameters()).device
-    n_choices = len(batch[0].rests)
+    n_choices = len(batch[0].endings)
     longest = max(passage.shared for passage in batch)
     gaps = [longest - passage.shared for passage in batch]
     ids = torch.tensor(
@@ -243,7 +243,7 @@ def _rests_with_cache(
     rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     logits_btv, cache = _logits(model, rows, kept=kept, bf16=bf16, use_cache=True)
     cache.batch_repeat_interleave(n_choices)
-    tails = collate(rests)
+    tails = collate(endings)
     targets = tails.pop("labels").to(device)
     starts = mask.sum(-1).repeat_interleave(n_choices).unsqueeze(1)
     rows = {
@@ -251,12 +251,12 @@ def _rests_with_cache(
         "attention_mask": torch.cat([mask.repeat_interleave(n_choices, dim=0), tails["attention_mask"]], dim=1),
         "position_ids": starts + torch.arange(targets.shape[1]),
     }
-    # The last rest needs no logits beyond its last token, so one position less is computed.
+    # The last ending needs no logits beyond its last token, so one position less is computed.
     later_btv, _ = _logits(model, rows, kept=targets.shape[1], bf16=bf16, past_key_values=cache)
     later, later_greedy = _of_targets(later_btv[:, :-1], targets[:, 1:])
     at_first, first_greedy = _of_targets(logits_btv[:, -1:].repeat_interleave(n_choices, dim=0), targets[:, :1])
     log_probs, greedy = [], []
-    for number, rest in enumerate(rests):
+    for number, ending in enumerate(endings):
         passage = batch[number // n_choices]
         begun = passage.shared - passage.first  # learned tokens before the choices part
         before: list[Tensor] = [torch.empty(0, device=device), torch.empty(0, dtype=torch.bool, device=device)]
@@ -264,21 +264,21 @@ def _rests_with_cache(
             known = torch.tensor([passage.labels[passage.first : passage.shared]], device=device)
             pair = _of_targets(logits_btv[number // n_choices, -begun - 1 : -1].unsqueeze(0), known)
             before = [part[0] for part in pair]
-        length = len(rest["labels"]) - 1
+        length = len(ending["labels"]) - 1
         log_probs.append(torch.cat([before[0], at_first[number], later[number, :length]]))
         greedy.append(torch.cat([before[1], first_greedy[number], later_greedy[number, :length]]))
     return log_probs, greedy
 
 
-def _rests_alone(
-    model: Any, batch: list[_Passage], rests: list[dict[str, list[int]]], collate: Collator, *, first: int, bf16: bool
+def _endings_alone(
+    model: Any, batch: list[_Passage], endings: list[dict[str, list[int]]], collate: Collator, *, first: int, bf16: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the same from one pass of the whole text of each choice."""
-    n_choices = len(batch[0].rests)
+    n_choices = len(batch[0].endings)
     rows = []
-    for number, rest in enumerate(rests):
+    for number, ending in enumerate(endings):
         passage = batch[number // n_choices]
-        rows.append({name: getattr(passage, part)[: passage.shared] + rest[name] for name, part in _PARTS.items()})
+        rows.append({name: getattr(passage, part)[: passage.shared] + ending[name] for name, part in _PARTS.items()})
     inputs = collate(rows)
     targets = inputs.pop("labels")[:, first:]
     logits_btv, _ = _logits(model, inputs, kept=targets.shape[1] + 1, bf16=bf16)
