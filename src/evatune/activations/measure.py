@@ -24,6 +24,7 @@ from evatune.activations.batches import (
     with_decoder_inputs,
 )
 from evatune.activations.capture import Capture
+from evatune.activations.layer_type import TargetModule
 from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
 from evatune.activations.passes import Passes
 from evatune.activations.planning import PlanAhead
@@ -97,8 +98,6 @@ def measure(
     settings = with_ranks_of(settings, [target.name for target in targets])
     processes = Processes() if Processes.present() else None
     base = unwrap(model)
-    device = device_of(base)
-    encoder_decoder = is_encoder_decoder(base)
     started = time.perf_counter()
     bar = tqdm(
         total=settings.max_batches,
@@ -111,30 +110,12 @@ def measure(
     held = ENDS_STEP if sharded else KEEPS if processes is None else ENDS_TOGETHER
     with held_interrupts(held=held) as interrupted:
         # The loader runs inside, so that its shuffling does not advance the caller's generators either.
-        with (
-            torch.inference_mode(False),  # tensors made in inference mode do not count changes
-            torch.no_grad(),
-            preserved_random_state(),
-            measuring_state(base),
-            uncompiled(model),
-            _autocast(base, settings.dtype),
-            bar,
-            sharded_again(model),
-        ):
-            run = Run(
-                targets=targets,
-                new_pca=new_pca,
-                n_components=settings.n_kept,
-                rule=settings.part(Stopping),
-                needed=None if settings.rank is None else PlanAhead(settings.part(Planning), targets),
-                state_device=None if settings.state_device is None else torch.device(settings.state_device),
-                checks_per_doubling=2 if processes is None else 1,
-                alone=processes is None,
-            )
+        with _ready(model, base, dtype=settings.dtype), bar:
+            run = _new_run(targets, settings, new_pca, alone=processes is None)
             # Autocast, ours or the caller's, is for the model only; sums and checks stay in full precision.
-            shared = SharedInputs(torch.autocast(device.type, enabled=False)(run.take), run.split, run.look)
+            shared = SharedInputs(torch.autocast(device_of(base).type, enabled=False)(run.take), run.split, run.look)
             # Outer modules gather the parts of a sharded model, so such a model is called by its outermost module.
-            ours = partial(_call, model if sharded else base, base, keep_labels=encoder_decoder)
+            ours = partial(_call, model if sharded else base, base, keep_labels=is_encoder_decoder(base))
             with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
                 passes = Passes(
                     batches if forward is not None else map(partial(with_decoder_inputs, base), batches),
@@ -167,6 +148,37 @@ def measure(
     )
     warn_of(spectra, reached=learned.input_of)
     return spectra
+
+
+@contextmanager
+def _ready(model: nn.Module, base: nn.Module, *, dtype: str | None) -> Iterator[None]:
+    """Make a model ready to be measured; afterwards it is as it was, and so are the random number generators."""
+    with (
+        torch.inference_mode(False),  # tensors made in inference mode do not count changes
+        torch.no_grad(),
+        preserved_random_state(),
+        measuring_state(base),
+        uncompiled(model),
+        _autocast(base, dtype),
+        sharded_again(model),
+    ):
+        yield
+
+
+def _new_run(
+    targets: Sequence[TargetModule], settings: Measuring, new_pca: Callable[[int], StreamingPCA], *, alone: bool
+) -> Run:
+    """Return what measures the targets; `alone` if this process is the only one."""
+    return Run(
+        targets=targets,
+        new_pca=new_pca,
+        n_components=settings.n_kept,
+        rule=settings.part(Stopping),
+        needed=None if settings.rank is None else PlanAhead(settings.part(Planning), targets),
+        state_device=None if settings.state_device is None else torch.device(settings.state_device),
+        checks_per_doubling=2 if alone else 1,
+        alone=alone,
+    )
 
 
 @contextmanager
