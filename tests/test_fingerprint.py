@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evatune.fingerprint import is_other_model, sampled_weights, with_weights
+from evatune.fingerprint import is_other_model, modules_with_matrices, sampled_weights
 
 
 def model(seed: int, *, n_layers: int = 12) -> nn.Module:
@@ -15,7 +15,7 @@ def model(seed: int, *, n_layers: int = 12) -> nn.Module:
 
 
 def kept(of: nn.Module) -> dict[str, list[float]]:
-    return sampled_weights(of, with_weights(of))
+    return sampled_weights(of, modules_with_matrices(of))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,5 +40,5 @@ def test_an_adapter_on_the_model_makes_no_other_one():
 
 
 def test_new_heads_are_left_out():
-    assert with_weights(model(0, n_layers=3), without=("2",)) == ["0", "1"]
+    assert modules_with_matrices(model(0, n_layers=3), without=("2",)) == ["0", "1"]
     assert not is_other_model({}, model(0))

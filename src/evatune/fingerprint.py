@@ -46,7 +46,7 @@ def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, list[fl
     return found
 
 
-def with_weights(model: nn.Module, *, without: Iterable[str] = ()) -> list[str]:
+def modules_with_matrices(model: nn.Module, *, without: Iterable[str] = ()) -> list[str]:
     """Return the modules of a model that have a matrix of their own, but for those inside `without`."""
     left_out = tuple(f"{name}." for name in without)
     return [

@@ -145,7 +145,9 @@ class Sweep(Section):
         parts = ("recipe", "settings", "validation", "test", "group")
         for key in own:
             if key not in parts:
-                raise EvaError(f"recipe {name!r} has no key {key!r}{near_misses(key, parts)}; it has {_listed(parts)}.")
+                raise EvaError(
+                    f"recipe {name!r} has no key {key!r}{near_misses(key, parts)}; it has {', '.join(parts)}."
+                )
         if not isinstance(own.get("recipe"), str):
             raise EvaError(f"recipe {name!r} names no file; write its path, or `recipe: path` below it.")
         group = own.get("group") or ""
@@ -161,7 +163,7 @@ class Sweep(Section):
         )
         if both := set(task.validation.seeds) & set(task.test.seeds):
             raise EvaError(
-                f"{_listed(map(str, sorted(both)))} is a seed of validation and of test runs; what was chosen would "
+                f"{', '.join(map(str, sorted(both)))} is a seed of validation and of test runs; what was chosen would "
                 "have seen it: give the stages different seeds."
             )
         return task
@@ -228,7 +230,7 @@ def _named(given: Any, key: str) -> dict[str, Any]:
     if isinstance(given, list):
         names = [Path(item).stem if key == "recipes" else item for item in map(str, given)]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise EvaError(f"{key} has {_listed(sorted(twice))} twice; give each a name of its own.")
+            raise EvaError(f"{key} has {', '.join(sorted(twice))} twice; give each a name of its own.")
         return {name: item if key == "recipes" else None for name, item in zip(names, given, strict=True)}
     if given is not None and not isinstance(given, Mapping):
         raise EvaError(f"{key} is {given!r}, but must be a list, or a mapping from names.")
@@ -261,7 +263,3 @@ def _rooted(folder: Path, given: Any) -> Any:
             value = local if isinstance(value, list) else local[0]
         rooted[name] = value
     return rooted
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(names)

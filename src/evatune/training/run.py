@@ -42,7 +42,7 @@ from evatune.adapters.counting import count_adapter
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.files import write_json, write_json_lines, write_text
-from evatune.fingerprint import sampled_weights, with_weights
+from evatune.fingerprint import modules_with_matrices, sampled_weights
 from evatune.hardware import describe_machine, peak_memory_gib, reset_peak_memory
 from evatune.methods import at_home
 from evatune.models import save_model
@@ -205,7 +205,7 @@ class _Run:
             # Data before weights, so that an error in the data is raised within seconds.
             facts = self.task.facts()
             model = load_base(recipe, self.task, quantizes=True)
-        self.weights.update(sampled_weights(model, with_weights(model, without=self.task.needs(model).heads)))
+        self.weights.update(sampled_weights(model, modules_with_matrices(model, without=self.task.needs(model).heads)))
         if resume and not self.force:
             check_model(self.folder, model)
         n_base = sum(parameter.numel() for parameter in model.parameters())

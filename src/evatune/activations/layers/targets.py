@@ -158,21 +158,18 @@ def find_targets(model: nn.Module, rules: TargetRules) -> list[TargetModule]:
     base = unwrap(model)
     modules = dict(_adaptable(base))
     candidates = list(_candidates(modules, further=_further_names(base)))
+    allowed = [item for item in candidates if not any(map(rules.excludes, item.names))]
     if rules.all_linear:
         heads = tuple(find_heads(base))
-        possible = [item for item in candidates if item.is_linear_map() and not _is_part(item.name, heads)]
-        matched = [item for item in possible if not any(map(rules.excludes, item.names)) and rules.in_layers(item.name)]
+        possible = [item for item in allowed if item.is_linear_map() and not _is_part(item.name, heads)]
+        matched = [item for item in possible if rules.in_layers(item.name)]
     else:
         if isinstance(rules.target_modules, str) and rules.layers_to_transform is not None:
             raise EvaError(
                 f"layers_to_transform={rules.layers_to_transform!r} goes with names or 'all-linear', not with the "
                 f"regular expression {rules.target_modules!r}; put the numbers into the expression."
             )
-        matched = [
-            item
-            for item in candidates
-            if not any(map(rules.excludes, item.names)) and any(map(rules.includes, item.names))
-        ]
+        matched = [item for item in allowed if any(map(rules.includes, item.names))]
     parameters = _parameters(modules, rules)
     if not matched and (rules.target_modules or not parameters):
         raise EvaError(_nothing_matches(rules, candidates))
