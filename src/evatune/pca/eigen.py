@@ -16,7 +16,7 @@ from evatune.pca.together import Eigh, Host, Orthonormal, Steps
 FULL_UP_TO = 256
 """Width up to which a full eigendecomposition is quicker than iterating."""
 
-FULL_FROM = 6
+ITERATE_FROM = 6
 """Iteration is used only where the matrix is at least this many times as wide as the block of iterated columns;
 a narrower matrix is factorized in full."""
 
@@ -72,7 +72,7 @@ def leading_eigenpairs(
     """
     n_features = matrix_dd.shape[0]
     width = n_pairs + OVERSAMPLING
-    if n_features <= FULL_UP_TO or FULL_FROM * width > n_features:
+    if n_features <= FULL_UP_TO or ITERATE_FROM * width > n_features:
         return (yield from _all_eigenpairs(matrix_dd))
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
