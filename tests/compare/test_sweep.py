@@ -168,3 +168,34 @@ def test_every_table_and_figure_of_the_paper_is_on_the_page_of_reproduction():
                 first, _, end = part.partition(" to ")
                 found |= set(range(int(first), int(end or first) + 1))
         assert found == set(range(1, last + 1))
+
+
+def test_a_metric_that_the_runs_cannot_have_is_told_before_any_of_them(sweep, recipe_file):
+    with pytest.raises(
+        EvaError, match=r"metric is 'acuracy' \(did you mean 'accuracy'\?\), but .*'task' .*loss, exact"
+    ):
+        cells(sweep(metric="acuracy"))
+    with pytest.raises(EvaError, match="metric is 'generated', but"):  # nothing is written
+        cells(sweep(metric="generated"))
+    assert cells(sweep(metric="accuracy/boolq"))
+    recipe_file.write_text(recipe_file.read_text() + "task: understanding\n")
+    sentences = sweep(metric="f1", settings={"classes": ["a", "b", "c"]})
+    with pytest.raises(
+        EvaError, match=r"metric is 'f1' .*'macro_f1'.*, but the runs of recipe 'task' .task 'understanding'"
+    ):
+        cells(sentences)
+    assert cells(sweep(metric="f1"))
+
+
+def test_a_searched_value_that_is_not_allowed_is_told_before_any_run(sweep):
+    with pytest.raises(EvaError, match=r"lora_dropout is 2\.0, but must be at most"):
+        cells(sweep(search={"lora_dropout": [0.1, 2.0]}))
+
+
+def test_a_recipe_without_model_or_data_is_named(sweep, recipe_file):
+    recipe_file.write_text("data: train.jsonl\n")
+    with pytest.raises(EvaError, match=r"task\.yaml names no model; set `model` in it, or `models` in the sweep"):
+        cells(sweep())
+    recipe_file.write_text("model: none/such\n")
+    with pytest.raises(EvaError, match=r"task\.yaml names no training data; set `data` in it, or `train` under"):
+        cells(sweep())

@@ -14,7 +14,14 @@ from evatune.errors import EvaError
 from evatune.recipe import Recipe, all_settings, load_recipe
 from evatune.settings import field_docs
 from evatune.tasks import DOMAINS, find_domain, open_task
+from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.settings import DataSettings, ModelSettings
+from evatune.tasks.understanding.classification import Classification
+from evatune.tasks.understanding.kinds import KINDS
+from evatune.tasks.understanding.settings import UnderstandingData
+
+METRICS_OF = ("vision.evaluation", "control.task")
+"""Homes of the metrics of tasks whose every run has the same ones."""
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -26,6 +33,26 @@ def test_a_row_is_complete(name):
     assert names == set(field_docs(domain.settings))
     assert type(Recipe(task=name).data) is domain.settings
     assert domain.head is None or "max_length" in names  # of rows of tokens
+
+
+def test_the_metrics_that_are_stated_are_those_that_scores_have():
+    vision, control = (importlib.import_module(f"evatune.tasks.{name}").METRICS for name in METRICS_OF)
+    assert set(DOMAINS["vision"].metrics(None)) == set(vision)
+    assert set(DOMAINS["control"].metrics(None)) == set(control)
+    for kind, made in KINDS.items():
+        data = UnderstandingData(kind=kind)
+        labels = [("a", "b"), ("a", "b", "c"), ("B-a", "O")]
+        assert set(data.metrics()) == {name for own in labels for name in made(data=data).metrics(own)}
+    for classes in ("ab", "abc"):
+        data = UnderstandingData(classes=tuple(classes))
+        assert set(data.metrics()) == set(Classification(data=data).metrics(classes))
+
+
+def test_what_examples_are_scored_by_says_which_metrics_there_are():
+    assert GenerationData().metrics() == ("loss", "exact", "accuracy")
+    assert GenerationData(scoring="generated").metrics() == ("generated", "pass@1")
+    both = GenerationData(scoring="both", samples=20, temperature=1.0)
+    assert both.metrics() == ("loss", "exact", "accuracy", "generated", "pass@1", "pass@10", "pass@20")
 
 
 def test_settings_of_one_name_are_of_one_kind_in_every_domain():

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from evatune.compare.choosing import Choice, choose
+from evatune.compare.choosing import Choice, choose, score
 from evatune.compare.engine import Engine, Job, Outcome
 from evatune.compare.results import RUNS, SPECTRA, Record, Results, is_whole, record_of
 from evatune.compare.runs import Cell, Run, cells
@@ -73,7 +73,8 @@ def compare(
         All records of the folder.
 
     Raises:
-        EvaError: the sweep is wrong, or its folder holds something else, or the disk is full.
+        EvaError: the sweep is wrong, or its folder holds something else, the disk is full, or the first run of a task
+            lacks the sweep's metric.
         KeyboardInterrupt: Ctrl-C; finished runs are kept, and the next call goes on.
     """
     progress = Progress(say=say, slots=engine.slots)
@@ -126,6 +127,7 @@ def _do(runs: list[Run], *, sweep: Sweep, results: Results, engine: Engine, prog
                 continue
             record = _finish(job, outcome, results=results, keep=sweep.keep)
             progress.tell(record, running=n_running, left=len(waiting))
+            score(record, sweep.metric)  # a metric that these data lack ends the sweep here, not at its end
 
 
 def _job(run: Run, tries: int, *, results: Results, engine: Engine) -> Job:

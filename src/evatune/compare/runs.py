@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evatune.compare.sweep import Contender, Sweep, Task
-from evatune.errors import EvaError
+from evatune.errors import EvaError, near_misses
 from evatune.files import json_text
 from evatune.recipe import Recipe, load_recipe
 from evatune.tasks import find_domain
+from evatune.tasks.scores import measured_by
 
 StageName = Literal["validation", "test"]
 
@@ -125,7 +126,8 @@ def cells(sweep: Sweep) -> list[Cell]:
 
     Raises:
         EvaError: two have one name, a recipe cannot be read, a task would be scored on the same examples in both
-            stages, or the untuned model would not be scored.
+            stages, the untuned model would not be scored, a searched value is not allowed, or the runs cannot have the
+            sweep's metric.
     """
     several = frozenset(name for name in ("model", "rank", "rho") if len(getattr(sweep, f"{name}s")) > 1)
     found: list[Cell] = []
@@ -139,7 +141,8 @@ def cells(sweep: Sweep) -> list[Cell]:
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise EvaError(f"two runs of the sweep have one name, {twice}; give recipes, models and methods other names.")
     for cell in found:
-        _check_stages(cell)
+        _check_stages(cell, metric=sweep.metric)
+        _check_grid(cell)
     return found
 
 
@@ -154,11 +157,14 @@ def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _check_stages(cell: Cell) -> None:
-    """Check that choosing sees no example that is reported, and that the untuned model is scored."""
+def _check_stages(cell: Cell, *, metric: str | None) -> None:
+    """Check that choosing sees no example that is reported, and that runs can have the scores that are asked for."""
     point = points(cell.contender.grid)[0]
     validation, test = (runs_of(cell, stage, point)[0].recipe for stage in ("validation", "test"))
-    validation.require("model", "data")
+    if not test.model.name:
+        raise EvaError(f"{cell.task.recipe} names no model; set `model` in it, or `models` in the sweep.")
+    if not all(getattr(test.data, name) for name in find_domain(test.task).required):
+        raise EvaError(f"{cell.task.recipe} names no training data; set `data` in it, or `train` under `settings`.")
     if cell.searches and validation.data == test.data and not find_domain(test.task).fresh_held_out:
         raise EvaError(
             f"recipe {cell.task.name!r} scores the same held-out examples to choose and to report; say what differs "
@@ -169,6 +175,21 @@ def _check_stages(cell: Cell) -> None:
             f"the test runs of recipe {cell.task.name!r} have eval_before: false, but the results state the untuned "
             "model's scores; set it under `validation:` only."
         )
+    for recipe in (validation, test) if metric is not None else ():
+        known = find_domain(recipe.task).metrics(recipe.data)
+        if measured_by(metric) not in known:
+            raise EvaError(
+                f"metric is {metric!r}{near_misses(metric, known)}, but the runs of recipe {cell.task.name!r} (task "
+                f"{recipe.task!r}) can have {', '.join(known)}."
+            )
+
+
+def _check_grid(cell: Cell) -> None:
+    """Check that a run may have every value that is searched, which one at a time tells."""
+    first = points(cell.contender.grid)[0]
+    for path, values in cell.contender.grid.items():
+        for value in values[1:]:
+            _ = runs_of(cell, "validation", first | {path: value})[0].recipe
 
 
 def _short(path: str) -> str:

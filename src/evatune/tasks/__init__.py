@@ -7,10 +7,10 @@ only `evatune.tasks.task.Task`. To add a domain, write a folder with its `data:`
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evatune.errors import EvaError, near_misses
 from evatune.settings import Section
@@ -36,6 +36,9 @@ class Domain:
     """Settings of that section without which nothing can be trained."""
     metric: str
     """The headline number."""
+    metrics: Callable[[Any], Sequence[str]]
+    """Takes the `data:` section and returns the names of all numbers that its scores can have; the name of a file or of
+    a task may follow them (`accuracy/boolq`)."""
     home: str
     """The module that has `open_task(data, *, model, seed)`."""
     harness: str = ""
@@ -58,6 +61,7 @@ DOMAINS: dict[str, Domain] = {
         idea="a causal language model continues prompts",
         settings=GenerationData,
         metric="loss",
+        metrics=GenerationData.metrics,
         home="evatune.tasks.generation.task",
         harness="evatune.tasks.generation.harness:evaluate",
         kind="causal-lm",
@@ -68,6 +72,7 @@ DOMAINS: dict[str, Domain] = {
         idea="a language model learns classes, numbers, tags or answers of texts",
         settings=UnderstandingData,
         metric="accuracy",
+        metrics=UnderstandingData.metrics,
         home="evatune.tasks.understanding.task",
         keeps_journal=True,
         kind="sequence-classification",
@@ -77,6 +82,7 @@ DOMAINS: dict[str, Domain] = {
         idea="a vision model learns the classes of pictures",
         settings=VisionData,
         metric="accuracy",
+        metrics=lambda _: ("accuracy", "loss"),
         kind="image-classification",
         home="evatune.tasks.vision.task",
     ),
@@ -84,6 +90,7 @@ DOMAINS: dict[str, Domain] = {
         idea="a Decision Transformer acts in simulated environments",
         settings=ControlData,
         metric="success",
+        metrics=lambda _: ("success", "return"),
         home="evatune.tasks.control.task",
         collects=True,
         fresh_held_out=True,

@@ -171,11 +171,15 @@ def score_line(scores: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value} ({interval})" for name, value, interval in score_rows(scores)).replace(" (–)", "")
 
 
+def measured_by(metric: str) -> str:
+    """Return the name of a metric without that of a file or task: `accuracy` of `accuracy/boolq`."""
+    return metric.partition("/")[0].partition(" (")[0]
+
+
 def is_better_higher(metric: str) -> bool:
     """Return whether a larger value of a metric is a better one: not of losses, errors and perplexities.
 
     Args:
         metric: its name; the name of a file or task may follow (`accuracy/boolq`, `accuracy (test.tsv)`).
     """
-    measured = metric.partition("/")[0].partition(" (")[0]
-    return not any(part in measured for part in ("loss", "error", "perplexity"))
+    return not any(part in measured_by(metric) for part in ("loss", "error", "perplexity"))

@@ -42,7 +42,7 @@ layer". The action head is trained whole: it has so few rows that an adapter cou
 SMALLEST_SCALE = 0.02
 """Lower bound of the scale of a state's numbers, most of which are metres: movements below 2 cm are not scaled up."""
 
-_METRICS = {
+METRICS = {
     "success": Metric(columns=("success",), form=".1%"),
     "return": Metric(columns=("return",), form=".1f"),
 }
@@ -218,7 +218,7 @@ class Control:
         }
         return Scores(
             headline="success",
-            metrics=_METRICS,
+            metrics=METRICS,
             outcomes={
                 "success": [float(outcome.success) for outcome in outcomes],
                 "return": [outcome.total_return for outcome in outcomes],

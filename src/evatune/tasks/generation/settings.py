@@ -82,3 +82,9 @@ class GenerationData(RowSettings):
             raise EvaError(
                 f"data.samples is {self.samples}, but with data.temperature 0 all answers are equal; set a temperature."
             )
+
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of the numbers that scores can have; which of them depends on the examples."""
+        likelihood = ("loss", "exact", "accuracy")
+        written = ("generated", *(f"pass@{k}" for k in sorted({1, 10, 100, self.samples}) if k <= self.samples))
+        return {"likelihood": likelihood, "generated": written, "both": (*likelihood, *written)}[self.scoring]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from evatune.tasks.understanding.classification import Classification
-from evatune.tasks.understanding.glue import TASKS
 from evatune.tasks.understanding.kind import Kind
 from evatune.tasks.understanding.question_answering import QuestionAnswering
 from evatune.tasks.understanding.regression import Regression
@@ -23,7 +22,4 @@ KINDS: dict[str, Any] = {
 
 def kind_of(data: UnderstandingData) -> Kind:
     """Return what a recipe's data are for."""
-    name = data.kind
-    if name == "auto":
-        name = "regression" if data.glue and not TASKS[data.glue].classes else "classification"
-    return KINDS[name](data=data)
+    return KINDS[data.learned](data=data)

@@ -10,6 +10,14 @@ from evatune.settings import number
 from evatune.tasks.settings import RowSettings
 from evatune.tasks.understanding.glue import HUB, TASKS
 
+METRICS = {
+    "classification": ("accuracy", "matthews", "loss", "f1", "macro_f1"),
+    "regression": ("pearson", "spearman", "loss"),
+    "token-classification": ("f1", "precision", "recall", "accuracy", "loss"),
+    "question-answering": ("f1", "exact", "loss"),
+}
+"""Names of the metrics of each kind."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingData(RowSettings):
@@ -42,3 +50,18 @@ class UnderstandingData(RowSettings):
             on_hub = {"train": (HUB,), "eval": (HUB,), "hub_config": self.glue, "eval_split": TASKS[self.glue].held_out}
             for name, value in on_hub.items():
                 object.__setattr__(self, name, value)
+
+    @property
+    def learned(self) -> str:
+        """The kind, `auto` resolved."""
+        if self.kind != "auto":
+            return self.kind
+        return "regression" if self.glue and not TASKS[self.glue].classes else "classification"
+
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of the numbers that scores can have; some depend on how many classes or tags there are."""
+        if self.learned != "classification":
+            return METRICS[self.learned]
+        classes = self.classes or (TASKS[self.glue].classes if self.glue else ())
+        left_out = {"macro_f1" if len(classes) == 2 else "f1"} if classes else set()
+        return tuple(name for name in METRICS[self.learned] if name not in left_out)
