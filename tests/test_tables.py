@@ -7,7 +7,7 @@ import pytest
 
 from evatune import tables
 from evatune.errors import EvaError
-from evatune.tables import bar, markdown_table, text_table
+from evatune.tables import Marked, Table, bar, latex_table, linked, markdown_table, number, span, text_table
 
 
 def test_examples_in_the_docstrings_run():
@@ -75,3 +75,58 @@ def test_bars(value, drawn):
 
 def test_a_bar_of_nothing_is_empty():
     assert bar(1, 0) == ""
+
+
+def test_a_table_for_a_narrow_terminal_states_columns_of_one_value_below():
+    headers = ["task", "method", "better than lora by", "pairs"]
+    rows = [["digits", "eva ρ=1", number(0.25, "+.2f"), 1795], ["digits", "full", number(-0.5, "+.2f"), 1795]]
+    table = Table(headers=headers, rows=rows, caption="Means.")
+    assert table.text() == table.text(width=80)
+    assert table.text(width=24).splitlines() == [
+        "         better",
+        "           than",
+        "           lora",
+        "method       by  pairs",
+        "───────  ──────  ─────",
+        "eva ρ=1   +0.25  1,795",
+        "full      -0.50  1,795",
+        "All rows: task digits.",
+        "Means.",
+    ]
+    assert "All rows" not in Table(headers=headers, rows=rows[:1]).text(width=24)
+
+
+def test_programs_get_what_a_text_is_made_of():
+    rows = [
+        ["eva ρ=1", Marked(0.123456, "best", text="0.12 ± 0.01", also={"deviation": 0.01}), span((0.1, 0.2), ".1f")]
+    ]
+    table = Table(headers=["method", "score", "95% interval"], rows=[*rows, ["lora", None, "one seed"]])
+    assert table.csv().splitlines() == [
+        "method,score,score deviation,95% interval,95% interval low,95% interval high",
+        "eva ρ=1,0.123456,0.01,0.1 to 0.2,0.1,0.2",
+        "lora,,,one seed,,",
+    ]
+    assert table.to_json()["rows"][0]["score"] == 0.123456
+    assert r"eva $\rho$=1 & \textbf{0.12 $\pm$ 0.01} & 0.1 to 0.2 \\" in table.latex()
+    assert "| eva ρ=1 | **0.12 ± 0.01** | 0.1 to 0.2   |" in table.markdown()
+
+
+def test_names_do_not_mark_up_a_table():
+    names = ["a*b*", "x|y", "<i>", r"c\d", "e_f & 5%"]
+    assert [
+        line.split(" | ")[0] for line in markdown_table(["n", "m"], [[name, 1] for name in names]).splitlines()[2:]
+    ] == [
+        r"| a\*b\*  ",
+        r"| x\|y    ",
+        r"| \<i>    ",
+        r"| c\\d    ",
+        r"| e_f & 5%",
+    ]
+    body = latex_table(["n"], [[name] for name in names]).splitlines()
+    assert r"c\textbackslash{}d \\" in body and r"e\_f \& 5\% \\" in body
+
+
+def test_a_cell_that_leads_nowhere_stays():
+    assert linked("a", "") == "a" and linked(None, "") is None
+    assert linked("a", "#x") == Marked("a", href="#x")
+    assert linked(Marked("a", "best"), "#x") == Marked("a", "best", href="#x")

@@ -7,13 +7,26 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from evatune.errors import EvaError
 
-__all__ = ["Marked", "Table", "bar", "byte_size", "duration", "latex_table", "markdown_table", "text_table"]
+__all__ = [
+    "Group",
+    "Marked",
+    "Table",
+    "bar",
+    "byte_size",
+    "duration",
+    "latex_table",
+    "linked",
+    "markdown_table",
+    "number",
+    "span",
+    "text_table",
+]
 
 _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
@@ -23,6 +36,7 @@ _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 _SPECIAL |= {"±": r"$\pm$", "ρ": r"$\rho$", "α": r"$\alpha$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "×": r"$\times$"}
+_SPECIAL |= {"β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$", "τ": r"$\tau$", "≥": r"$\geq$", "≤": r"$\leq$"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,28 @@ class Marked:
     """Bold and underlined where that is possible; a star and an apostrophe in plain text."""
     href: str = ""
     """Where the cell leads on a page."""
+    text: str = ""
+    """How the value is written, where that is not as other values."""
+    also: Mapping[str, object] = field(default_factory=dict)
+    """What else the text tells, for programs: columns of their own, by what follows the title of this one."""
+
+
+def linked(cell: object, href: str) -> object:
+    """Return a cell that leads somewhere on a page; the same cell if it leads nowhere."""
+    if not href:
+        return cell
+    return replace(cell, href=href) if isinstance(cell, Marked) else Marked(cell, href=href)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows of a table that belong together."""
+
+    name: str
+    """What links call it."""
+    title: str
+    """What stands above its rows."""
+    n_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +85,20 @@ class Table:
     """A sentence below it."""
     name: str = ""
     """What programs call it."""
+    groups: Sequence[Group] = ()
+    """Groups of all its rows in their order, which a page shows; by default the rows are one."""
 
-    def text(self) -> str:
-        """Return it for a terminal."""
+    def text(self, *, width: int | None = None) -> str:
+        """Return it for a terminal of this width; columns of one value are stated below where all do not fit."""
         marks = {cell.mark for row in self.rows for cell in row if isinstance(cell, Marked)}
         legend = ", ".join(f"{sign} {mark}" for mark, (sign, _) in _PLAIN.items() if mark in marks)
-        caption = textwrap.fill(self.caption, CAPTION_WIDTH)
-        return "\n".join(filter(None, [text_table(self.headers, self.rows), caption, legend]))
+        headers, rows, alike = list(self.headers), [list(row) for row in self.rows], []
+        while width is not None and (place := _alike(headers, rows, width=width)) is not None:
+            alike.append(f"{headers.pop(place)} {cell_text(rows[0][place])}")
+            rows = [[*row[:place], *row[place + 1 :]] for row in rows]
+        note = f"All rows: {', '.join(alike)}." if alike else ""
+        below = [textwrap.fill(text, min(width or CAPTION_WIDTH, CAPTION_WIDTH)) for text in (note, self.caption)]
+        return "\n".join(filter(None, [text_table(headers, rows, width=width), *below, legend]))
 
     def markdown(self) -> str:
         """Return it in Markdown."""
@@ -66,19 +109,59 @@ class Table:
         return latex_table(self.headers, self.rows, caption=self.caption)
 
     def csv(self) -> str:
-        """Return it as comma-separated values, unmarked and with all digits."""
+        """Return it as comma-separated values, unmarked and with all digits; deviations and ends have own columns."""
         target = io.StringIO()
-        csv.writer(target, lineterminator="\n").writerows([self.headers, *map(_plain_row, self.rows)])
+        csv.writer(target, lineterminator="\n").writerows(self._plain())
         return target.getvalue().rstrip("\n")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        rows = [dict(zip(self.headers, _plain_row(row), strict=True)) for row in self.rows]
-        return {"name": self.name, "caption": self.caption, "rows": rows}
+        headers, *rows = self._plain()
+        found = [dict(zip(headers, row, strict=True)) for row in rows]
+        return {"name": self.name, "caption": self.caption, "rows": found}
+
+    def _plain(self) -> list[list[Any]]:
+        """Return titles and rows for programs."""
+        titles = [
+            (place, key)
+            for place in range(len(self.headers))
+            for key in ["", *dict.fromkeys(key for row in self.rows for key in getattr(row[place], "also", ()))]
+        ]
+        return [
+            [f"{self.headers[place]} {key}".strip() for place, key in titles],
+            *([_plain_cell(row[place], key) for place, key in titles] for row in self.rows),
+        ]
 
 
-def _plain_row(row: Sequence[object]) -> list[object]:
-    return [cell.value if isinstance(cell, Marked) else cell for cell in row]
+def _alike(headers: Sequence[str], rows: Sequence[Sequence[object]], *, width: int) -> int | None:
+    """Return the first column whose cells are all equal, if the table is too wide and keeps two other columns."""
+    columns = list(zip(*table_cells(headers, rows), strict=True))
+    is_wide = sum(map(_longest, headers, columns)) + 2 * (len(columns) - 1) > width
+    if not is_wide or len(rows) < 2 or len(columns) < 3:
+        return None
+    return next((place for place, cells in enumerate(columns) if len(set(cells)) == 1), None)
+
+
+def _longest(title: str, cells: Sequence[str]) -> int:
+    """Return the width of a column whose title may take several lines."""
+    return max(map(len, [*title.split(), *cells]))
+
+
+def _plain_cell(cell: object, key: str) -> object:
+    if key:
+        return getattr(cell, "also", {}).get(key)
+    return cell.value if isinstance(cell, Marked) else cell
+
+
+def number(value: float, form: str, **also: object) -> Marked:
+    """Return a number that is written in this form; programs get all of its digits."""
+    return Marked(value, text=format(value, form), also=also)
+
+
+def span(ends: tuple[float, float], form: str) -> Marked:
+    """Return an interval, with its ends in columns of their own for programs."""
+    text = f"{ends[0]:{form}} to {ends[1]:{form}}"
+    return Marked(text, also={"low": ends[0], "high": ends[1]})
 
 
 def text_table(
@@ -91,7 +174,8 @@ def text_table(
         rows: the cells; `None` is shown as a dash, whole numbers get thousands separators, other numbers four
             significant digits. For another format, give a string.
         align: one letter a column, "l" or "r"; by default columns of numbers go right and the others left.
-        width: characters of the terminal; texts of the last column go on in further lines where they are longer.
+        width: characters of the terminal; where the table is wider, titles take several lines, and so do texts of the
+            last column.
 
     Returns:
         The lines joined by newlines, without a newline at the end.
@@ -107,15 +191,19 @@ def text_table(
         down_proj     12
     """
     titles, cells, align = _layout(headers, rows, align)
+    heads = [titles]
     if width is not None:
-        columns = list(zip(titles, *cells, strict=True))
+        columns = list(zip(*cells, strict=True)) or [()] * len(titles)
+        if sum(max(map(len, [title, *column])) + 2 for title, column in zip(titles, columns, strict=True)) - 2 > width:
+            heads = _stacked(titles, list(map(_longest, titles, columns)))
+        columns = list(zip(*heads, *cells, strict=True))
         cells = _wrapped(cells, width=width - sum(2 + max(map(len, column)) for column in columns[:-1]))
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*heads, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         return "  ".join(_pad(*cell) for cell in zip(row, widths, align, strict=True)).rstrip()
 
-    return "\n".join([line(titles), "  ".join("─" * width for width in widths), *map(line, cells)])
+    return "\n".join([*map(line, heads), "  ".join("─" * width for width in widths), *map(line, cells)])
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, align: str | None = None) -> str:
@@ -127,8 +215,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, 
         | ------ | ----: |
         | q_proj |   480 |
     """
-    titles, cells, align = _layout(headers, rows, align, marks=_MARKDOWN)
-    titles, *cells = [[cell.replace("|", "\\|") for cell in row] for row in [titles, *cells]]
+    titles, cells, align = _layout(headers, rows, align, marks=_MARKDOWN, escape=_markdown)
     widths = [max(3, *map(len, column)) for column in zip(titles, *cells, strict=True)]
     ruler = ["-" * width if how == "l" else "-" * (width - 1) + ":" for width, how in zip(widths, align, strict=True)]
 
@@ -167,6 +254,10 @@ def latex_table(
     )
 
 
+def _markdown(text: str) -> str:
+    return re.sub(r"[|*<`\\]", r"\\\g<0>", text)
+
+
 def _latex(text: str) -> str:
     return "".join(_SPECIAL.get(sign, sign) for sign in text)
 
@@ -200,7 +291,7 @@ _LATEX = {"best": (r"\textbf{", "}"), "second": (r"\underline{", "}")}
 def cell_text(value: object) -> str:
     """Return how a cell is shown, without its mark: see `text_table`."""
     if isinstance(value, Marked):
-        value = value.value
+        value = value.text or value.value
     if value is None:
         return _MISSING
     if isinstance(value, bool):
@@ -242,17 +333,26 @@ def _layout(
     rows: Sequence[Sequence[object]],
     align: str | None,
     marks: dict[str, tuple[str, str]] | None = _PLAIN,
+    escape: Callable[[str], str] = str,
 ) -> tuple[list[str], list[list[str]], str]:
     """Return titles, cells as text with their marks, and the alignment."""
     cells = table_cells(headers, rows)
     align = alignment(headers, cells, align)
+    cells = [list(map(escape, row)) for row in cells]
     if marks:
         for row, shown in zip(rows, cells, strict=True):
             for column, cell in enumerate(row):
                 if isinstance(cell, Marked) and cell.mark:
                     before, after = marks[cell.mark]
                     shown[column] = before + shown[column] + after if after else shown[column] + before
-    return [cell_text(title) for title in headers], cells, align
+    return [escape(cell_text(title)) for title in headers], cells, align
+
+
+def _stacked(titles: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+    """Return titles in as many lines as they need to be so wide, the last lines of all side by side."""
+    lines = [textwrap.wrap(title, width) or [""] for title, width in zip(titles, widths, strict=True)]
+    height = max(map(len, lines))
+    return [list(line) for line in zip(*([""] * (height - len(own)) + own for own in lines), strict=True)]
 
 
 def _wrapped(cells: Sequence[Sequence[str]], *, width: int) -> list[list[str]]:

@@ -116,7 +116,7 @@ def test_an_end_that_stays_is_reported(sweep, fake_engine):
     results = compare(sweep(methods=["lora"], widen=1), fake_engine(lambda run: -rate(run)))
     assert results.choices[0]["open"] == ["train.learning_rate"]
     assert [entry[0]["train.learning_rate"] for entry in results.choices[0]["curve"]] == [1e-4, 1e-3, 1e-2, 1e-1]
-    assert "end of the grid: train.learning_rate" in standings(results).text()
+    assert "best value at the end of the grid of learning_rate: all" in standings(results).text()
 
 
 def test_refused_and_failed_runs_are_recorded_and_the_rest_goes_on(sweep, fake_engine):
@@ -241,6 +241,18 @@ def test_a_run_that_went_on_does_not_tell_how_long_others_take():
     progress.tell(record | {"wall_seconds": 1.0, "seconds": {"train": 0.5}}, running=0, left=2)
     progress.tell(record | {"wall_seconds": 30.0, "seconds": {"prepare": 1.0, "train": 28.0}}, running=0, left=1)
     assert "[1 done, 0 running, 2 waiting]" in lines[0] and "[2 done, 0 running, 1 waiting, 30 s left]" in lines[1]
+
+
+def test_a_metric_that_the_data_do_not_have_ends_the_sweep_at_the_first_run(sweep, fake_engine):
+    engine, told = fake_engine(lambda run: 0.5), []
+    with pytest.raises(EvaError, match=r"the runs of task have no metric 'exact'; they have accuracy, loss\."):
+        compare(sweep(metric="exact"), engine, say=told.append)
+    assert len(engine.started) == len(told) == 1 and engine.closed
+    results = compare(sweep(metric="loss"), fake_engine(lambda run: 0.5))  # what is done is kept
+    assert len(results.records) == len(set(results.records)) and results.metric == "loss"
+    with pytest.raises(EvaError, match="have no metric 'exact'"):
+        compare(sweep(metric="exact"), none := fake_engine(lambda run: 0.5))
+    assert not none.started
 
 
 def test_too_little_disk_is_told_before_a_run_is_started(sweep, fake_engine, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evatune.cli.options import answer, say
+from evatune.cli.options import answer, say, terminal_width
 
 SUMMARY = "run a sweep: choose on validation data, compare on test data"
 USAGE = "SWEEP"
@@ -74,5 +74,6 @@ def run(args: argparse.Namespace) -> None:
     results = compare(sweep, engine, limit=args.limit, again=args.again, force=args.force, say=say)
     standing = standings(results)
     board = Board(rows=standing.rows)
-    text = "\n\n".join(filter(None, [standing.text(), board.means_text()]))
+    width = terminal_width()
+    text = "\n\n".join(filter(None, [standing.text(width=width), board.means_text(width=width)]))
     answer(args, text=text, content=standing.to_json() | {"means": board.means})

@@ -163,6 +163,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def terminal_width() -> int | None:
+    """Return how many characters a line of the terminal has; None where the output is none, such as a file."""
+    return shutil.get_terminal_size((0, 0)).columns or None
+
+
 def answer(args: argparse.Namespace, *, text: str, content: Any) -> None:
     """Print the result: as text, or with `--json` as one object."""
     print(json_text(content) if args.json else text, file=args.standard_output)

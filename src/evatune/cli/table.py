@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evatune.cli.options import add_view_options, answer, say, view_options
+from evatune.cli.options import add_view_options, answer, say, terminal_width, view_options
 from evatune.exhibits import TABLES, listing
 
 SUMMARY = "print a table of results or spectra"
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         check_writable(args.save, overwrite=args.overwrite)
     table = make(exhibit, View(**view_options(args)))
-    text = getattr(table, args.format)()
+    width = None if args.save else terminal_width()
+    text = table.text(width=width) if args.format == "text" else getattr(table, args.format)()
     if args.save:
         say(f"saved     {write_text(args.save, text + chr(10))}")
     answer(args, text=text, content=table.to_json())

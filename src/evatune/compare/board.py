@@ -81,10 +81,10 @@ class Board:
             found["mean"] = self._mean(self.tasks)
         return found
 
-    def means_text(self) -> str:
-        """Return the means for a terminal; an empty string where there is one task without a group."""
+    def means_text(self, *, width: int | None = None) -> str:
+        """Return the means for a terminal of this width; an empty string where there is one task without a group."""
         rows = [[m, *(f"{mean[m]:.4f}" if m in mean else None for mean in self.means.values())] for m in self.methods]
-        return text_table(["method", *self.means], rows) if self.means else ""
+        return text_table(["method", *self.means], rows, width=width) if self.means else ""
 
     def _mean(self, tasks: Sequence[str]) -> dict[str, float]:
         scored = [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in tasks)]

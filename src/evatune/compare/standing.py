@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from evatune.compare.choosing import score
 from evatune.compare.results import Record, Results
-from evatune.tables import text_table
+from evatune.tables import CAPTION_WIDTH, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,16 @@ class Standing:
     """The runs on test data."""
 
     @property
+    def notes(self) -> list[str]:
+        """What a reader of the score must know."""
+        ends = [f"best value at the end of the grid of {path.rpartition('.')[2]}" for path in self.open]
+        return [
+            *([self.reason.rstrip(".")] if self.reason else []),
+            *ends,
+            *(["one seed, so no interval"] if len(self.scores) == 1 else []),
+        ]
+
+    @property
     def title(self) -> str:
         """Task, with its model where there are several."""
         return title_of(self.task, self.model)
@@ -60,29 +71,22 @@ class Standings:
 
     rows: Sequence[Standing]
 
-    def text(self) -> str:
-        """Return a table for a terminal."""
-        rows = []
+    def text(self, *, width: int | None = None) -> str:
+        """Return a table for a terminal of this width, with what must be known of single methods below it."""
+        rows: list[list[object]] = []
+        notes: dict[str, list[str]] = {}
         for row in self.rows:
-            setting = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in (row.point or {}).items())
             score = "–" if row.mean is None else f"{row.mean:.4f}"
             score += f" ± {row.deviation:.4f}" if row.deviation is not None else ""
-            notes = [row.reason] if row.reason else []
-            notes += [f"end of the grid: {path}" for path in row.open]
-            notes += ["one seed: no interval"] if len(row.scores) == 1 else []
-            rows.append(
-                [
-                    row.title,
-                    row.method,
-                    score,
-                    f"{len(row.scores)} of {row.n_seeds}",
-                    row.trainable,
-                    setting,
-                    "; ".join(notes),
-                ]
-            )
-        headers = ["task", "method", "test score", "seeds", "parameters", "chosen", "notes"]
-        return text_table(headers, rows, align="llrrrll")
+            seeds = f"{len(row.scores)} of {row.n_seeds}"
+            rows.append([row.title, row.method, score, seeds, row.trainable, shown_point(row.point or {}) or None])
+            for note in row.notes:
+                notes.setdefault(note, []).append(f"{row.title} {row.method}")
+        headers = ["task", "method", "test score", "seeds", "parameters", "chosen"]
+        table = Table(headers=headers, rows=rows).text(width=width)
+        lines = [f"{note}: {', '.join(names) if len(names) < len(rows) else 'all'}" for note, names in notes.items()]
+        below = [textwrap.fill(line, width or CAPTION_WIDTH, subsequent_indent="  ") for line in lines]
+        return "\n".join([table, *([""] if below else []), *below])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without the records."""
@@ -91,6 +95,12 @@ class Standings:
             content = {part.name: getattr(row, part.name) for part in fields(row) if part.name != "records"}
             rows.append(content | {"mean": row.mean, "deviation": row.deviation})
         return {"standings": rows}
+
+
+def shown_point(point: Mapping[str, Any]) -> str:
+    """Return searched settings as a text: `learning_rate 0.005`."""
+    shown = {path: f"{value:g}" if isinstance(value, float) else value for path, value in point.items()}
+    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in shown.items())
 
 
 def title_of(task: str, model: str) -> str:
