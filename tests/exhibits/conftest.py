@@ -53,7 +53,9 @@ def record(task: str, method: str, seed: int, *, metric: str, value: float, rng:
 def results(tmp_path: Path):
     """Return a function that writes a folder of results: tasks by metric, seeds, and methods that were refused."""
 
-    def write(tasks: dict[str, str] | None = None, *, seeds: int = 3, refused: str = "corda") -> Path:
+    def write(
+        tasks: dict[str, str] | None = None, *, seeds: int = 3, refused: str = "corda", name: str = "results"
+    ) -> Path:
         rng = np.random.default_rng(0)
         records, choices = [], []
         for task, metric in (tasks or {"sst2": "accuracy", "cola": "accuracy"}).items():
@@ -70,7 +72,7 @@ def results(tmp_path: Path):
                     | {"reason": "this task has no such layers.", "after": None}
                 )
                 choices.append(choice(task, refused, seeds) | {"point": None, "curve": [], "open": []})
-        folder = tmp_path / "results"
+        folder = tmp_path / name
         folder.mkdir()
         (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
         (folder / "choices.json").write_text(json.dumps(choices), encoding="utf-8")

@@ -10,7 +10,7 @@ from evatune.exhibits import curves
 from evatune.exhibits.scores import scores, settings
 from evatune.exhibits.view import View
 from evatune.report import comparisons
-from evatune.report.style import looks
+from evatune.report.style import PALETTE, looks
 
 
 @pytest.fixture
@@ -70,7 +70,43 @@ def test_the_score_over_rho_has_a_curve_for_each_rank(results, drawn):
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "choices.json").write_text(json.dumps(choices))
     curves.rho(View(folders=(str(folder),)))
-    assert list(drawn["curves"]) == ["eva r=4 α=1", "eva r=8 α=1"]
+    assert list(drawn["curves"]) == ["eva", "eva r=8"]
+
+
+def test_the_score_over_rho_is_that_of_methods_which_differ_in_nothing_else(results, drawn):
+    folder = results({"sst2": "accuracy"})
+    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("records.jsonl", "choices.json")}
+    records = [json.loads(line) for line in text["records.jsonl"].splitlines()]
+    for record in [one for one in records if one["method"] == "eva ρ=1"]:  # also ρ = 1, but measured otherwise
+        after = record["after"] | {"metrics": {"accuracy": 0.1}}
+        records.append(record | {"name": f"all/{record['seed']}", "method": "eva all pictures", "after": after})
+    choices = json.loads(text["choices.json"])
+    choices.append(next(one for one in choices if one["method"] == "eva ρ=1") | {"method": "eva all pictures"})
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "choices.json").write_text(json.dumps(choices))
+    curves.rho(View(folders=(str(folder),)))
+    assert list(drawn["curves"]) == ["eva"] and drawn["curves"]["eva"][1] == pytest.approx([0.82, 0.8])
+
+
+def test_differences_beyond_chance_are_in_colour(results):
+    figure = curves.differences(View(folders=(str(results({"sst2": "accuracy"})),)))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["eva ρ=1", "eva ρ=2", "pissa"]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [point.get_xdata()[0] for point in points] == pytest.approx([0.1, 0.08, -0.1])
+    assert {point.get_color() for point in points} == {PALETTE[0]}
+    one = curves.differences(View(folders=(str(results({"sst2": "accuracy"}, seeds=1, name="one")),)))
+    assert PALETTE[0] not in {line.get_color() for line in one.axes[0].lines}
+
+
+def test_names_of_points_stay_inside_the_axes():
+    points = {f"method {number}": (1e6 * (1 + number % 3 / 50), 0.5 + number / 5000, 0.1) for number in range(30)}
+    figure = comparisons.pareto(points | {"full": (2e7, 0.4, 0.1)}, x="parameters", y="score", title="Score")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 31
+    assert min(box.y0 for box in boxes) > axes.bbox.y0 - 3 and max(box.y1 for box in boxes) < axes.bbox.y1 + 3
 
 
 def test_many_methods_have_a_panel_each(results):

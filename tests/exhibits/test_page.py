@@ -26,11 +26,31 @@ addEventListener("load", () => {
   found.sort = table.tHead.rows[0].cells[2].getAttribute("aria-sort");
   const input = document.querySelector("#table-runs").closest("figure").querySelector("input");
   input.value = "refused"; input.dispatchEvent(new Event("input"));
-  found.shown = [...document.querySelectorAll("#table-runs tbody tr")].filter((row) => !row.hidden).length;
+  const runs = [...document.querySelectorAll("#table-runs tbody tr:not(.group)")];
+  found.shown = runs.filter((row) => !row.hidden).length;
+  found.told = input.parentElement.querySelector("output").textContent;
+  input.value = "pissa on cola"; input.dispatchEvent(new Event("input"));  // the title of a group
+  found.group = runs.filter((row) => !row.hidden).length;
+  const sortRuns = (column) => document.querySelectorAll("#table-runs thead button")[column].click();
+  sortRuns(2); sortRuns(2);
+  const bodies = [...document.querySelectorAll("#table-runs tbody")];
+  found.best = bodies[0].querySelector("th").textContent;
+  found.inside = bodies.every((body) => body.rows[0].className === "group" && body.rows.length > 1);
   const links = [...document.querySelectorAll('a[href^="#"]')];
   found.links = links.length;
   found.dead = links.filter((link) => !document.getElementById(link.getAttribute("href").slice(1))).length;
-  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+  const cell = document.querySelector('#table-scores tbody a[href*="lora"]');
+  cell.focus();
+  found.focusable = document.activeElement === cell;
+  cell.click();
+  setTimeout(() => {  // after the hash has changed
+    const target = document.querySelector(":target");
+    found.rows = [...target.rows].slice(1).map((row) => row.cells[2].textContent);
+    found.title = target.rows[0].textContent;
+    found.seen = target.getBoundingClientRect().top < innerHeight && !target.hidden && !input.value;
+    found.focused = document.activeElement === target || document.activeElement === document.body;
+    document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+  }, 300);
 });
 </script>
 """
@@ -43,12 +63,14 @@ def page(results, tmp_path) -> Path:
 
 def test_the_page_holds_tables_figures_runs_and_failures(page):
     text = page.read_text(encoding="utf-8")
-    for title in ("Scores", "sst2", "cola", "What failed", "All runs", "What was run"):
+    for title in ("In short", "Scores", "sst2", "cola", "What failed", "All runs", "What was run"):
         assert f">{title}</h2>" in text
-    assert '<nav aria-label="Contents"><a href="#part-1">Scores</a> · <a href="#part-2">sst2</a>' in text
+    assert '<nav aria-label="Contents"><a href="#part-1">In short</a> · <a href="#part-2">Scores</a>' in text
     assert "<h3>Interquartile means with bootstrap intervals</h3>" in text
     assert "this task has no such layers." in text
     assert "<strong>0.8200 ± 0.0200</strong></a>" in text and 'href="#runs-sst2-eva' in text
+    assert "<h3>sst2: eva ρ=1 is best of 4, and better than lora beyond chance</h3>" in text
+    assert "<code>lora</code> 0.7200 ± 0.0200: better by +0.1000, 95% interval" in text
     assert text.count("<img ") >= 8 and text.count("<details>") >= 6
     assert not re.search(r'(src|href)="(?!data:|#)[^"]*:', text)  # nothing from elsewhere
 
@@ -70,6 +92,18 @@ def test_a_comparison_without_lora_has_a_page(results, tmp_path):
     (folder / "choices.json").write_text(json.dumps(choices))
     text = write_results_page(View(folders=(str(folder),)), tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'alt="training loss over the steps, sst2."' in text
+
+
+def test_a_comparison_without_test_runs_shows_what_was_tried(results, tmp_path):
+    folder = results({"sst2": "accuracy"})
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    tried = [json.loads(line) | {"stage": "validation"} for line in lines]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in tried))
+    assert main(["report", str(folder), "--files"]) == 0
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "No test run is done yet: what follows was scored on validation data alone." in text
+    assert "In short" not in text and 'alt="validation score over the learning rate, sst2."' in text
+    assert (folder / "tables" / "settings.md").is_file() and not (folder / "tables" / "scores.md").exists()
 
 
 def test_a_part_of_a_comparison_is_called_one(results, tmp_path):
@@ -100,14 +134,24 @@ def test_the_page_works_in_a_browser(page, width, tmp_path):
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", probed.as_uri()]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=3000",
+        probed.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ":CONSOLE" not in done.stderr  # no error, no warning
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
     assert found["scroll"] <= found["width"] <= max(width, 500)  # nothing is wider than the window
     assert found["up"] == sorted(found["before"]) and found["down"] == found["up"][::-1]
     assert found["scores"][:2] == ["untuned", "pissa"] and found["sort"] == "ascending"
-    assert found["shown"] == 2  # one of each task
+    assert found["shown"] == 2 and found["told"] == "2 of 26"  # one of each task
+    assert found["group"] == 3
+    assert found["best"] == "eva ρ=1 on sst2: 3 test runs, learning_rate 0.01" and found["inside"]
+    assert found["title"] == "lora on sst2: 3 test runs, learning_rate 0.01"
+    assert found["rows"] == ["0.7400", "0.7200", "0.7000"]  # as they were sorted before
+    assert found["focusable"] and found["focused"] and found["seen"]
     assert found["links"] > 0 and found["dead"] == 0
 
 

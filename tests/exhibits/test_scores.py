@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -14,8 +15,15 @@ from evatune.exhibits.view import View
 from evatune.tables import Marked
 
 
+def shown(cell: object) -> object:
+    """Return what a cell shows, with its mark."""
+    if not isinstance(cell, Marked):
+        return cell
+    return Marked(cell.text or cell.value, cell.mark) if cell.mark else cell.text or cell.value
+
+
 def rows(table) -> dict[str, list[object]]:
-    return {str(row[0]): list(row[1:]) for row in table.rows}
+    return {str(row[0]): list(map(shown, row[1:])) for row in table.rows}
 
 
 def test_scores_have_mean_and_deviation_and_mark_best_and_second(results):
@@ -60,8 +68,8 @@ def test_a_single_seed_is_shown_without_interval_and_said_so(results):
 
 def test_improvement_wins_and_ranks_agree_with_scores_that_never_overlap(results):
     view = View(folders=(str(results()),))
-    assert rows(scores.improvement(view))["eva ρ=1"][0] == 1.0
-    assert rows(scores.improvement(view))["pissa"][0] == 0.0
+    assert rows(scores.improvement(view))["eva ρ=1"][0] == "1.00"
+    assert rows(scores.improvement(view))["pissa"][0] == "0.00"
     assert rows(scores.wins(view))["eva ρ=1"] == [6, 0, 0]
     assert rows(scores.wins(view))["pissa"] == [0, 0, 6]
     ranks = rows(scores.ranks(view))
@@ -73,18 +81,52 @@ def test_paired_differences_are_to_the_reference_and_corrected(results):
     found = scores.paired(view)
     assert len(found.rows) == 6 and "pissa" not in {row[1] for row in found.rows}
     lora = next(row for row in found.rows if row[:2] == ["sst2", "lora"])
-    assert lora[2] == "+0.1000" and lora[4:6] == [3, 150]
-    assert all(row[7] >= row[6] for row in found.rows)
+    assert shown(lora[2]) == "+0.1000" and lora[4:7] == ["better", 3, 150]
+    assert all(row[8].value >= row[7].value for row in found.rows)
+    assert [row[1] for row in found.rows[:3]] == ["eva ρ=1", "eva ρ=2", "lora"]  # the best of a task is first
+
+
+def test_nothing_is_said_of_a_single_seed(results):
+    found = scores.paired(View(folders=(str(results(seeds=1)),)))
+    assert {row[4] for row in found.rows} == {"one seed"}
+    assert "how much another seed would change is not in the interval" in found.caption
+
+
+def test_programs_get_numbers_with_deviations_and_ends_apart(results):
+    view = View(folders=(str(results({"sst2": "accuracy"})),))
+    cells = {row["method"]: row for row in scores.scores(view).to_json()["rows"]}
+    assert cells["lora"]["sst2 (accuracy)"] == pytest.approx(0.72)
+    assert cells["lora"]["sst2 (accuracy) deviation"] == pytest.approx(0.02)
+    assert cells["lora"]["sst2 (accuracy) seeds"] == 3 and cells["untuned"]["sst2 (accuracy) seeds"] is None
+    first = scores.paired(view).to_json()["rows"][0]
+    assert first["95% interval low"] < first["better than lora by"] < first["95% interval high"]
+    lines = scores.paired(view).csv().splitlines()
+    assert lines[0].startswith(
+        "task,method,better than lora by,95% interval,95% interval low,95% interval high,verdict"
+    )
+
+
+def test_scores_and_what_is_made_of_them_lead_to_their_runs(results):
+    view = View(folders=(str(results()),))
+    tables = [scores.scores, scores.paired, scores.intervals, scores.improvement, scores.ranks, scores.wins]
+    for make in (*tables, scores.settings, scores.costs, steps_saved):
+        for row in make(view).rows:
+            hrefs = {cell.href for cell in row if isinstance(cell, Marked) and cell.href}
+            wanted = next((name for name in ("lora", "eva ρ=1", "eva ρ=2", "pissa") if name in row), None)
+            assert hrefs or "corda" in row, (make.__name__, row)
+            assert wanted is None or all(f"-{re.sub('[ =]', '-', wanted)}-lr0.01" in href for href in hrefs), hrefs
 
 
 def test_settings_tell_grids_that_ended_early_and_why_scores_are_missing(results):
-    cells = {tuple(row[:2]): row[2:] for row in scores.settings(View(folders=(str(results()),))).rows}
+    found = scores.settings(View(folders=(str(results()),))).rows
+    cells = {tuple(row[:2]): list(map(shown, row[2:])) for row in found}
     assert cells["sst2", "pissa"] == ["learning_rate 0.01", "learning_rate", "3 of 3", None]
     assert cells["sst2", "corda"] == [None, None, "0 of 3", "this task has no such layers."]
 
 
 def test_costs_count_measuring_as_part_of_the_start(results):
-    cells = {tuple(row[:2]): row[2:] for row in scores.costs(View(folders=(str(results()),))).rows}
+    found = scores.costs(View(folders=(str(results()),))).rows
+    cells = {tuple(row[:2]): list(map(shown, row[2:])) for row in found}
     assert cells["sst2", "eva ρ=1"] == [900, "1.5", "6.0", "20.0%", "1.50"]
     assert cells["sst2", "lora"][1:4] == ["0.5", "6.0", "7.7%"]
 
@@ -139,7 +181,7 @@ def test_costs_leave_out_runs_that_went_on_after_an_interruption(results):
             record |= {"seconds": {"train": 1.0}}  # of the session that began with a checkpoint
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     view = View(folders=(str(folder),))
-    cells = {row[1]: row[2:] for row in scores.costs(view).rows}
+    cells = {row[1]: list(map(shown, row[2:])) for row in scores.costs(view).rows}
     assert cells["eva ρ=1"][:3] == [900, "1.5", "6.0"] and "pissa" not in cells
     assert cost(view) is not None
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from evatune.errors import EvaError
 from evatune.report.page import Picture, Section, Table, Verbatim, write_page
+from evatune.tables import Group, linked
 
 
 def picture() -> Picture:
@@ -91,6 +92,21 @@ def test_a_table_without_titles_has_no_head(tmp_path):
 
     assert "<thead>" not in written("", "")
     assert '<thead><tr><td></td><th scope="col" class="number">EVA</th></tr></thead>' in written("", "EVA")
+
+
+def test_groups_of_rows_are_bodies_that_links_lead_to(tmp_path):
+    groups = [Group(name="a 1", title="A & one", n_rows=2), Group(name="b", title="B", n_rows=1)]
+    rows = [["a0", 1], ["a1", linked(2, "#runs-b")], ["b0", 3]]
+    table = Table(name="runs", headers=["run", "score"], rows=rows, groups=groups)
+    path = write_page(tmp_path / "x.html", title="t", sections=[Section(title="s", content=[table])])
+    text = path.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(re.sub("<script>.*</script>", "", text, flags=re.DOTALL))
+    bodies = [attributes for tag, attributes in reader.seen if tag == "tbody"]
+    assert [body["id"] for body in bodies] == ["runs-a-1", "runs-b"] and {body["tabindex"] for body in bodies} == {"-1"}
+    assert '<tr class="group"><th scope="rowgroup" colspan="2">A &amp; one</th></tr>' in text
+    assert text.index("A &amp; one") < text.index(">a0<") < text.index(">a1<") < text.index(">B<") < text.index(">b0<")
+    assert '<td class="number"><a href="#runs-b">2</a></td>' in text
 
 
 def test_a_table_that_does_not_fit_leaves_the_page_as_it_was(tmp_path):

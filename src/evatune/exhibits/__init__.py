@@ -74,6 +74,12 @@ FIGURES: dict[str, Exhibit] = {
         of_task=True,
     ),
     "rho": _row("score over ρ", RESULTS, "curves:rho", "Figure 14", of_task=True),
+    "differences": _row(
+        "differences to the reference with 95% intervals, in colour where beyond chance",
+        RESULTS,
+        "curves:differences",
+        of_task=True,
+    ),
     "critical-difference": _row("mean ranks, and which cannot be told apart", RESULTS, "curves:critical_difference"),
     "cost": _row("time to start as a share of the run", RESULTS, "curves:cost", "Table 25", of_task=True),
     "rank-maps": _row("ranks and their changes over ρ", SPECTRA, "ranks:maps", "Figures 7 to 10, 12, 13"),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from evatune.compare.differences import of_task
 from evatune.compare.results import Record, is_whole
 from evatune.compare.standing import title_of
 from evatune.errors import EvaError
+from evatune.exhibits.runs import behind
 from evatune.exhibits.scores import ranking_of
 from evatune.exhibits.view import View
 from evatune.methods import parse_method
 from evatune.report import comparisons
 from evatune.report.figures import series, trailing_mean
 from evatune.report.style import Figure
-from evatune.tables import Table
+from evatune.tables import Table, linked, number
 from evatune.tasks.scores import is_better_higher
 
 SMOOTH = 5
@@ -90,10 +93,10 @@ def rho(view: View) -> Figure:
     found: dict[str, dict[float, tuple[float, float]]] = {}
     for method, records in view.test_runs(task).items():
         row = view.board.at(method, task)
-        adapter = records[0]["recipe"]["adapter"]
         if row is not None and row.mean is not None:
-            label = f"{adapter['method']} r={adapter['rank']} α={adapter['lora_alpha']:g}"
-            found.setdefault(label, {})[adapter["rho"]] = (row.mean, row.deviation or 0.0)
+            label = re.sub(r" ρ=\S+", "", method)  # as `evatune.compare.runs.Cell.label` writes it
+            value = records[0]["recipe"]["adapter"]["rho"]
+            found.setdefault(label, {})[value] = (row.mean, row.deviation or 0.0)
     curves = {}
     for label, by_rho in found.items():
         if len(by_rho) > 1:
@@ -103,6 +106,21 @@ def rho(view: View) -> Figure:
     if not curves:
         raise EvaError(f"no method of {task} was run with several values of rho; give the sweep `rhos: [1, 2]`.")
     return comparisons.bands(curves, x="ρ", y=view.board.metric(task), title=f"Score over ρ, {task}")
+
+
+def differences(view: View) -> Figure:
+    """Draw the difference of each method to the reference with its interval, in colour where it is beyond chance."""
+    name = view.board.reference(view.against)
+    compared = of_task(view.differences, view.one_task)
+    if not compared:
+        raise EvaError(f"there is nothing to pair with {name} on {view.one_task}.")
+    return comparisons.intervals(
+        {one.method: (one.difference.estimate.value, *(one.difference.estimate.interval or ())) for one in compared},
+        strong=[one.method for one in compared if one.verdict in ("better", "worse")],
+        zero=name,
+        x=f"better than {name} by ({view.board.metric(view.one_task)}), with 95% interval",
+        title=f"Differences to {name}, {view.one_task}",
+    )
 
 
 def critical_difference(view: View) -> Figure:
@@ -138,7 +156,8 @@ def steps_saved(view: View) -> Table:
     for method, records in runs.items():
         steps, values, *_ = _mean_curve(records, "loss")
         reached = [int(step) for step, value in zip(steps, values, strict=True) if value <= goal]
-        rows.append([method, f"{values[-1]:.4f}", reached[0] if reached else None, int(steps[-1])])
+        last = linked(number(float(values[-1]), ".4f"), behind(records))
+        rows.append([method, last, reached[0] if reached else None, int(steps[-1])])
     caption = f"Mean training loss of {SMOOTH} logged steps and of all seeds; {name} ends at {goal:.4f}, on {task}."
     headers = ["method", "loss at the end", f"step at which {name}'s is reached", "steps"]
     return Table(name="steps", headers=headers, rows=rows, caption=caption)

@@ -101,7 +101,7 @@ def write_every_exhibit(view: View, page: Path) -> Written:
     Raises:
         EvaError: there are no results.
     """
-    folder, tasks = page.parent, view.board.tasks
+    folder, tasks = page.parent, view.begun.tasks
     files: list[Path] = []
     missing: dict[str, str] = {}
     for name, exhibit in TABLES.items():

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import math
 from collections import Counter
 from pathlib import Path
 
-from evatune.compare.choosing import score
-from evatune.compare.results import RUNS, Record
-from evatune.compare.standing import title_of
-from evatune.errors import EvaError
-from evatune.exhibits import FIGURES, TABLES, make
-from evatune.exhibits.view import View
-from evatune.report.page import Block, Folded, Heading, Picture, Section, row_id, write_page
-from evatune.tables import Marked, Table
+import numpy as np
 
-OVERALL = ("scores", "intervals", "improvement", "paired", "ranks", "wins", "settings", "costs")
+from evatune.compare.board import Board
+from evatune.compare.results import Record
+from evatune.compare.standing import shown_point, title_of
+from evatune.errors import EvaError
+from evatune.exhibits import FIGURES, TABLES, make, runs
+from evatune.exhibits.short import headline
+from evatune.exhibits.view import View
+from evatune.report.page import Block, Folded, Heading, Picture, Section, write_page
+from evatune.tables import Marked, Table, linked, number
+
+OVERALL = ("scores", "paired", "intervals", "improvement", "ranks", "wins", "settings", "costs")
 BY_TASK = {"rates": "rates", "loss": "steps", "parameters": "scores", "first-gradient": None, "rho": None}
 """Figures of each task, with the table that has their numbers."""
 HOW = """
 Each method runs at the setting that was best for it on validation data, or at the only one that the sweep gives it; the
-scores are of test data that no choice has seen. Standard deviations and intervals are over seeds. A score leads to its
-runs. `evatune table` and `evatune figure` make everything on this page one by one.
+scores are of test data that no choice has seen. Standard deviations and intervals are over seeds. What is underlined
+leads to the runs behind the numbers of its row; where they are over several tasks, to the runs on the first one, below
+which are those on the others. `evatune table` and `evatune figure` make everything on this page one by one.
 """
 
 
@@ -36,7 +40,7 @@ def write_results_page(view: View, path: str | Path) -> Path:
     Raises:
         EvaError: there are no results.
     """
-    results, board = view.results, view.board
+    results, board = view.results, view.begun if view.begun.rows else view.board
     records = list(results.records.values())
     counts = Counter(record["state"] for record in records)
     missing = sum(choice["missing"] for choice in results.choices)
@@ -45,33 +49,43 @@ def write_results_page(view: View, path: str | Path) -> Path:
         f"{count} runs {state}" for state, count in counts.items()
     )
     lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
+    if not any(row.scores for row in board.rows):
+        lead += " No test run is done yet: what follows was scored on validation data alone."
     overall: list[Block] = [HOW]
     for name in OVERALL:
         if table := _table(view, name):
             idea = TABLES[name].idea
             overall += [Heading(text=f"{idea[0].upper()}{idea[1:]}"), table]
-    sections = [Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)])]
+    short: list[Block] = []
+    for task in board.tasks:
+        one = view.on(task)
+        title, numbers = headline(one)
+        short += [Heading(text=title), numbers, *_figure(one, "differences", None)] if title else []
+    sections = [Section(title="In short", content=short)] if short else []
+    sections.append(Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)]))
     for task in board.tasks:
         one = view.on(task)
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
         sections.append(Section(title=task, content=content))
     sections.append(Section(title="What failed", content=[_failed(records)]))
-    sections.append(Section(title="All runs", content=[_runs(view, records, Path(path).parent)]))
+    sections.append(Section(title="All runs", content=[runs.table(view, Path(path).parent)]))
     sections.append(Section(title="What was run", content=[_facts(records)]))
     return write_page(path, title=f"Comparison: {results.folder.name}", lead=lead, sections=sections)
 
 
 def _table(view: View, name: str) -> Table | None:
-    """Return a table whose scores lead to their runs; None if these results have none of it."""
+    """Return a table, scores with the best method first; None if these results have none of it."""
     table = _made(view, name)
     if table is None or name != "scores":
         return table
-    tasks = dict(enumerate(view.board.tasks, start=2))  # by their columns
-    rows = [
-        [_linked(view, row[0], tasks[column], cell) if column in tasks else cell for column, cell in enumerate(row)]
-        for row in table.rows
-    ]
-    return dataclasses.replace(table, rows=rows)
+    board = view.board
+    order = {method: place for place, method in enumerate(sorted(board.methods, key=lambda m: -_overall(board, m)))}
+    return dataclasses.replace(table, rows=sorted(table.rows, key=lambda row: order.get(str(row[0]), -1)))
+
+
+def _overall(board: Board, method: str) -> float:
+    """Return a method's mean over tasks, higher is better; one without a score on each of them is last."""
+    return float(np.mean([task.mean() for task in board.values(method)])) if method in board.complete else -math.inf
 
 
 def _made(view: View, name: str) -> Table | None:
@@ -79,14 +93,6 @@ def _made(view: View, name: str) -> Table | None:
         return make(TABLES[name], view)
     except EvaError:  # such as a comparison with LoRA, where it was not run
         return None
-
-
-def _linked(view: View, method: object, task: str, cell: object) -> object:
-    standing = view.board.at(str(method), task)
-    if standing is None or not standing.records:
-        return cell
-    href = "#" + row_id("runs", standing.records[0]["name"])
-    return dataclasses.replace(cell, href=href) if isinstance(cell, Marked) else Marked(cell, href=href)
 
 
 def _figure(view: View, name: str, numbers: str | None) -> list[Block]:
@@ -109,26 +115,18 @@ def _rates(view: View) -> Table:
     for choice in view.results.choices:
         if title_of(choice["task"], choice["model"]) == view.one_task:
             for point, value in choice["curve"]:
-                setting = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in point.items())
-                rows.append([choice["method"], setting, f"{value:.4f}"])
+                shown = linked(number(value, ".4f"), runs.behind_point(view, choice, point))
+                rows.append([choice["method"], shown_point(point), shown])
     return Table(headers=["method", "setting", "score on validation data"], rows=rows)
 
 
 def _failed(records: list[Record]) -> Table | str:
-    rows = [[r["name"], r["state"], r["tries"], r["reason"]] for r in records if r["state"] != "done"]
+    rows = [
+        [Marked(r["name"], href=runs.behind([r])), r["state"], r["tries"], r["reason"]]
+        for r in records
+        if r["state"] != "done"
+    ]
     return Table(headers=["run", "state", "tries", "why"], rows=rows) if rows else "Nothing."
-
-
-def _runs(view: View, records: list[Record], folder: Path) -> Table:
-    """Return all runs; a run's own record is linked from the folder of the page."""
-    rows = []
-    for record in records:
-        path = view.results.folder / RUNS / record["name"] / "run.json"
-        name = record["name"]
-        shown = Marked(name, href=Path(os.path.relpath(path, folder)).as_posix()) if path.is_file() else name
-        value = score(record, view.metric) if record["state"] == "done" else None
-        rows.append([shown, record["stage"], record["state"], value, record["wall_seconds"], record.get("started")])
-    return Table(headers=["run", "stage", "state", "score", "seconds", "started"], rows=rows, name="runs")
 
 
 def _facts(records: list[Record]) -> Table:

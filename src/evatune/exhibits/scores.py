@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from evatune.compare.board import Board, paired_outcomes
+from evatune.compare.board import Board
+from evatune.compare.differences import LEVEL
 from evatune.compare.results import is_whole
+from evatune.compare.standing import shown_point
 from evatune.compare.statistics import (
     Ranking,
-    holm,
     interquartile_mean,
     mean_ranks,
-    paired_difference,
     probability_of_improvement,
     stratified,
 )
 from evatune.errors import EvaError
+from evatune.exhibits import runs
 from evatune.exhibits.view import View
-from evatune.tables import Marked, Table
+from evatune.tables import Marked, Table, linked, number, span
 
 
 def scores(view: View) -> Table:
@@ -31,10 +33,10 @@ def scores(view: View) -> Table:
     """
     board = view.board
     sign = 1 if board.is_scaled else board.sign(board.tasks[0])
-    means = [marked({m: f"{sign * value:.4f}" for m, value in mean.items()}, mean) for mean in board.means.values()]
-    columns = [*(_column(board, task) for task in board.tasks), *means]
+    means = [marked({m: number(sign * one, ".4f") for m, one in mean.items()}, mean) for mean in board.means.values()]
+    columns: list[Mapping[str, object]] = [*(_column(board, task) for task in board.tasks), *means]
     before = [board.untuned(task) for task in board.tasks]
-    shown = [None if value is None else f"{value:.4f}" for value in before]
+    shown = [None if value is None else linked(number(value, ".4f"), runs.EVERYTHING) for value in before]
     rows: list[list[object]] = [["untuned", None, *shown, *[None] * len(means)]]
     for method in board.methods:
         standing = [row for task in board.tasks if (row := board.at(method, task))]
@@ -52,19 +54,16 @@ def scores(view: View) -> Table:
 def settings(view: View) -> Table:
     """Return what was chosen for each method on validation data, and grids whose best value is at their end."""
     rows = []
-    for row in view.begun.rows:
-        point = {path.rpartition(".")[2]: value for path, value in (row.point or {}).items()}
-        shown = ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in point.items()
-        )
+    for choice, row in zip(view.results.choices, view.begun.rows, strict=True):
+        shown = shown_point(row.point or {})
         ends = ", ".join(path.rpartition(".")[2] for path in row.open)
         rows.append(
             [
                 row.title,
                 row.method,
-                shown or None,
+                linked(shown or None, runs.behind_point(view, choice, row.point or {})),
                 ends or None,
-                f"{len(row.scores)} of {row.n_seeds}",
+                linked(f"{len(row.scores)} of {row.n_seeds}", runs.behind(row.records)),
                 row.reason or None,
             ]
         )
@@ -77,9 +76,13 @@ def intervals(view: View) -> Table:
     board = view.board
     found = {m: stratified(interquartile_mean, board.values(m)) for m in board.complete}
     ranked = {m: found[m].value for m in _with_all_seeds(board)}
-    cells = marked({m: f"{e.value:.4f}" for m, e in found.items()}, ranked)
+    cells = marked({m: number(e.value, ".4f") for m, e in found.items()}, ranked)
     rows = [
-        [m, cells[m], "one seed" if e.interval is None else f"{e.interval[0]:.4f} to {e.interval[1]:.4f}"]
+        [
+            m,
+            linked(cells[m], runs.behind_method(board, m)),
+            "one seed" if e.interval is None else span(e.interval, ".4f"),
+        ]
         for m, e in found.items()
     ]
     caption = f"Interquartile mean over {_tasks(board)} and {_seeds(board)}; {_orientation(board)}."
@@ -103,8 +106,8 @@ def improvement(view: View) -> Table:
             rows.append(
                 [
                     method,
-                    found.value,
-                    "one seed" if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval),
+                    linked(number(found.value, ".2f"), runs.behind_method(board, method)),
+                    "one seed" if found.interval is None else span(found.interval, ".2f"),
                 ]
             )
     caption = f"Probability that a run scores higher than one of {name} on the same task, mean over {_tasks(board)}."
@@ -116,38 +119,34 @@ def paired(view: View) -> Table:
     """Return the differences to the reference, paired by seed and example, with p-values corrected by Holm's method."""
     board = view.board
     name = board.reference(view.against)
-    found = []
-    for task in board.tasks:
-        theirs = board.at(name, task)
-        for method in board.methods:
-            ours = board.at(method, task)
-            pairs = paired_outcomes(ours, theirs) if ours and theirs and method != name else []
-            if pairs:
-                sign = board.sign(task)
-                found.append((task, method, paired_difference([sign * one for one in pairs])))
-    if not found:
+    if not view.differences:
         raise EvaError(
             f"there is nothing to pair: no other method shares a seed with {name}, or its metric is no mean."
         )
-    corrected = holm([difference.p for *_, difference in found])
     rows = [
         [
-            task,
-            method,
-            f"{d.estimate.value:+.4f}",
-            "{:+.4f} to {:+.4f}".format(*d.estimate.interval or (math.nan, math.nan)),
-            d.n_seeds,
-            d.n_pairs,
-            d.p,
-            p,
+            one.task,
+            one.method,
+            linked(number(one.difference.estimate.value, "+.4f"), _led(board, one.method, one.task)),
+            span(one.difference.estimate.interval or (math.nan, math.nan), "+.4f"),
+            one.verdict,
+            one.difference.n_seeds,
+            one.difference.n_pairs,
+            number(one.difference.p, ".2g"),
+            number(one.p, ".2g"),
         ]
-        for (task, method, d), p in zip(found, corrected, strict=True)
+        for one in view.differences
     ]
-    headers = ["task", "method", f"better than {name} by", "95% interval", "seeds", "pairs", "p", "p (Holm)"]
+    headers = ["task", "method", f"better than {name} by", "95% interval", "verdict", "seeds", "pairs", "p", "p (Holm)"]
     caption = (
         f"Differences of the outcomes of single examples, positive where the method is better than {name}; seeds are "
-        f"resampled, then examples. Holm's correction is for all {len(rows)} comparisons of this table."
+        f"resampled, then examples. Holm's correction is for all {len(rows)} comparisons of this table; below "
+        f"{LEVEL:g} a method is called better or worse."
     )
+    if any(one.difference.n_seeds < 2 for one in view.differences):
+        caption += (
+            " With one seed only examples are resampled: how much another seed would change is not in the interval."
+        )
     return Table(name="paired", headers=headers, rows=rows, caption=caption)
 
 
@@ -156,7 +155,7 @@ def ranks(view: View) -> Table:
     board = view.board
     ranking, blocks = ranking_of(board)
     order = sorted(ranking.ranks.items(), key=lambda item: item[1])
-    cells = marked({m: f"{rank:.2f}" for m, rank in order}, {m: -rank for m, rank in order})
+    cells = marked({m: number(rank, ".2f") for m, rank in order}, {m: -rank for m, rank in order})
     friedman = f"Friedman's p is {ranking.p:.3g}" if math.isfinite(ranking.p) else "too few for Friedman's test"
     caption = (
         f"Mean rank over {ranking.n_blocks} {blocks}, 1 is best. Mean ranks that differ by less than "
@@ -167,7 +166,7 @@ def ranks(view: View) -> Table:
     return Table(
         name="ranks",
         headers=["method", "mean rank"],
-        rows=[[m, cells[m]] for m, _ in order],
+        rows=[[m, linked(cells[m], runs.behind_method(board, m))] for m, _ in order],
         caption=caption + _missing(board),
     )
 
@@ -227,7 +226,7 @@ def wins(view: View) -> Table:
                 difference = board.sign(task) * (ours.scores[seed] - theirs.scores[seed])  # type: ignore[union-attr]
                 counts[1 if difference == 0 else 0 if difference > 0 else 2] += 1
         if sum(counts):
-            rows.append([method, *counts])
+            rows.append([method, linked(counts[0], runs.behind_method(board, method)), *counts[1:]])
     caption = f"Runs with the same task and seed as one of {name}."
     return Table(name="wins", headers=["method", "wins", "ties", "losses"], rows=rows, caption=caption)
 
@@ -237,24 +236,24 @@ def costs(view: View) -> Table:
     board = view.board
     rows = []
     for row in board.rows:
-        runs = [record for record in row.records if is_whole(record)]
-        if runs:
+        whole = [record for record in row.records if is_whole(record)]
+        if whole:
             seconds = {
-                name: [r["seconds"][name] for r in runs if name in r["seconds"]]
+                name: [r["seconds"][name] for r in whole if name in r["seconds"]]
                 for name in ("measure", "prepare", "train")
             }
             start = np.median(seconds["prepare"]) + (np.median(seconds["measure"]) if seconds["measure"] else 0.0)
             train = np.median(seconds["train"])
-            peak = [r["peak_memory_gib"] for r in runs if r.get("peak_memory_gib")]
+            peak = [r["peak_memory_gib"] for r in whole if r.get("peak_memory_gib")]
             rows.append(
                 [
                     row.title,
                     row.method,
-                    row.trainable,
-                    f"{start:.1f}",
-                    f"{train:.1f}",
-                    f"{start / (start + train):.1%}",
-                    f"{max(peak):.2f}" if peak else None,
+                    linked(row.trainable, runs.behind(row.records)),
+                    number(float(start), ".1f"),
+                    number(float(train), ".1f"),
+                    number(float(start / (start + train)), ".1%"),
+                    number(max(peak), ".2f") if peak else None,
                 ]
             )
     headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
@@ -265,33 +264,41 @@ def costs(view: View) -> Table:
     return Table(name="costs", headers=headers, rows=rows, caption=caption)
 
 
-def marked(cells: Mapping[str, object], values: Mapping[str, float]) -> dict[str, object]:
+def marked(cells: Mapping[str, Marked], values: Mapping[str, float]) -> dict[str, Marked]:
     """Return cells with those of the highest and the second highest value marked; equal values share a mark."""
     order = sorted(set(values.values()), reverse=True)
     names: tuple[Literal["best", "second"], ...] = ("best", "second")
     marks = dict(zip(order, names, strict=False)) if len(values) > 1 else {}
     return {
-        name: Marked(cell, marks[values[name]]) if values.get(name) in marks else cell for name, cell in cells.items()
-    }  # type: ignore[arg-type]
+        name: replace(cell, mark=marks[values[name]]) if values.get(name) in marks else cell
+        for name, cell in cells.items()
+    }
 
 
 def _column(board: Board, task: str) -> dict[str, object]:
     """Return the cells of one task; a method without scores says why."""
-    cells: dict[str, object] = {}
+    cells: dict[str, Marked] = {}
     means = {}
     for method in board.methods:
         row = board.at(method, task)
         if row is None:
             continue
         if row.mean is None:
-            cells[method] = row.reason
+            cells[method] = Marked(row.reason)
             continue
-        cells[method] = f"{row.mean:.4f}" + (f" ± {row.deviation:.4f}" if row.deviation is not None else "")
+        text = f"{row.mean:.4f}" + (f" ± {row.deviation:.4f}" if row.deviation is not None else "")
         if len(row.scores) < row.n_seeds:  # not marked beside methods with all of theirs
-            cells[method] = f"{cells[method]} ({len(row.scores)} of {row.n_seeds} seeds)"
+            text = f"{text} ({len(row.scores)} of {row.n_seeds} seeds)"
         else:
             means[method] = board.sign(task) * row.mean
-    return marked(cells, means)
+        cells[method] = Marked(row.mean, text=text, also={"deviation": row.deviation, "seeds": len(row.scores)})
+    return {m: linked(cell, _led(board, m, task)) for m, cell in marked(cells, means).items()}
+
+
+def _led(board: Board, method: str, task: str) -> str:
+    """Return where a method's number on a task leads: to its test runs."""
+    row = board.at(method, task)
+    return runs.behind(row.records) if row else ""
 
 
 def _seeds(board: Board) -> str:

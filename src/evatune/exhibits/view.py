@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.compare.board import Board
+from evatune.compare.differences import Compared, differences
 from evatune.compare.results import RECORDS, RUNS, Record, Results
 from evatune.compare.standing import standings
 from evatune.errors import EvaError
@@ -81,10 +82,28 @@ class View:
             raise EvaError(f"these results have no task {self.task!r}; they have {', '.join(tasks)}.")
         return self.task or tasks[0]
 
+    @cached_property
+    def runs(self) -> dict[tuple[str, str, str, str], list[Record]]:
+        """All records by task, model, method and stage."""
+        found: dict[tuple[str, str, str, str], list[Record]] = {}
+        for record in self.results.records.values():
+            found.setdefault((record["task"], record["model"], record["method"], record["stage"]), []).append(record)
+        return found
+
+    @cached_property
+    def differences(self) -> list[Compared]:
+        """How all methods differ from the one that they are compared with.
+
+        Raises:
+            EvaError: these results have no such method.
+        """
+        return differences(self.board, self.board.reference(self.against))
+
     def on(self, task: str) -> View:
-        """Return the same view of another task; what was read is not read again."""
+        """Return the same view of another task; what was read and computed is not so again."""
         one = replace(self, task=task)
-        vars(one).update(results=self.results, begun=self.begun)  # cached properties
+        known = {name: vars(self)[name] for name in ("runs", "differences") if name in vars(self)}
+        vars(one).update(known, results=self.results, begun=self.begun)  # cached properties
         return one
 
     def test_runs(self, task: str) -> dict[str, list[Record]]:

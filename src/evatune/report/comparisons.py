@@ -5,19 +5,19 @@ Each function returns a `matplotlib.figure.Figure` without a window, and writes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
 from evatune.errors import EvaError
 from evatune.report.style import GRID, INK, MUTED, PALETTE, fresh_axes, looks, save, styled
 
-__all__ = ["Band", "bands", "bars", "critical_difference", "matrix", "pareto"]
+__all__ = ["Band", "bands", "bars", "critical_difference", "intervals", "matrix", "pareto"]
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 """Places, middle values, lower ends and upper ends of a curve."""
@@ -107,7 +107,7 @@ def pareto(
     """
     if not points:
         raise EvaError("no method has both a score and a number of parameters; nothing to draw.")
-    figure, axes = fresh_axes(7.2, 4.6)
+    figure, axes = fresh_axes(7.2, max(4.6, 1.2 + 1.1 * LABEL_GAP * len(points)))
     for label, look in looks(points).items():
         cost, score, half = points[label]
         bar = {"elinewidth": 1, "capsize": 2, "linestyle": "none", "color": look["color"]}
@@ -130,12 +130,15 @@ def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, f
     inches = axes.transData.transform(np.array(list(points.values()))) / figure.dpi
     left = list(np.argsort(inches[:, 0]))
     labels = list(points)
+    low, high = (axes.bbox.y0 / figure.dpi + LABEL_GAP / 2, axes.bbox.y1 / figure.dpi - LABEL_GAP / 2)
     while left:
-        start = inches[left[0], 0]
-        column = [index for index in left if inches[index, 0] - start < LABEL_WIDTH]
-        left = left[len(column) :]
-        place = inches[column, 0].max() + 0.15
+        column = [left.pop(0)]
+        while left and inches[left[0], 0] - inches[column[-1], 0] < 0.15 + LABEL_WIDTH:  # labels would cover it
+            column.append(left.pop(0))
+        place = inches[column[-1], 0] + 0.15
         heights = spread([float(inches[index, 1]) for index in column], gap=LABEL_GAP)
+        moved_by = max(0.0, low - min(heights)) - max(0.0, max(heights) - high)
+        heights = [height + moved_by for height in heights]
         for index, height in zip(column, heights, strict=True):
             moved = abs(height - inches[index, 1]) > 0.03 or place - inches[index, 0] > 0.2
             axes.annotate(
@@ -243,13 +246,56 @@ def bars(
             f"{value:{form}}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_yticks(places, list(values))
-    axes.invert_yaxis()
     axes.grid(False, axis="y")
     if form.endswith("%"):
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.12)
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlabel(x)
     axes.set_title(title)
+    return save(figure, path)
+
+
+@styled
+def intervals(
+    values: Mapping[str, tuple[float, ...]],
+    *,
+    x: str,
+    title: str,
+    zero: str,
+    strong: Collection[str] = (),
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw a point with its interval for each label, from top to bottom, beside a line at 0.
+
+    Args:
+        values: middle, lower and upper end by label.
+        x: what the values are.
+        title: of the figure.
+        zero: what the line at 0 stands for.
+        strong: labels whose intervals are in colour, the others are grey.
+        path: where to write the figure, as .svg, .png or .pdf.
+
+    Raises:
+        EvaError: there are none, or the suffix of `path` is unknown.
+    """
+    if not values:
+        raise EvaError(f"there is nothing to draw: no {x}.")
+    figure, axes = fresh_axes(7.2, 1.2 + 0.22 * len(values))
+    axes.axvline(0, color=INK, linestyle="--", linewidth=1)
+    axes.annotate(
+        zero, (0, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center"
+    )
+    for place, (label, (middle, low, high)) in enumerate(values.items()):
+        color = PALETTE[0] if label in strong else MUTED
+        axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt", alpha=0.6)
+        axes.plot(middle, place, marker="o", markersize=5, color=color)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_formatter("{x:+.3g}")
+    axes.set_xlabel(x)
+    axes.set_title(title, pad=16)
     return save(figure, path)
 
 
@@ -291,9 +337,12 @@ def _panels(
     shared = against if against is not None and against in curves else next(iter(curves))
     look = looks(curves)
     for axes, label in zip(panels, curves, strict=False):
-        for other, (places, values, *_) in curves.items():
-            if other not in (label, shared):
-                axes.plot(places, values, color=GRID, linewidth=0.8, zorder=1)
+        others = [curves[other][:2] for other in curves if other not in (label, shared)]
+        if others:  # one line with gaps, since a file with a line for each in each panel is large
+            places, values = (
+                np.concatenate([[*part, np.nan] for part in parts]) for parts in zip(*others, strict=True)
+            )
+            axes.plot(places, values, color=GRID, linewidth=0.8, zorder=1)
         if label != shared:
             axes.plot(*curves[shared][:2], color=MUTED, linestyle="--", linewidth=1)
         _curve(axes, curves[label], color=look[label]["color"])
@@ -301,7 +350,7 @@ def _panels(
         axes.set_xscale("log" if log[0] else "linear")
         axes.set_yscale("log" if log[1] else "linear")
         if log[0]:
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.tick_params(labelsize=7.5)
     for axes in panels[len(curves) :]:
         axes.set_visible(False)

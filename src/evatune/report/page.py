@@ -110,11 +110,11 @@ def _contents(sections: Sequence[Section]) -> str:
 
 
 def row_id(table: str, title: str) -> str:
-    """Return the anchor of a row of a table with a name.
+    """Return the anchor of a row, or of a group of rows, of a table with a name.
 
     Args:
         table: the table's name.
-        title: the first cell of the row.
+        title: the first cell of the row, or the group's name.
     """
     return f"{table}-" + re.sub(r"[^\w.+-]+", "-", title)
 
@@ -151,14 +151,31 @@ def _table(table: Table) -> str:
     for row, shown in zip(table.rows, cells, strict=True):
         first, *rest = (_cell(*pair) for pair in zip(row, shown, strict=True))
         others = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(rest, sides[1:], strict=True))
-        anchor = f' id="{_escape(row_id(table.name, shown[0]))}"' if table.name else ""
+        anchor = f' id="{_escape(row_id(table.name, shown[0]))}" tabindex="-1"' if table.name else ""
         lines.append(f'<tr{anchor}><th scope="row"{sides[0]}>{first}</th>{others}</tr>')
     kind = f' class="sortable" id="table-{_escape(table.name)}"' if table.name else ""
+    about = f' role="group" aria-label="{_escape(table.name)}"' if table.name else ""
     return (
-        f'<figure><div class="wide" tabindex="0"><table{kind}>{head}<tbody>\n'
-        + "\n".join(lines)
-        + f"\n</tbody></table></div>{_caption(table.caption)}</figure>"
+        f'<figure><div class="wide" tabindex="0"{about}><table{kind}>{head}{_bodies(table, lines)}</table></div>'
+        f"{_caption(table.caption)}</figure>"
     )
+
+
+def _bodies(table: Table, lines: Sequence[str]) -> str:
+    """Return the rows in a body, or in one for each group, under its title."""
+    bodies, start = [], 0
+    for group in table.groups:
+        own = lines[start : start + group.n_rows]
+        start += group.n_rows
+        title = f'<th scope="rowgroup" colspan="{len(table.headers)}">{_inline(group.title)}</th>'
+        anchor = _escape(row_id(table.name, group.name))
+        bodies.append(_body([f'<tr class="group">{title}</tr>', *own], f' id="{anchor}" tabindex="-1"'))
+    return "".join(bodies) if bodies else _body(lines)
+
+
+def _body(lines: Sequence[str], anchor: str = "") -> str:
+    rows = "\n".join(lines)
+    return f"<tbody{anchor}>\n{rows}\n</tbody>"
 
 
 def _cell(cell: object, shown: str) -> str:
@@ -218,8 +235,14 @@ _PAGE = """\
 
 _STYLE = """
 :root { --paper: #ffffff; --ink: #22272e; --muted: #5b6470; --line: #d9dde3; --shade: #f5f6f8; --accent: #b34a00; }
-@media print { body { font-size: 11px; } .wide { overflow: visible; } .filter { display: none; } }
-@media (prefers-color-scheme: dark) {
+@media print {
+  body { font-size: 11px; }
+  .wide { overflow: visible; }
+  .filter, nav, details:not([open]) { display: none; }
+  h2, h3, summary { break-after: avoid; }
+  tr, img, pre { break-inside: avoid; }
+}
+@media screen and (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #e4e7eb; --muted: #a3acb8; --line: #363c44; --shade: #20252b; --accent: #f0a06a; }
 }
 * { box-sizing: border-box; }
@@ -240,11 +263,15 @@ th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px s
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
 a { color: var(--accent); }
-td a { text-decoration: underline dotted; }
-tr:target { background: var(--shade); }
+td a, tbody th a { color: inherit; text-decoration: underline dotted var(--accent); text-underline-offset: .2em; }
+td a:hover, tbody th a:hover { color: var(--accent); }
+tr.group th { color: var(--muted); padding-top: 1rem; border-bottom: 0; }
+tr:target, tbody:target { background: var(--shade); outline: 2px solid var(--accent); }
+tr:target, tbody:target { scroll-margin: 4rem; }
 summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 th button { all: unset; cursor: pointer; color: inherit; font-weight: 600; }
-th button:focus-visible, .filter input:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); }
+a:focus-visible, button:focus-visible, input:focus-visible, summary:focus-visible, .wide:focus-visible {
+  outline: 2px solid var(--accent); }
 th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
 .filter { display: block; font-size: .85rem; color: var(--muted); margin-bottom: .4rem; }
