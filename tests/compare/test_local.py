@@ -57,7 +57,7 @@ def test_the_command_tells_what_is_left_and_how_methods_stand(tiny_sweep, capsys
     text = capsys.readouterr().out
     assert "time unknown: no run of some task has been measured yet" in text
     assert main(["compare", path, "--threads", "1"]) == 0
-    assert "one seed: no interval" in capsys.readouterr().out
+    assert "one seed, so no interval: all" in capsys.readouterr().out
     assert main(["compare", path, "--dry-run", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["runs"][0]["done"] == 3 and content["runs"][0]["left"] == 0 and content["seconds"] == 0

@@ -180,15 +180,13 @@ def test_a_metric_that_the_runs_cannot_have_is_told_before_any_of_them(sweep, re
     assert cells(sweep(metric="accuracy/boolq"))
     recipe_file.write_text(recipe_file.read_text() + "task: understanding\n")
     sentences = sweep(metric="f1", settings={"classes": ["a", "b", "c"]})
-    with pytest.raises(
-        EvaError, match=r"metric is 'f1' .*'macro_f1'.*, but the runs of recipe 'task' .task 'understanding'"
-    ):
+    with pytest.raises(EvaError, match=r"metric is 'f1', but .* \(task 'understanding'\) can have .*, macro_f1\."):
         cells(sentences)
     assert cells(sweep(metric="f1"))
 
 
 def test_a_searched_value_that_is_not_allowed_is_told_before_any_run(sweep):
-    with pytest.raises(EvaError, match=r"lora_dropout is 2\.0, but must be at most"):
+    with pytest.raises(EvaError, match=r"lora_dropout is 2\.0, but must be .*less than 1"):
         cells(sweep(search={"lora_dropout": [0.1, 2.0]}))
 
 

@@ -29,9 +29,8 @@ def only(number: int):
 
     def change(record):
         if record["state"] == "done":
-            right = [1.0] * 35 + [0.0] * 15
-            if record["method"] == "eva ρ=1":
-                right[-number - record["seed"] :] = [1.0] * (number + record["seed"])
+            more = number + record["seed"] if record["method"] == "eva ρ=1" else 0
+            right = [1.0] * (35 + more) + [0.0] * (15 - more)
             after = record["after"] | {"outcomes": {"right": right}, "metrics": {"accuracy": sum(right) / 50}}
             record = record | {"after": after}
         return record
