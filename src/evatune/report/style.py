@@ -117,7 +117,7 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
 
 
 def _rounded(svg: bytes) -> bytes:
-    """Return a figure whose curves have places to a hundredth of a point, which halves it."""
+    """Return a figure whose curves have places to a hundredth of a point, which makes its file smaller."""
     return re.sub(rb' d="[^"]*"', lambda found: re.sub(rb"(\.\d\d)\d+", rb"\1", found[0]), svg)
 
 
