@@ -175,9 +175,9 @@ def _check_stages(cell: Cell, *, metric: str | None) -> None:
             f"the test runs of recipe {cell.task.name!r} have eval_before: false, but the results state the untuned "
             "model's scores; set it under `validation:` only."
         )
-    for recipe in (validation, test) if metric is not None else ():
+    for recipe in (validation, test):
         known = find_domain(recipe.task).metrics(recipe.data)
-        if measured_by(metric) not in known:
+        if metric is not None and measured_by(metric) not in known:
             raise EvaError(
                 f"metric is {metric!r}{near_misses(metric, known)}, but the runs of recipe {cell.task.name!r} (task "
                 f"{recipe.task!r}) can have {', '.join(known)}."

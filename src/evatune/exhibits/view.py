@@ -102,8 +102,8 @@ class View:
     def on(self, task: str) -> View:
         """Return the same view of another task; what was read and computed is not so again."""
         one = replace(self, task=task)
-        known = {name: vars(self)[name] for name in ("runs", "differences") if name in vars(self)}
-        vars(one).update(known, results=self.results, begun=self.begun)  # cached properties
+        vars(one).update(results=self.results, begun=self.begun)  # cached properties
+        vars(one).update((name, value) for name, value in vars(self).items() if name in ("runs", "differences"))
         return one
 
     def test_runs(self, task: str) -> dict[str, list[Record]]:
