@@ -1,4 +1,4 @@
-"""The exact backend: products in half precision where the numbers allow it, and looks that are rough or thorough."""
+"""The exact backend: products in half precision where the numbers allow it; rough and final eigenpairs."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_a_look_is_good_enough_to_watch_and_reading_components_is_always_thoroug
     batches = known.batches(250)
     pca = StreamingPCA(K, backend="exact")
     for batch in batches:
-        look = pca.partial_fit(batch).look()
+        snapshot = pca.partial_fit(batch).snapshot()
     truth = oracle(known.rows)
-    rough = 1 - truth.captured_by(look.components, K)
+    rough = 1 - truth.captured_by(snapshot.components, K)
     thorough = 1 - truth.captured_by(pca.components_, K)
     assert thorough < 1e-9 < rough < 0.02
-    assert torch.equal(pca.look().components, look.components), "a thorough read changes no look"
-    torch.testing.assert_close(look.explained_variance, pca.explained_variance_, rtol=0.02, atol=0)
-    never_looked = StreamingPCA(K, backend="exact")
+    assert torch.equal(pca.snapshot().components, snapshot.components), "a thorough read changes no snapshot"
+    torch.testing.assert_close(snapshot.explained_variance, pca.explained_variance_, rtol=0.02, atol=0)
+    never_asked = StreamingPCA(K, backend="exact")
     for batch in batches:
-        never_looked.partial_fit(batch)
-    torch.testing.assert_close(never_looked.components_, pca.components_, rtol=0, atol=1e-6)
+        never_asked.partial_fit(batch)
+    torch.testing.assert_close(never_asked.components_, pca.components_, rtol=0, atol=1e-6)
 
 
 def test_the_exact_backend_misses_nothing(known_rows):

@@ -72,14 +72,14 @@ def test_what_is_learned_in_groups_is_what_is_learned_at_once(device, monkeypatc
 
 @pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
 @pytest.mark.parametrize("is_refreshed", [True, False])
-def test_what_rested_is_found_again(backend, is_refreshed):
-    (pca,), (rested,) = (filled(n=1, backend=backend).values() for _ in range(2))
-    for one in (pca, rested):
+def test_what_was_released_is_found_again(backend, is_refreshed):
+    (pca,), (released,) = (filled(n=1, backend=backend).values() for _ in range(2))
+    for one in (pca, released):
         if is_refreshed:
             one.refresh()
-        one.look()
-    rested.rest()
-    assert (rested.components_ * pca.components_).sum(dim=1).min() > 1 - 1e-6
-    torch.testing.assert_close(rested.singular_values_, pca.singular_values_, rtol=1e-4, atol=0)
-    assert rested.captured_error_ == pytest.approx(pca.captured_error_, rel=0.1, abs=1e-7, nan_ok=True)
-    StreamingPCA(3).rest()
+        one.snapshot()
+    released.release()
+    assert (released.components_ * pca.components_).sum(dim=1).min() > 1 - 1e-6
+    torch.testing.assert_close(released.singular_values_, pca.singular_values_, rtol=1e-4, atol=0)
+    assert released.captured_error_ == pytest.approx(pca.captured_error_, rel=0.1, abs=1e-7, nan_ok=True)
+    StreamingPCA(3).release()

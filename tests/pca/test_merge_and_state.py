@@ -40,11 +40,11 @@ def check_attributes(found, wanted, *, tolerance, n_compared=K):
     torch.testing.assert_close(found.var_, wanted.var_, rtol=1e-9, atol=0)
     assert found.total_variance_ == pytest.approx(wanted.total_variance_, rel=1e-9)
     assert found.captured_error_ == pytest.approx(wanted.captured_error_, rel=0.5, abs=1e-12, nan_ok=True)
-    look, look_wanted = found.look(), wanted.look()
-    assert look.n_samples_seen == look_wanted.n_samples_seen
-    assert look.total_variance == found.total_variance_
+    now, now_wanted = found.snapshot(), wanted.snapshot()
+    assert now.n_samples_seen == now_wanted.n_samples_seen
+    assert now.total_variance == found.total_variance_
     torch.testing.assert_close(
-        look.explained_variance[:n_compared], look_wanted.explained_variance[:n_compared], rtol=tolerance, atol=0
+        now.explained_variance[:n_compared], now_wanted.explained_variance[:n_compared], rtol=tolerance, atol=0
     )
     directions = torch.randn(3, found.n_features_in_, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(
@@ -189,10 +189,10 @@ def test_a_snapshot_does_not_change_with_the_next_batch(stream, parts, backend):
 @EVERY_BACKEND
 def test_loading_forgets_what_was_found_of_other_rows(stream, parts, backend):
     pca, other = (stream([part], K, backend=backend) for part in parts[:2])
-    _ = pca.components_, pca.look()
+    _ = pca.components_, pca.snapshot()
     pca.load_state_dict(other.state_dict())
     torch.testing.assert_close(pca.components_, other.components_, rtol=0, atol=1e-9)
-    torch.testing.assert_close(pca.look().components, other.look().components, rtol=0, atol=1e-9)
+    torch.testing.assert_close(pca.snapshot().components, other.snapshot().components, rtol=0, atol=1e-9)
 
 
 def test_a_merge_needs_full_precision_where_either_side_does(stream):

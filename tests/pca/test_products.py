@@ -79,7 +79,7 @@ def test_sums_and_components_keep_all_digits_where_the_caller_lets_float32_be_ro
 
     with Watch():
         pca = StreamingPCA(4, backend=backend).partial_fit(torch.randn(60, 300))
-        pca.scatter_along(pca.partial_fit(torch.randn(60, 300)).look().components)
+        pca.scatter_along(pca.partial_fit(torch.randn(60, 300)).snapshot().components)
         assert pca.components_.shape == (4, 300)
     assert set(precisions) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evatune import EvaError, StreamingPCA
-from evatune.pca import learn_all, look_all, settle_all, together
+from evatune.pca import learn_all, settle_all, snapshot_all, together
 from evatune.pca.one_hot import OneHotPCA
 from evatune.pca.stacked import StackedPCA
 from evatune.pca.together import Eigh, Host, InverseRoot, Orthonormal, Work, alone
@@ -115,7 +115,7 @@ def test_no_thread_runs_more_at_a_time_than_memory_is_for(monkeypatch, n_threads
 
 
 def everything(pca):
-    return [pca.components_, pca.singular_values_, pca.look().components, pca.look().singular_values]
+    return [pca.components_, pca.singular_values_, pca.snapshot().components, pca.snapshot().singular_values]
 
 
 @pytest.mark.parametrize("backend", ["exact", "sketch", "incremental"])
@@ -127,10 +127,10 @@ def test_many_together_are_what_each_is_alone(backend, n_threads):
     for number in range(4):
         for seed, (one, other) in enumerate(zip(apart, side_by_side, strict=True)):
             batch = rows(40 + seed, seed=seed + 10 * number)
-            one.partial_fit(batch).look()
+            one.partial_fit(batch).snapshot()
             other.add(batch)
         settle_all(side_by_side)
-        look_all(side_by_side)
+        snapshot_all(side_by_side)
     for pca in apart:
         pca.refresh()
     learn_all(side_by_side)
@@ -151,7 +151,7 @@ def test_the_host_is_asked_as_often_for_many_inputs_as_for_one(monkeypatch, answ
                 pca.add(rows(seed=seed + 100 * number))
             answered.clear()
             settle_all(pcas)
-            look_all(pcas)
+            snapshot_all(pcas)
         counts[n_inputs] = [kind for kind, _ in answered]
         assert {size for _, size in answered} == {n_inputs}
     assert counts[1] == counts[12] and len(counts[1]) <= 12
@@ -164,12 +164,12 @@ def test_parts_of_a_stack_and_counts_are_done_together_with_others(answered):
     other = StreamingPCA(3, backend="exact").add(rows(seed=7))
     pcas = [stack, counts, other, StreamingPCA(3)]
     settle_all(pcas)
-    look_all(pcas)
+    snapshot_all(pcas)
     assert ("Orthonormal", 4) in answered
     answered.clear()
-    assert stack.look().components.shape == (3, 1200) and counts.look().components.shape == (3, 9)
+    assert stack.snapshot().components.shape == (3, 1200) and counts.snapshot().components.shape == (3, 9)
     for pca in (stack, counts, other):
-        assert pca.look().total_variance == pytest.approx(pca.total_variance_)
+        assert pca.snapshot().total_variance == pytest.approx(pca.total_variance_)
     assert not answered, "they are known by now"
 
 

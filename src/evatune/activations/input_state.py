@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from evatune.pca import AnyPCA, Look
+from evatune.pca import AnyPCA, Snapshot
 from evatune.settings import Reason
 
 
@@ -19,10 +19,10 @@ class InputState:
 
     pca: AnyPCA
     """The streaming PCA of its rows."""
-    before: Look | None = None
+    before: Snapshot | None = None
     """Its components before the last batch, if the next check compares them."""
     cosines: Tensor | None = None
-    """Cosines of its components with those before the last batch, (k,), between a look and its end."""
+    """Cosines of its components with those before the last batch, (k,), between a check and its end."""
     checked: list[Tensor] = field(default_factory=list)
     """Its components at the last checks, oldest first, each (k, d), in bfloat16: only energies along them are compared,
     which rounding changes by some 2⁻¹⁸."""
@@ -30,7 +30,7 @@ class InputState:
     """Energy of the rows up to the last check along `checked[-1]` and `checked[0]`, (2, k), and the number of these
     rows."""
     weighed: Tensor | None = None
-    """Energy of the rows so far along each set of `checked`, (c, k), between a look and its end."""
+    """Energy of the rows so far along each set of `checked`, (c, k), between a check and its end."""
     gain: float | None = None
     """Share of captured variance that the next doubling of the data would gain, as the last check predicted."""
     reason: Reason | None = None

@@ -32,13 +32,13 @@ class PlanAhead:
         """
         for name, key in input_of.items():
             state, target = inputs[key], self._targets[name]
-            # An input that is done changes little, and a look at it costs a factorization.
+            # An input that is done changes little, and a snapshot of it costs a factorization.
             if state.pca.is_fitted and not (name in self._variances and state.reason is not None):
-                look = state.pca.look()
+                snapshot = state.pca.snapshot()
                 self._variances[name] = ComponentVariances(
-                    explained_variance=look.explained_variance.double().numpy(),
-                    total_variance=look.total_variance,
-                    n_rows=look.n_samples_seen,
+                    explained_variance=snapshot.explained_variance.double().numpy(),
+                    total_variance=snapshot.total_variance,
+                    n_rows=snapshot.n_samples_seen,
                     in_features=target.in_features,
                     out_features=target.out_features,
                 )

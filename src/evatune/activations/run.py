@@ -20,7 +20,7 @@ from evatune.activations.layer_type import Rows, TargetModule
 from evatune.activations.padding import CountedRows
 from evatune.activations.stopping import Finding, begin, decide, find, is_check, is_compared, weigh
 from evatune.errors import EvaError
-from evatune.pca import AnyPCA, StreamingPCA, groups_of, look_all, make_room, settle_all
+from evatune.pca import AnyPCA, StreamingPCA, groups_of, make_room, settle_all, snapshot_all
 from evatune.pca.threads import on_one_thread_each
 from evatune.settings import Reason, Stopping
 
@@ -104,9 +104,9 @@ class Run:
         if self._rule.has_rule and is_check(self._n_batches + 1, per_doubling=self._per_doubling):
             for group in self._groups():
                 compared = [state for state in group if is_compared(state, self._rule)]
-                look_all(state.pca for state in compared)
+                snapshot_all(state.pca for state in compared)
                 for state in compared:
-                    state.before = state.pca.look()
+                    state.before = state.pca.snapshot()
 
     def take(self, key: str, number: int, entering: Any) -> bool:
         """Take what enters a target in the call of this number; return False if it is unknown which rows count."""
@@ -137,7 +137,7 @@ class Run:
         return True
 
     def look(self, key: str, number: int, entering: Any) -> None:
-        """Look at what enters a target while it is unknown which of its rows count."""
+        """Snapshot at what enters a target while it is unknown which of its rows count."""
         target = self._targets[key]
         self.rows.look_at(key, number, target.layer.activations(target.module, entering))
 
@@ -168,7 +168,7 @@ class Run:
         for group in self._groups():
             settle_all(state.pca for state in group)
             watched = [state for state in group if self._rule.has_rule and state.reason is None]
-            look_all(state.pca for state in watched)
+            snapshot_all(state.pca for state in watched)
             _each(partial(weigh, rule=self._rule, per_doubling=self._per_doubling), watched, watched)
         if not self._rule.has_rule:
             return {}
@@ -224,7 +224,7 @@ class Run:
         )
 
     def _groups(self) -> Iterator[list[InputState]]:
-        """Yield the inputs with rows in the groups of `groups_of`, each of which rests before the next."""
+        """Yield the inputs with rows in the groups of `groups_of`, each of which is released before the next."""
         fitted = self._fitted()
         pcas = [state.pca for state in fitted]
         for group in groups_of(pcas):
@@ -243,7 +243,7 @@ class Run:
 
 def _each(function: Callable[[T], R], items: Sequence[T], states: Iterable[InputState]) -> list[R]:
     """Return what a function of one input gives for each, on a CPU side by side on one thread each."""
-    on_processor = all(state.pca.look().components.device.type == "cpu" for state in states)
+    on_processor = all(state.pca.snapshot().components.device.type == "cpu" for state in states)
     return on_one_thread_each(function, items) if on_processor else [function(item) for item in items]
 
 

@@ -67,11 +67,11 @@ class Finding:
 
 
 def weigh(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
-    """Find what this check and the next one compare, while the factorization of a look is at hand.
+    """Find what this check and the next one compare, while the factorization of a snapshot is at hand.
 
     Components that are compared for the last time are dropped, before those of the next inputs are found.
     """
-    now = state.pca.look()
+    now = state.pca.snapshot()
     if state.before is not None and now.n_samples_seen > state.before.n_samples_seen:
         state.cosines = component_cosines(now.components, state.before.components)
         state.before = None
@@ -83,7 +83,7 @@ def weigh(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
 
 def find(state: InputState, rule: Stopping, *, n_needed: int) -> Finding:
     """Return what both rules need to know about the components of an input; the plan needs `n_needed` of them."""
-    share, now = None, state.pca.look()
+    share, now = None, state.pca.snapshot()
     if state.cosines is not None:
         cosines_k = state.cosines[:n_needed]
         share = (cosines_k >= (rule.tau or 0.0)).double().mean() if n_needed else cosines_k.new_ones(())
@@ -124,7 +124,7 @@ def begin(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
     if state.reason is not None:
         state.before, state.checked, state.energies = None, [], None
         return
-    now = state.pca.look()
+    now = state.pca.snapshot()
     # `per_doubling` checks ago there were half as many rows.
     state.checked = [*state.checked[-per_doubling:], now.components.to(torch.bfloat16)]
     if weighed is not None:

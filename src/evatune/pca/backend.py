@@ -155,7 +155,7 @@ class State(ABC):
         """Whether the scatter is about the mean."""
         return self.wanted.center
 
-    def rest(self) -> None:  # noqa: B027 - few backends have any
+    def release(self) -> None:  # noqa: B027 - few backends have any
         """Forget what can be computed again; what is parked leaves the device."""
 
     def parkable(self) -> list[Parkable]:

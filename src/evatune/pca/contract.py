@@ -27,7 +27,7 @@ class NotFittedError(EvaError, AttributeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Snapshot:
     """The components at one moment, precise enough to watch how they change. Only the components are on the device."""
 
     components: Tensor
@@ -76,7 +76,7 @@ class AnyPCA(Protocol):
         return self
 
     @abstractmethod
-    def look(self) -> Look:
+    def snapshot(self) -> Snapshot:
         """Return the present components, as cheaply as possible; a second call before more rows are added is free."""
 
     def refresh(self) -> Self:
@@ -85,7 +85,7 @@ class AnyPCA(Protocol):
         return self
 
     @abstractmethod
-    def rest(self) -> None:
+    def release(self) -> None:
         """Forget what can be computed again from the state, but not the components that were found last.
 
         What is parked leaves the device.

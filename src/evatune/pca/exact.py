@@ -72,7 +72,7 @@ class ExactState(State):
         self.n_rows_reviewed = n_rows_reviewed
         self.needs_full_precision = needs_full_precision
         self._missed = missed
-        self._near_dl: Tensor | None = None  # what the last rough look found
+        self._near_dl: Tensor | None = None  # what the last rough call found
 
     @classmethod
     def start(cls, wanted: Wanted, moments: Moments) -> Self:
@@ -224,7 +224,7 @@ class ExactState(State):
 
     @classmethod
     def cost(cls, n_components: int, n_features: int) -> Cost:
-        """Return the cost of the matrix and of the columns from which the next look starts."""
+        """Return the cost of the matrix and of the columns from which the next snapshot starts."""
         k, d = n_components, n_features
         n_bytes = FLOAT * d * d + moments_bytes(d)
         return Cost(

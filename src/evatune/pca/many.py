@@ -28,9 +28,9 @@ def settle_all(pcas: Iterable[AnyPCA]) -> None:
     _do(Task.SETTLE, pcas)
 
 
-def look_all(pcas: Iterable[AnyPCA]) -> None:
-    """Find the present components of all of them, which `AnyPCA.look` then returns at no cost."""
-    _do(Task.LOOK, pcas)
+def snapshot_all(pcas: Iterable[AnyPCA]) -> None:
+    """Find the present components of all of them, which `AnyPCA.snapshot` then returns at no cost."""
+    _do(Task.SNAPSHOT, pcas)
 
 
 def learn_all(pcas: Iterable[AnyPCA]) -> None:
@@ -42,10 +42,10 @@ def learn_all(pcas: Iterable[AnyPCA]) -> None:
 
 
 def groups_of(pcas: Sequence[AnyPCA]) -> Iterator[slice]:
-    """Yield groups of neighbours, each of which an accelerator factorizes at once; a group rests before the next.
+    """Yield groups of neighbours, each of which an accelerator factorizes at once; a group is released before the next.
 
     A caller that does all its work with one group before the next never holds the eigenpairs of all sketches. On the
-    CPU, which has more memory and less of a hurry, all are one group, which does not rest.
+    CPU, which has more memory and less of a hurry, all are one group, which is not released.
     """
     begins: list[int] = []
     n_bytes = 0
@@ -59,7 +59,7 @@ def groups_of(pcas: Sequence[AnyPCA]) -> Iterator[slice]:
         yield slice(begin, end)
         if len(begins) > 1:
             for pca in pcas[begin:end]:
-                pca.rest()
+                pca.release()
 
 
 def make_room(pcas: Sequence[AnyPCA]) -> None:

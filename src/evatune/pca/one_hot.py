@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
+from evatune.pca.contract import AnyPCA, NotFittedError, Snapshot, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, components_bytes
 from evatune.pca.parking import Parkable
 from evatune.pca.products import unrounded
@@ -90,16 +90,16 @@ class OneHotPCA(AnyPCA):
         """Add rows; no work is left for `settle`."""
         return self.partial_fit(rows)
 
-    def look(self) -> Look:
+    def snapshot(self) -> Snapshot:
         """Return the components, exact ones: with counts no cheaper way is needed."""
-        return Look(
+        return Snapshot(
             components=self.components_,
             singular_values=self.singular_values_.cpu(),
             total_variance=self.total_variance_,
             n_samples_seen=self._n_rows,
         )
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Do nothing: there are only counts."""
 
     def parkable(self) -> list[Parkable]:
@@ -109,7 +109,7 @@ class OneHotPCA(AnyPCA):
     def works(self, task: Task) -> list[Work]:
         """Return the work of finding the components; `SETTLE` and `REFRESH` have none."""
         is_left = self._counts_v is not None and self._decomposition is None
-        return [Work(self._learn())] if is_left and task in (Task.LOOK, Task.LEARN) else []
+        return [Work(self._learn())] if is_left and task in (Task.SNAPSHOT, Task.LEARN) else []
 
     def merge(self, other: OneHotPCA) -> Self:
         """Return a new object that has seen the rows of both.

@@ -319,7 +319,7 @@ class SketchState(State):
         """Return this state, which is thin."""
         return self
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Forget the eigenpairs of the rows so far."""
         self._known = None
         self._leave()

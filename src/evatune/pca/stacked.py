@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
-from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor
+from evatune.pca.contract import AnyPCA, NotFittedError, Snapshot, name_tensor
 from evatune.pca.cost import DOUBLE, SCALARS_BYTES, Cost, total
 from evatune.pca.parking import Parkable
 from evatune.pca.streaming import StreamingPCA
@@ -37,10 +37,9 @@ class StackedPCA(AnyPCA):
         alike: the parts are samples of one space (all experts get rows of the same hidden states). A part with fewer
             rows than components then takes its pieces from all parts merged; otherwise it completes its own directions
             at random. In both cases only the variance of its own rows counts.
-        center: whether the parts' means are subtracted.
 
-    Attributes: as those of `StreamingPCA`. `n_samples_seen_` counts the rows of all parts, and variances are means over
-        the parts, weighted by their numbers of rows.
+    Attributes: as those of `StreamingPCA`; `center` is that of the parts. `n_samples_seen_` counts the rows of all
+        parts, and variances are means over the parts, weighted by their numbers of rows.
 
     Cost: that of its parts.
     """
@@ -79,22 +78,22 @@ class StackedPCA(AnyPCA):
         """Return the work of the parts."""
         return [work for part in self.parts for work in part.works(task)]
 
-    def look(self) -> Look:
-        """Return the stacked components of the parts' looks."""
-        together(self.works(Task.LOOK))
-        looks = [part.look() for part in self._fitted()]
-        own = [part.look().components if part.is_fitted else None for part in self.parts]
-        return Look(
-            components=self._stacked(own, lambda pca: pca.look().components),
-            singular_values=self._pooled_values([look.singular_values for look in looks]),
-            total_variance=_pooled_variance([(look.total_variance, look.n_samples_seen) for look in looks]),
+    def snapshot(self) -> Snapshot:
+        """Return the stacked components of the parts."""
+        together(self.works(Task.SNAPSHOT))
+        snapshots = [part.snapshot() for part in self._fitted()]
+        own = [part.snapshot().components if part.is_fitted else None for part in self.parts]
+        return Snapshot(
+            components=self._stacked(own, lambda pca: pca.snapshot().components),
+            singular_values=self._pooled_values([one.singular_values for one in snapshots]),
+            total_variance=_pooled_variance([(one.total_variance, one.n_samples_seen) for one in snapshots]),
             n_samples_seen=self.n_samples_seen_,
         )
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Forget what each part can compute again."""
         for part in self.parts:
-            part.rest()
+            part.release()
 
     def parkable(self) -> list[Parkable]:
         """Return the matrices of the parts."""

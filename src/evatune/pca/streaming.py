@@ -16,7 +16,7 @@ from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.pca.backend import State, Wanted
 from evatune.pca.backends import AUTO, BACKENDS, STATES, choose_backend
 from evatune.pca.checks import check_rows, refuse_non_finite
-from evatune.pca.contract import AnyPCA, Look, NotFittedError, name_tensor, read_name
+from evatune.pca.contract import AnyPCA, NotFittedError, Snapshot, name_tensor, read_name
 from evatune.pca.cost import Cost
 from evatune.pca.moments import Moments
 from evatune.pca.parking import Parkable
@@ -115,7 +115,7 @@ class StreamingPCA(AnyPCA):
         self._state: State | None = None
         # Results for the rows so far:
         self._found: _Found | None = None
-        self._looked: Look | None = None
+        self._snapshot: Snapshot | None = None
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class StreamingPCA(AnyPCA):
         algorithm, is_left = {
             Task.SETTLE: (self._settle, state.is_due),
             Task.REFRESH: (self._refresh, True),
-            Task.LOOK: (self._look, self._looked is None),
+            Task.SNAPSHOT: (self._take_snapshot, self._snapshot is None),
             Task.LEARN: (self._learn, self._found is None),
         }[task]
         if not is_left:
@@ -197,10 +197,10 @@ class StreamingPCA(AnyPCA):
         self._fitted()
         return super().refresh()
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Forget the eigenpairs that a sketch keeps from its last factorization until rows are added."""
         if self._state is not None:
-            self._state.rest()
+            self._state.release()
 
     def parkable(self) -> list[Parkable]:
         """Return the matrices of a sketch."""
@@ -250,17 +250,17 @@ class StreamingPCA(AnyPCA):
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 
-    def look(self) -> Look:
+    def snapshot(self) -> Snapshot:
         """Return the components as they are now, precise enough to watch how they change.
 
-        With the backend "exact" that is a single round of iteration that starts from the last look, O(d² k), instead of
-        rounds until convergence; `components_` then starts from this look too. A second call before more rows are added
-        costs nothing.
+        With the backend "exact" that is a single round of iteration that starts from the last snapshot, O(d² k), and
+        not rounds until convergence; `components_` then starts from this one too. A second call before more rows are
+        added costs nothing.
         """
         self._fitted()
-        together(self.works(Task.LOOK))
-        assert self._looked is not None
-        return self._looked
+        together(self.works(Task.SNAPSHOT))
+        assert self._snapshot is not None
+        return self._snapshot
 
     def transform(self, rows: Tensor) -> Tensor:
         """Return the coordinates of rows (n, d) along the components, (n, k), in the dtype of the rows."""
@@ -436,7 +436,7 @@ class StreamingPCA(AnyPCA):
 
     def _forget(self) -> None:
         """Forget what was found of the rows so far."""
-        self._found = self._looked = None
+        self._found = self._snapshot = None
 
     def _fitted(self) -> State:
         if self._state is None:
@@ -457,11 +457,11 @@ class StreamingPCA(AnyPCA):
         yield from self._fitted().refresh()
         self._forget()
 
-    def _look(self) -> Steps[None]:
+    def _take_snapshot(self) -> Steps[None]:
         components_kd, singular_values_k = yield from self._factorized(rough=True)
         total = self._fitted().moments.variance_d(center=self.center).sum()
         *values, total_variance = yield Host(torch.cat([singular_values_k.to(total), total[None]]))
-        self._looked = Look(
+        self._snapshot = Snapshot(
             components=components_kd,
             singular_values=torch.tensor(values, dtype=singular_values_k.dtype, device="cpu"),
             total_variance=total_variance,

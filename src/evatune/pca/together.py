@@ -146,7 +146,7 @@ class Task(Enum):
 
     SETTLE = "the work that adding rows has left"
     REFRESH = "folding all rows in, so that the state is at its smallest"
-    LOOK = "components good enough to watch them"
+    SNAPSHOT = "components good enough to watch them"
     LEARN = "components"
 
 
