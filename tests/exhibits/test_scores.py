@@ -124,6 +124,18 @@ def test_settings_tell_grids_that_ended_early_and_why_scores_are_missing(results
     assert cells["sst2", "corda"] == [None, None, "0 of 3", "this task has no such layers."]
 
 
+def test_a_reason_that_is_too_long_for_a_cell_stands_below_the_table(results):
+    folder, reason = results(), "method 'corda' works on linear layers, and 'h.0.attn' is none."
+    records = (folder / "records.jsonl").read_text()
+    (folder / "records.jsonl").write_text(records.replace("this task has no such layers.", reason))
+    view = View(folders=(str(folder),))
+    for table in (scores.scores(view), scores.settings(view)):
+        cells = [cell for row in table.rows for cell in row if "corda" in row and isinstance(cell, Marked)]
+        assert [cell.text for cell in cells if cell.value == reason]
+        assert {cell.text for cell in cells if cell.value == reason} == {"see below"}
+        assert table.caption.endswith(f"No scores of corda on sst2, corda on cola: {reason}")
+
+
 def test_costs_count_measuring_as_part_of_the_start(results):
     found = scores.costs(View(folders=(str(results()),))).rows
     cells = {tuple(row[:2]): list(map(shown, row[2:])) for row in found}

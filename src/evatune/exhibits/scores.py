@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 from evatune.compare.board import Board
 from evatune.compare.differences import LEVEL
 from evatune.compare.results import is_whole
-from evatune.compare.standing import shown_point
+from evatune.compare.standing import Standing, shown_point
 from evatune.compare.statistics import (
     Ranking,
     interquartile_mean,
@@ -24,6 +24,9 @@ from evatune.errors import EvaError
 from evatune.exhibits import runs
 from evatune.exhibits.view import View
 from evatune.tables import Marked, Table, linked, number, span
+
+LONGEST_REASON = 40
+"""Characters of a reason that a cell has room for."""
 
 
 def scores(view: View) -> Table:
@@ -48,7 +51,8 @@ def scores(view: View) -> Table:
     scaled = " Means over tasks are of scores with the untuned model at 0 and the best method at 1." * board.is_scaled
     caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its chosen setting.{scaled}"
     headers = ["method", "parameters", *headers, *board.means]
-    return Table(name="scores", headers=headers, rows=rows, caption=caption + _missing(board))
+    caption += _missing(board) + _reasons(board.rows)
+    return Table(name="scores", headers=headers, rows=rows, caption=caption)
 
 
 def settings(view: View) -> Table:
@@ -64,11 +68,11 @@ def settings(view: View) -> Table:
                 linked(shown or None, runs.behind_point(view, choice, row.point or {})),
                 ends or None,
                 linked(f"{len(row.scores)} of {row.n_seeds}", runs.behind(row.records)),
-                row.reason or None,
+                _why(row) if row.reason else None,
             ]
         )
     headers = ["task", "method", "chosen on validation", "open grid", "test seeds", "why scores are missing"]
-    return Table(name="settings", headers=headers, rows=rows)
+    return Table(name="settings", headers=headers, rows=rows, caption=_reasons(view.begun.rows).strip())
 
 
 def intervals(view: View) -> Table:
@@ -284,7 +288,7 @@ def _column(board: Board, task: str) -> dict[str, object]:
         if row is None:
             continue
         if row.mean is None:
-            cells[method] = Marked(row.reason)
+            cells[method] = _why(row)
             continue
         text = f"{row.mean:.4f}" + (f" ± {row.deviation:.4f}" if row.deviation is not None else "")
         if len(row.scores) < row.n_seeds:  # not marked beside methods with all of theirs
@@ -323,6 +327,20 @@ def _missing(board: Board) -> str:
     if len(left) > 5:
         return f" {len(left)} methods have no score on every task and are left out."
     return f" Without a score on every task: {', '.join(left)}." if left else ""
+
+
+def _why(row: Standing) -> Marked:
+    """Return the cell that says why scores are missing; readers find a long reason below the table (`_reasons`)."""
+    return Marked(row.reason, text=row.reason if len(row.reason) <= LONGEST_REASON else "see below")
+
+
+def _reasons(rows: Sequence[Standing]) -> str:
+    """Return the reasons that are too long for a cell, each with the methods and tasks that have it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if len(row.reason) > LONGEST_REASON:
+            found.setdefault(row.reason, []).append(f"{row.method} on {row.title}")
+    return "".join(f" No scores of {', '.join(where)}: {reason}" for reason, where in found.items())
 
 
 def _check_complete(board: Board, name: str) -> None:

@@ -72,7 +72,7 @@ class ExactState(State):
         self.n_rows_reviewed = n_rows_reviewed
         self.needs_full_precision = needs_full_precision
         self._missed = missed
-        self._near_dl: Tensor | None = None  # what the last rough call found
+        self._near_dl: Tensor | None = None  # what the last rough snapshot found
 
     @classmethod
     def start(cls, wanted: Wanted, moments: Moments) -> Self:
