@@ -214,3 +214,14 @@ def test_a_single_method_is_not_compared(results):
         scores.ranks(view)
     with pytest.raises(EvaError, match="nothing to pair: no other method shares a seed with lora"):
         scores.paired(view)
+
+
+def test_a_metric_that_is_no_mean_over_examples_is_named_and_not_paired(results):
+    folder = results({"reviews": "loss"})
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["after"]:
+            record["after"]["outcomes"] = {"nll": [9.0, 7.0], "tokens": [2.0, 2.0], "choices": []}
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(EvaError, match=r"or the metric \(loss\) is no mean over examples; name another one with"):
+        scores.paired(View(folders=(str(folder),)))

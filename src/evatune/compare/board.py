@@ -149,9 +149,9 @@ def paired_outcomes(ours: Standing, theirs: Standing) -> list[np.ndarray]:
 
 def _outcomes(record: dict, metric: str) -> np.ndarray | None:
     """Return one number an example whose mean is the metric, if there is such a column."""
-    after = record["after"]
-    for column in after.get("outcomes", {}).values():
+    wanted = record["after"]["metrics"][metric]
+    for column in record["after"].get("outcomes", {}).values():
         values = np.asarray(column, dtype=float)  # one that is not finite is null in the record
-        if abs(np.mean(values) - after["metrics"][metric]) < 1e-3 * max(1.0, abs(after["metrics"][metric])):
+        if len(values) and abs(np.mean(values) - wanted) < 1e-3 * max(1.0, abs(wanted)):
             return values
     return None

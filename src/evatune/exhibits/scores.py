@@ -125,7 +125,8 @@ def paired(view: View) -> Table:
     name = board.reference(view.against)
     if not view.differences:
         raise EvaError(
-            f"there is nothing to pair: no other method shares a seed with {name}, or its metric is no mean."
+            f"there is nothing to pair: no other method shares a seed with {name}, or the metric "
+            f"({', '.join(map(board.metric, board.tasks))}) is no mean over examples; name another one with --score."
         )
     rows = [
         [
