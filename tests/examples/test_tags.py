@@ -39,11 +39,3 @@ def test_the_files_have_the_split_of_the_package(module, tmp_path, monkeypatch, 
     assert f"{folder}/train.jsonl: 24 sentences, 48 parts of words" in told
     assert {tagged.words for tagged in read["test"]} == {("Git9", "!"), ("Git19", "!")}
     assert {tagged.tags for tagged in read["dev"]} == {("VERB", "PUNCT")}
-
-
-def test_a_package_that_is_not_installed_is_named(module, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["tags.py", "--output", str(tmp_path)])
-    with pytest.raises(SystemExit, match="run: pip install --no-deps turkish-treebanks"):
-        module.main()
-    assert not list(tmp_path.iterdir())

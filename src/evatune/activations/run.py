@@ -137,7 +137,7 @@ class Run:
         return True
 
     def look(self, key: str, number: int, entering: Any) -> None:
-        """Snapshot at what enters a target while it is unknown which of its rows count."""
+        """Look at what enters a target while it is unknown which of its rows count."""
         target = self._targets[key]
         self.rows.look_at(key, number, target.layer.activations(target.module, entering))
 

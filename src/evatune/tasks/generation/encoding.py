@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from evatune.errors import EvaError
 from evatune.settings import IGNORED_LABEL
-from evatune.tasks.disk_list import DiskList
+from evatune.tasks.disk_list import empty_list
 from evatune.tasks.generation.example import Example
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def encode_examples(
         raise EvaError(
             f"{type(tokenizer).__name__} cannot tell which characters a token covers; use the model's fast tokenizer."
         )
-    rows: list[dict[str, list[int]]] | DiskList[dict[str, list[int]]] = DiskList() if on_disk else []
+    rows = empty_list(on_disk=on_disk)
     truncated = 0
     for begin in range(0, len(examples), _AT_A_TIME):
         for row in _tokenized(examples[begin : begin + _AT_A_TIME], tokenizer, train_on_prompt=train_on_prompt):
