@@ -140,6 +140,15 @@ def test_refused_and_failed_runs_are_recorded_and_the_rest_goes_on(sweep, fake_e
     assert standings(results).rows[0].mean is not None
 
 
+@pytest.mark.parametrize("stage", ["validation", "test"])
+def test_a_method_whose_scores_are_not_finite_is_not_called_unfinished(sweep, fake_engine, stage):
+    engine = fake_engine(lambda run: None if run.stage == stage else best_in_the_middle(run))
+    unfinished = standings(compare(sweep(methods=["lora"]), engine, limit=2)).rows[0]
+    assert unfinished.reason == "not finished"
+    whole = standings(compare(sweep(methods=["lora"]), engine)).rows[0]
+    assert whole.reason == "no score is finite" and whole.mean is None
+
+
 def test_a_worker_that_dies_is_started_again_and_given_up_in_the_end(sweep, fake_engine):
     died = []
 

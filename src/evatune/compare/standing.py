@@ -123,14 +123,6 @@ def standings(results: Results, *, metric: str | None = None) -> Standings:
         test = [r for r in own if r["stage"] == "test" and r["point"] == choice["point"]]
         scores = {r["seed"]: value for r in test if (value := score(r, metric)) is not None}
         done = next((r for r in test if r["state"] == "done"), None)
-        without = next((r for r in own if r["state"] != "done"), None)
-        reason = "not run yet" if not own else ""
-        if not scores and without is not None:
-            reason = without["reason"]
-        elif not scores and own:
-            reason = "not finished"
-        elif len(scores) < len(test):
-            reason = next(r.get("reason") or "its score is not finite" for r in test if r["seed"] not in scores)
         rows.append(
             Standing(
                 task=choice["task"],
@@ -142,9 +134,26 @@ def standings(results: Results, *, metric: str | None = None) -> Standings:
                 n_seeds=choice["test_seeds"],
                 metric=metric or (done["after"]["headline"] if done else ""),
                 trainable=done["parameters"]["trainable"] if done else None,
-                reason=reason,
+                reason=_why_missing(own, test, scores, is_over=not choice["missing"]),
                 group=groups.get(choice["task"], ""),
                 records=test,
             )
         )
     return Standings(rows=rows)
+
+
+def _why_missing(runs: Sequence[Record], test: Sequence[Record], scores: Mapping[int, float], *, is_over: bool) -> str:
+    """Return why test scores are missing; an empty text where none is.
+
+    Args:
+        runs: all runs of a method on a task.
+        test: those on test data at its chosen setting.
+        scores: the scores of these, by seed.
+        is_over: no run is left to do.
+    """
+    if not runs:
+        return "not run yet"
+    if not scores:
+        without = "no score is finite" if is_over else "not finished"
+        return next((run["reason"] for run in runs if run["state"] != "done"), without)
+    return next((run.get("reason") or "its score is not finite" for run in test if run["seed"] not in scores), "")
