@@ -59,7 +59,7 @@ def test_a_method_that_searches_nothing_has_test_runs_alone(sweep, fake_engine):
     assert engine.names == []
     one = sweep(methods=["lora", "eva"], learning_rates=[5e-4], validation=None)
     left = forecast(one).runs[0]
-    assert (left["validation"], left["test"], left["left"]) == (0, 4, 4)
+    assert (left.validation, left.test, left.left) == (0, 4, 4)
     results = compare(one, engine)
     assert engine.names == [f"task/{method}/lr0.0005-seed{seed}" for method in ("lora", "eva") for seed in (0, 1)]
     row = standings(results).rows[0]

@@ -140,12 +140,17 @@ def add_view_options(parser: argparse.ArgumentParser, *, save_required: bool = F
     parser.add_argument("--save", metavar="FILE", required=save_required, help="write it to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
     group = parser.add_argument_group("of results")
-    group.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
-    group.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
+    add_result_options(group)
     group.add_argument("--task", metavar="NAME", help="the task that a figure shows (default: the first one)")
     group = parser.add_argument_group("of spectra")
     group.add_argument("--rhos", type=float, nargs="+", metavar="X", help="values of rho (default: 1 1.5 2)")
     add_options(group, Planning)
+
+
+def add_result_options(group: argparse._ActionsContainer) -> None:
+    """Add which scores of results count, and which method they are compared with."""
+    group.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
+    group.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
 
 
 def view_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evatune.cli.options import answer
+from evatune.cli.options import add_result_options, answer
 
 SUMMARY = "write the results of a sweep as one HTML page"
 USAGE = "RESULTS..."
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write all tables (Markdown, CSV, LaTeX) and figures (SVG) beside it",
     )
-    parser.add_argument("--score", metavar="NAME", help="the metric that counts (default: the sweep's or the headline)")
-    parser.add_argument("--against", metavar="METHOD", help="the method that others are compared with (default: lora)")
+    add_result_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 

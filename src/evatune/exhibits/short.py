@@ -7,6 +7,13 @@ from evatune.compare.standing import Standing
 from evatune.errors import EvaError
 from evatune.exhibits.view import View
 
+_ENDS = {
+    "better": "and better than {} beyond chance",
+    "worse": "and worse than {} beyond chance",  # where examples shared with the reference are few
+    "not told apart": "but cannot be told apart from {}",
+}
+"""What is said of the best method, by the verdict of its comparison with the reference."""
+
 
 def headline(view: View) -> tuple[str, str]:
     """Return a sentence on the best method of a task, and its numbers; empty texts if no method has a score."""
@@ -16,35 +23,28 @@ def headline(view: View) -> tuple[str, str]:
         return "", ""
     rows = [row for row in rows if len(row.scores) >= row.n_seeds] or rows  # the best of few seeds may be luck
     best = max(rows, key=lambda row: board.sign(task) * (row.mean or 0.0))
+    title = f"{task}: {best.method} is best of {len(rows)}"
     numbers = f"`{best.method}` has {_score(best)} {best.metric}"
     try:
         name = board.reference(view.against)
         compared = of_task(view.differences, task)
     except EvaError:
-        return f"{task}: {best.method} is best of {len(rows)}", f"{numbers}. There is no method to compare with."
+        return title, f"{numbers}. There is no method to compare with."
     theirs = board.at(name, task)
     if theirs is None or theirs.mean is None:
-        return f"{task}: {best.method} is best of {len(rows)}", f"{numbers}; {name} has no score to compare with."
-    sure = [one for one in compared if one.verdict in ("better", "worse")]
-    counts = f" {_count(len(compared), 'method')} compared with {name}: {_listed(sure)}"
+        return title, f"{numbers}; {name} has no score to compare with."
+    counts = f" {_count(len(compared), 'method')} compared with {name}: {_listed(compared)}" if compared else ""
     if best.method == name:
-        return f"{task}: {name} is best of {len(rows)}", f"{numbers}.{counts if compared else ''}"
+        return title, f"{numbers}.{counts}"
     numbers += f", `{name}` {_score(theirs)}"
     ours = next((one for one in compared if one.method == best.method), None)
     if ours is None:
-        return f"{task}: {best.method} is best of {len(rows)}", f"{numbers}. Their examples cannot be paired."
-    found = ours.difference
-    low, high = found.estimate.interval or (found.estimate.value, found.estimate.value)
-    numbers += f": better by {found.estimate.value:+.4f}, 95% interval {low:+.4f} to {high:+.4f}"
+        return title, f"{numbers}. Their examples cannot be paired."
+    numbers += f": better by {_difference(ours)}"
     if ours.verdict == "one seed":
-        title = f"{task}: {best.method} is best of {len(rows)}, of one seed, which is too few to tell"
+        title += ", of one seed, which is too few to tell"
         return title, f"{numbers} over examples alone. Another seed may say the opposite."
-    end = {
-        "better": f"and better than {name} beyond chance",
-        "worse": f"and worse than {name} beyond chance",  # where examples shared with the reference are few
-        "not told apart": f"but cannot be told apart from {name}",
-    }[ours.verdict]
-    return f"{task}: {best.method} is best of {len(rows)}, {end}", f"{numbers}, p = {ours.p:.2g} after Holm.{counts}"
+    return f"{title}, {_ENDS[ours.verdict].format(name)}", f"{numbers}, p = {ours.p:.2g} after Holm.{counts}"
 
 
 def _score(row: Standing) -> str:
@@ -52,14 +52,21 @@ def _score(row: Standing) -> str:
     return f"{row.mean:.4f}{spread}"
 
 
+def _difference(compared: Compared) -> str:
+    """Return a difference with its interval."""
+    found = compared.difference.estimate
+    low, high = found.interval or (found.value, found.value)
+    return f"{found.value:+.4f}, 95% interval {low:+.4f} to {high:+.4f}"
+
+
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s were' if n != 1 else ' was'}"
 
 
-def _listed(sure: list[Compared]) -> str:
-    """Return which methods differ, in words."""
+def _listed(compared: list[Compared]) -> str:
+    """Return which methods differ beyond chance, in words."""
     parts = []
     for verdict in ("better", "worse"):
-        names = ", ".join(f"`{one.method}`" for one in sure if one.verdict == verdict)
+        names = ", ".join(f"`{one.method}`" for one in compared if one.verdict == verdict)
         parts += [f"{verdict} beyond chance {'are' if ',' in names else 'is'} {names}"] if names else []
     return "; ".join(parts) + "." if parts else "none differs beyond chance."
