@@ -9,8 +9,8 @@ import re
 import pytest
 
 from evatune.errors import EvaError
-from evatune.exhibits import scores
-from evatune.exhibits.curves import cost, steps_saved
+from evatune.exhibits import costs, scores
+from evatune.exhibits.curves import steps_saved
 from evatune.exhibits.view import View
 from evatune.tables import Marked
 
@@ -109,12 +109,35 @@ def test_programs_get_numbers_with_deviations_and_ends_apart(results):
 def test_scores_and_what_is_made_of_them_lead_to_their_runs(results):
     view = View(folders=(str(results()),))
     tables = [scores.scores, scores.paired, scores.intervals, scores.improvement, scores.ranks, scores.wins]
-    for make in (*tables, scores.settings, scores.costs, steps_saved):
+    for make in (*tables, scores.settings, costs.table, steps_saved):
         for row in make(view).rows:
             hrefs = {cell.href for cell in row if isinstance(cell, Marked) and cell.href}
             wanted = next((name for name in ("lora", "eva ρ=1", "eva ρ=2", "pissa") if name in row), None)
             assert hrefs or "corda" in row, (make.__name__, row)
             assert wanted is None or all(f"-{re.sub('[ =]', '-', wanted)}-lr0.01" in href for href in hrefs), hrefs
+
+
+def test_every_number_of_the_scores_leads_to_its_runs(results):
+    folder = results({"sst2": "accuracy", "cola": "accuracy", "rte": "accuracy"}, refused="")
+    recipes = {"sst2": {"group": "one"}, "cola": {"group": "pairs"}, "rte": {"group": "pairs"}}
+    (folder / "sweep.json").write_text(json.dumps({"sweep": {"recipes": recipes}}))
+    table = scores.scores(View(folders=(str(folder),)))
+    lora = dict(zip(table.headers, next(row for row in table.rows if row[0] == "lora"), strict=True))
+    assert lora["parameters"].value == 1000
+    hrefs = {title: cell.href for title, cell in lora.items() if title != "method"}
+    assert hrefs["parameters"] == hrefs["sst2 (accuracy)"] == hrefs["one (mean)"] == hrefs["mean"]
+    assert hrefs["pairs (mean)"] == hrefs["cola (accuracy)"] == "#runs-cola-lora-lr0.01-test"
+    assert all(cell.href for row in table.rows for cell in row[1:] if cell is not None)
+
+
+def test_parameters_that_differ_between_tasks_are_said_to_be_those_of_one(results):
+    folder = results()
+    assert "Parameters are" not in scores.scores(View(folders=(str(folder),))).caption
+    records = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    other = [line.replace('"trainable": 1000', '"trainable": 1003') if '"cola"' in line else line for line in records]
+    (folder / "records.jsonl").write_text("\n".join(other) + "\n")
+    found = scores.scores(View(folders=(str(folder),)))
+    assert rows(found)["lora"][0] == 1000 and " Parameters are those on sst2, " in found.caption
 
 
 def test_settings_tell_grids_that_ended_early_and_why_scores_are_missing(results):
@@ -137,10 +160,26 @@ def test_a_reason_that_is_too_long_for_a_cell_stands_below_the_table(results):
 
 
 def test_costs_count_measuring_as_part_of_the_start(results):
-    found = scores.costs(View(folders=(str(results()),))).rows
+    found = costs.table(View(folders=(str(results()),))).rows
     cells = {tuple(row[:2]): list(map(shown, row[2:])) for row in found}
     assert cells["sst2", "eva ρ=1"] == [900, "1.5", "6.0", "20.0%", "1.50"]
     assert cells["sst2", "lora"][1:4] == ["0.5", "6.0", "7.7%"]
+
+
+def test_a_start_from_spectra_that_another_method_measured_has_no_cost_of_its_own(results):
+    folder = results({"sst2": "accuracy"})
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["method"] == "eva ρ=2" and record["state"] == "done":
+            del record["seconds"]["measure"]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    view = View(folders=(str(folder),))
+    found = costs.table(view)
+    cells = {row[1]: list(map(shown, row[3:])) for row in found.rows}
+    assert cells["eva ρ=2"] == [None, "6.0", None, "1.50"] and cells["eva ρ=1"][0] == "1.5"
+    assert found.caption.endswith("all runs took spectra that runs of another method had measured.")
+    (axes,) = costs.figure(view).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "eva ρ=1", "pissa"]
 
 
 def test_steps_until_the_loss_of_the_reference(results):
@@ -193,9 +232,9 @@ def test_costs_leave_out_runs_that_went_on_after_an_interruption(results):
             record |= {"seconds": {"train": 1.0}}  # of the session that began with a checkpoint
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     view = View(folders=(str(folder),))
-    cells = {row[1]: list(map(shown, row[2:])) for row in scores.costs(view).rows}
+    cells = {row[1]: list(map(shown, row[2:])) for row in costs.table(view).rows}
     assert cells["eva ρ=1"][:3] == [900, "1.5", "6.0"] and "pissa" not in cells
-    assert cost(view) is not None
+    assert costs.figure(view) is not None
 
 
 def test_a_single_method_is_not_compared(results):

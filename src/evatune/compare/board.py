@@ -48,7 +48,7 @@ class Board:
     @cached_property
     def complete(self) -> list[str]:
         """The methods that have a score on every task."""
-        return [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in self.tasks)]
+        return self._scored(self.tasks)
 
     def values(self, method: str) -> list[np.ndarray]:
         """Return a complete method's scores over seeds, for each task, with higher ones better.
@@ -72,7 +72,7 @@ class Board:
 
         Each is a mean by method, of the methods that have a score on every task of it.
         """
-        groups = {f"{name} (mean)": self._mean(tasks) for name, tasks in self.groups.items()}
+        groups = {mean_of(name): self._mean(tasks) for name, tasks in self.groups.items()}
         found = dict(groups)
         if len(groups) > 1:
             shared = [m for m in self.methods if all(m in group for group in groups.values())]
@@ -81,14 +81,20 @@ class Board:
             found["mean"] = self._mean(self.tasks)
         return found
 
+    def tasks_of(self, mean: str) -> list[str]:
+        """Return the tasks that one of the `means` is over."""
+        return next((tasks for name, tasks in self.groups.items() if mean_of(name) == mean), self.tasks)
+
     def means_text(self, *, width: int | None = None) -> str:
         """Return the means for a terminal of this width; an empty string where there is one task without a group."""
         rows = [[m, *(f"{mean[m]:.4f}" if m in mean else None for mean in self.means.values())] for m in self.methods]
         return text_table(["method", *self.means], rows, width=width) if self.means else ""
 
     def _mean(self, tasks: Sequence[str]) -> dict[str, float]:
-        scored = [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in tasks)]
-        return {m: float(np.mean([self._values(m, task).mean() for task in tasks])) for m in scored}
+        return {m: float(np.mean([self._values(m, task).mean() for task in tasks])) for m in self._scored(tasks)}
+
+    def _scored(self, tasks: Sequence[str]) -> list[str]:
+        return [m for m in self.methods if all((row := self.at(m, task)) and row.scores for task in tasks)]
 
     def _values(self, method: str, task: str) -> np.ndarray:
         row = self.at(method, task)
@@ -129,6 +135,11 @@ class Board:
                 f"{', '.join(self.methods)} with --against."
             )
         return found
+
+
+def mean_of(group: str) -> str:
+    """Return what tables call the mean over the tasks of a group."""
+    return f"{group} (mean)"
 
 
 def paired_outcomes(ours: Standing, theirs: Standing) -> list[np.ndarray]:

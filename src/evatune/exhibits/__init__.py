@@ -32,6 +32,11 @@ class Exhibit:
     of_task: bool = False
     """Whether it shows a single task of the results."""
 
+    @property
+    def title(self) -> str:
+        """What it shows, with a capital."""
+        return f"{self.idea[0].upper()}{self.idea[1:]}"
+
 
 def _row(idea: str, of: str, home: str, paper: str = "", *, of_task: bool = False) -> Exhibit:
     return Exhibit(idea=idea, of=of, home=f"evatune.exhibits.{home}", paper=paper, of_task=of_task)
@@ -50,7 +55,7 @@ TABLES: dict[str, Exhibit] = {
     "paired": _row("differences to the reference by example, corrected p-values", RESULTS, "scores:paired"),
     "ranks": _row("mean ranks of the methods, and the critical difference", RESULTS, "scores:ranks"),
     "wins": _row("wins, ties and losses against the reference", RESULTS, "scores:wins"),
-    "costs": _row("time to start and to train, peak memory", RESULTS, "scores:costs", "Table 25"),
+    "costs": _row("time to start and to train, peak memory", RESULTS, "costs:table", "Table 25"),
     "steps": _row("steps to reach the reference's final training loss", RESULTS, "curves:steps_saved", of_task=True),
     "budget": _row("rank and parameters of each kind of matrix over ρ", SPECTRA, "ranks:budget"),
     "metrics": _row("ranks by metric of explained variance", SPECTRA, "ranks:metrics"),
@@ -81,7 +86,7 @@ FIGURES: dict[str, Exhibit] = {
         of_task=True,
     ),
     "critical-difference": _row("mean ranks, and which cannot be told apart", RESULTS, "curves:critical_difference"),
-    "cost": _row("time to start as a share of the run", RESULTS, "curves:cost", "Table 25", of_task=True),
+    "cost": _row("time to start as a share of the run", RESULTS, "costs:figure", "Table 25", of_task=True),
     "rank-maps": _row("ranks and their changes over ρ", SPECTRA, "ranks:maps", "Figures 7 to 10, 12, 13"),
     "variance": _row("variance that the first components explain", SPECTRA, "ranks:variance"),
     "convergence": _row("share of inputs that converged over time", SPECTRA, "ranks:convergence", "Figure 5 left"),

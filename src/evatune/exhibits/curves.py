@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from evatune.compare.differences import of_task
-from evatune.compare.results import Record, is_whole
-from evatune.compare.standing import title_of
+from evatune.compare.results import Record
+from evatune.compare.standing import Standing, title_of
 from evatune.errors import EvaError
 from evatune.exhibits.runs import behind
 from evatune.exhibits.scores import ranking_of
 from evatune.exhibits.view import View
-from evatune.methods import parse_method
 from evatune.report import comparisons
 from evatune.report.figures import series, trailing_mean
 from evatune.report.style import Figure
 from evatune.tables import Table, linked, number
 from evatune.tasks.scores import is_better_higher
+from evatune.training.folder import FREE, changed_settings
 
 SMOOTH = 5
 """Steps that a curve over steps is the mean of."""
@@ -88,21 +87,23 @@ def parameters(view: View) -> Figure:
 
 
 def rho(view: View) -> Figure:
-    """Draw the test score over ρ, a curve for each method that was run with several values of it."""
+    """Draw the test score over ρ, a curve for the methods whose settings differ in nothing else."""
     task = view.one_task
-    found: dict[str, dict[float, tuple[float, float]]] = {}
-    for method, records in view.test_runs(task).items():
+    families: list[list[Standing]] = []
+    for method in view.board.methods:
         row = view.board.at(method, task)
-        if row is not None and row.mean is not None:
-            label = re.sub(r" ρ=\S+", "", method)  # as `evatune.compare.runs.Cell.label` writes it
-            value = records[0]["recipe"]["adapter"]["rho"]
-            found.setdefault(label, {})[value] = (row.mean, row.deviation or 0.0)
-    curves = {}
-    for label, by_rho in found.items():
+        if row is not None and row.scores:
+            family = next((one for one in families if _differ_in_rho_alone(one[0], row)), [])
+            families += [] if family else [family]
+            family.append(row)
+    curves: dict[str, comparisons.Band] = {}
+    for family in families:
+        by_rho = {row.records[0]["recipe"]["adapter"]["rho"]: row for row in family}
         if len(by_rho) > 1:
             places = sorted(by_rho)
-            means, deviations = np.array([by_rho[value] for value in places]).T
-            curves[label] = (places, means, means - deviations, means + deviations)
+            means = np.array([by_rho[place].mean for place in places])
+            deviations = np.array([by_rho[place].deviation or 0.0 for place in places])
+            curves[_shared_name(family, taken=curves)] = (places, means, means - deviations, means + deviations)
     if not curves:
         raise EvaError(f"no method of {task} was run with several values of rho; give the sweep `rhos: [1, 2]`.")
     return comparisons.bands(curves, x="ρ", y=view.board.metric(task), title=f"Score over ρ, {task}")
@@ -129,22 +130,6 @@ def critical_difference(view: View) -> Figure:
     return comparisons.critical_difference(ranking.ranks, ranking.critical_difference)
 
 
-def cost(view: View) -> Figure:
-    """Draw the share of time that measuring and initializing take, median of the runs that measured themselves."""
-    shares = {}
-    for method, records in view.test_runs(view.one_task).items():
-        whole = []
-        for record in filter(is_whole, records):
-            seconds = record["seconds"]
-            start = seconds.get("measure", 0.0) + seconds["prepare"]
-            if "measure" in seconds or not parse_method(record["recipe"]["adapter"]["method"]).method.needs_spectra:
-                whole.append(start / (start + seconds["train"]))
-        if whole:
-            shares[method] = float(np.median(whole))
-    title = f"Start over start and training, {view.one_task}"
-    return comparisons.bars(shares, x="share of the time", title=title, form=".1%")
-
-
 def steps_saved(view: View) -> Table:
     """Return the steps until the loss, mean of the last steps and over seeds, is that of the reference at its end."""
     task, name = view.one_task, view.board.reference(view.against)
@@ -161,6 +146,19 @@ def steps_saved(view: View) -> Table:
     caption = f"Mean training loss of {SMOOTH} logged steps and of all seeds; {name} ends at {goal:.4f}, on {task}."
     headers = ["method", "loss at the end", f"step at which {name}'s is reached", "steps"]
     return Table(name="steps", headers=headers, rows=rows, caption=caption)
+
+
+def _differ_in_rho_alone(first: Standing, second: Standing) -> bool:
+    """Return whether the settings of two methods are the same but for ρ and what was searched for each."""
+    free = FREE | {"adapter.rho", "train.seed", *(first.point or ()), *(second.point or ())}
+    return not changed_settings(first.records[0]["recipe"], second.records[0]["recipe"], free=free)
+
+
+def _shared_name(family: Sequence[Standing], *, taken: Collection[str]) -> str:
+    """Return the words that the names of all methods have, or else all names."""
+    names = [row.method for row in family]
+    shared = " ".join(word for word in names[0].split() if all(word in name.split() for name in names))
+    return shared if shared and shared not in taken else ", ".join(names)
 
 
 def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:

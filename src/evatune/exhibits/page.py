@@ -40,29 +40,11 @@ def write_results_page(view: View, path: str | Path) -> Path:
     Raises:
         EvaError: there are no results.
     """
-    results, board = view.results, view.begun if view.begun.rows else view.board
-    records = list(results.records.values())
-    counts = Counter(record["state"] for record in records)
-    missing = sum(choice["missing"] for choice in results.choices)
-    methods = ", ".join(board.methods) if len(board.methods) <= 5 else f"{len(board.methods)} methods"
-    lead = f"{methods} on {', '.join(board.tasks)}: " + ", ".join(
-        f"{count} runs {state}" for state, count in counts.items()
-    )
-    lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
-    if not any(row.scores for row in board.rows):
-        lead += " No test run is done yet: what follows was scored on validation data alone."
-    overall: list[Block] = [HOW]
-    for name in OVERALL:
-        if table := _table(view, name):
-            idea = TABLES[name].idea
-            overall += [Heading(text=f"{idea[0].upper()}{idea[1:]}"), table]
-    short: list[Block] = []
-    for task in board.tasks:
-        one = view.on(task)
-        title, numbers = headline(one)
-        short += [Heading(text=title), numbers, *_figure(one, "differences", None)] if title else []
+    board = view.begun if view.begun.rows else view.board
+    records = list(view.results.records.values())
+    short = [block for task in board.tasks for block in _short(view.on(task))]
     sections = [Section(title="In short", content=short)] if short else []
-    sections.append(Section(title="Scores", content=[*overall, *_figure(view, "critical-difference", None)]))
+    sections.append(Section(title="Scores", content=_scores(view)))
     for task in board.tasks:
         one = view.on(task)
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
@@ -70,7 +52,37 @@ def write_results_page(view: View, path: str | Path) -> Path:
     sections.append(Section(title="What failed", content=[_failed(records)]))
     sections.append(Section(title="All runs", content=[runs.table(view, Path(path).parent)]))
     sections.append(Section(title="What was run", content=[_facts(records)]))
-    return write_page(path, title=f"Comparison: {results.folder.name}", lead=lead, sections=sections)
+    return write_page(path, title=f"Comparison: {view.results.folder.name}", lead=_lead(view), sections=sections)
+
+
+def _lead(view: View) -> str:
+    """Return what was compared, and how much of it is done."""
+    results, board = view.results, view.begun
+    methods = ", ".join(board.methods) if len(board.methods) <= 5 else f"{len(board.methods)} methods"
+    counts = Counter(record["state"] for record in results.records.values())
+    lead = f"{methods} on {', '.join(board.tasks)}: " + ", ".join(
+        f"{count} runs {state}" for state, count in counts.items()
+    )
+    missing = sum(choice["missing"] for choice in results.choices)
+    lead += f"; {missing} are still to be done, so this is a part of the comparison." if missing else "."
+    if not any(row.scores for row in board.rows):
+        lead += " No test run is done yet: what follows was scored on validation data alone."
+    return lead
+
+
+def _short(view: View) -> list[Block]:
+    """Return what the comparison says of one task; nothing if no method has a score."""
+    title, numbers = headline(view)
+    return [Heading(text=title), numbers, *_figure(view, "differences", None)] if title else []
+
+
+def _scores(view: View) -> list[Block]:
+    """Return the tables of all tasks, and how methods rank."""
+    blocks: list[Block] = [HOW]
+    for name in OVERALL:
+        if table := _table(view, name):
+            blocks += [Heading(text=TABLES[name].title), table]
+    return [*blocks, *_figure(view, "critical-difference", None)]
 
 
 def _table(view: View, name: str) -> Table | None:
@@ -101,10 +113,8 @@ def _figure(view: View, name: str, numbers: str | None) -> list[Block]:
     except EvaError:  # such as the score over rho, where there is one value
         return []
     table = _rates(view) if numbers == "rates" else None if numbers is None else _made(view, numbers)
-    idea = FIGURES[name].idea
-    blocks: list[Block] = [
-        Picture(figure=figure, alt=f"{idea}, {view.task or 'all tasks'}.", caption=f"{idea[0].upper()}{idea[1:]}.")
-    ]
+    alt = f"{FIGURES[name].idea}, {view.task or 'all tasks'}."
+    blocks: list[Block] = [Picture(figure=figure, alt=alt, caption=f"{FIGURES[name].title}.")]
     if table is not None:
         blocks.append(Folded(title="numbers", table=dataclasses.replace(table, name="")))
     return blocks
@@ -140,6 +150,9 @@ def _facts(records: list[Record]) -> Table:
         ["machine", "; ".join(machines) or None],
         ["versions", "; ".join(versions)],
         ["sources of evatune (hash)", ", ".join(codes) or None],
-        ["time of all runs", f"{sum(r['wall_seconds'] for r in records) / 3600:.1f} hours"],
+        [
+            "time of all runs",
+            Marked(f"{sum(r['wall_seconds'] for r in records) / 3600:.1f} hours", href=runs.EVERYTHING),
+        ],
     ]
     return Table(headers=["", ""], rows=rows)

@@ -28,9 +28,9 @@ def behind(records: Sequence[Record]) -> str:
     return "#" + row_id(NAME, records[0]["name"] if len(records) == 1 else _set_of(records[0]))
 
 
-def behind_method(board: Board, method: str) -> str:
-    """Return where a number over all tasks leads: to the test runs of the first task; those of the others follow."""
-    rows = (board.at(method, task) for task in board.tasks)
+def behind_method(board: Board, method: str, tasks: Sequence[str] | None = None) -> str:
+    """Return where a number over tasks leads, all of them by default: to the test runs of the first; others follow."""
+    rows = (board.at(method, task) for task in (board.tasks if tasks is None else tasks))
     return next((href for row in rows if row and (href := behind(row.records))), "")
 
 

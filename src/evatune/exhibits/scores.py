@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from evatune.compare.board import Board
 from evatune.compare.differences import LEVEL
-from evatune.compare.results import is_whole
 from evatune.compare.standing import Standing, shown_point
 from evatune.compare.statistics import (
     Ranking,
@@ -36,21 +33,20 @@ def scores(view: View) -> Table:
     """
     board = view.board
     sign = 1 if board.is_scaled else board.sign(board.tasks[0])
-    means = [marked({m: number(sign * one, ".4f") for m, one in mean.items()}, mean) for mean in board.means.values()]
-    columns: list[Mapping[str, object]] = [*(_column(board, task) for task in board.tasks), *means]
+    means = [_mean_column(board, name, sign=sign) for name in board.means]
+    columns = [*(_column(board, task) for task in board.tasks), *means]
     before = [board.untuned(task) for task in board.tasks]
     shown = [None if value is None else linked(number(value, ".4f"), runs.EVERYTHING) for value in before]
     rows: list[list[object]] = [["untuned", None, *shown, *[None] * len(means)]]
     for method in board.methods:
-        standing = [row for task in board.tasks if (row := board.at(method, task))]
-        trainable = next((row.trainable for row in standing if row.trainable is not None), None)
-        rows.append([method, trainable, *(column.get(method) for column in columns)])
+        rows.append([method, _trainable(board, method), *(column.get(method) for column in columns)])
     headers = [
         f"{name} ({board.metric(name)}{'' if board.sign(name) > 0 else ', lower is better'})" for name in board.tasks
     ]
     scaled = " Means over tasks are of scores with the untuned model at 0 and the best method at 1." * board.is_scaled
     caption = f"Mean ± standard deviation over {_seeds(board)}, each method at its chosen setting.{scaled}"
     headers = ["method", "parameters", *headers, *board.means]
+    caption += _of_which_parameters(board)
     caption += _missing(board) + _reasons(board.rows)
     return Table(name="scores", headers=headers, rows=rows, caption=caption)
 
@@ -236,39 +232,6 @@ def wins(view: View) -> Table:
     return Table(name="wins", headers=["method", "wins", "ties", "losses"], rows=rows, caption=caption)
 
 
-def costs(view: View) -> Table:
-    """Return what the runs took: time to initialize and to train, peak memory, trainable parameters (Table 25)."""
-    board = view.board
-    rows = []
-    for row in board.rows:
-        whole = [record for record in row.records if is_whole(record)]
-        if whole:
-            seconds = {
-                name: [r["seconds"][name] for r in whole if name in r["seconds"]]
-                for name in ("measure", "prepare", "train")
-            }
-            start = np.median(seconds["prepare"]) + (np.median(seconds["measure"]) if seconds["measure"] else 0.0)
-            train = np.median(seconds["train"])
-            peak = [r["peak_memory_gib"] for r in whole if r.get("peak_memory_gib")]
-            rows.append(
-                [
-                    row.title,
-                    row.method,
-                    linked(row.trainable, runs.behind(row.records)),
-                    number(float(start), ".1f"),
-                    number(float(train), ".1f"),
-                    number(float(start / (start + train)), ".1%"),
-                    number(max(peak), ".2f") if peak else None,
-                ]
-            )
-    headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
-    caption = (
-        "Medians over the test runs that nothing interrupted. `start` is measuring, where a run measured itself, and "
-        "initializing."
-    )
-    return Table(name="costs", headers=headers, rows=rows, caption=caption)
-
-
 def marked(cells: Mapping[str, Marked], values: Mapping[str, float]) -> dict[str, Marked]:
     """Return cells with those of the highest and the second highest value marked; equal values share a mark."""
     order = sorted(set(values.values()), reverse=True)
@@ -298,6 +261,27 @@ def _column(board: Board, task: str) -> dict[str, object]:
             means[method] = board.sign(task) * row.mean
         cells[method] = Marked(row.mean, text=text, also={"deviation": row.deviation, "seeds": len(row.scores)})
     return {m: linked(cell, _led(board, m, task)) for m, cell in marked(cells, means).items()}
+
+
+def _mean_column(board: Board, name: str, *, sign: int) -> dict[str, object]:
+    """Return the cells of a mean over tasks, with the sign of the scores that it is of."""
+    mean = board.means[name]
+    cells = marked({m: number(sign * value, ".4f") for m, value in mean.items()}, mean)
+    return {m: linked(cell, runs.behind_method(board, m, board.tasks_of(name))) for m, cell in cells.items()}
+
+
+def _trainable(board: Board, method: str) -> object:
+    """Return the trainable parameters of a method on the first task on which it was run."""
+    rows = (board.at(method, task) for task in board.tasks)
+    row = next((row for row in rows if row is not None and row.trainable is not None), None)
+    return None if row is None else linked(row.trainable, runs.behind(row.records))
+
+
+def _of_which_parameters(board: Board) -> str:
+    """Return a sentence where a method has other parameters on other tasks, as with other heads or models."""
+    counts = {(row.method, row.trainable) for row in board.rows if row.trainable is not None}
+    is_one = len(counts) == len({method for method, _ in counts})
+    return "" if is_one else f" Parameters are those on {board.tasks[0]}, or else on a method's first task."
 
 
 def _led(board: Board, method: str, task: str) -> str:
