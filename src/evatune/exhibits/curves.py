@@ -101,8 +101,7 @@ def rho(view: View) -> Figure:
         by_rho = {row.records[0]["recipe"]["adapter"]["rho"]: row for row in family}
         if len(by_rho) > 1:
             places = sorted(by_rho)
-            means = np.array([by_rho[place].mean for place in places])
-            deviations = np.array([by_rho[place].deviation or 0.0 for place in places])
+            means, deviations = np.array([(by_rho[one].mean, by_rho[one].deviation or 0.0) for one in places]).T
             curves[_shared_name(family, taken=curves)] = (places, means, means - deviations, means + deviations)
     if not curves:
         raise EvaError(f"no method of {task} was run with several values of rho; give the sweep `rhos: [1, 2]`.")
