@@ -8,7 +8,7 @@ from evatune.errors import EvaError
 from evatune.tasks.examples import Examples, gather
 
 
-def converter(row, source):
+def converter(row, source, file):
     def convert(row):
         if row["n"] == "bad":
             raise EvaError("n is bad.")

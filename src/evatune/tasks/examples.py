@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -49,7 +49,7 @@ class Examples(Sequence[Item], Generic[Item]):
 
 def gather(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    converter: Callable[[Row, str], Convert[Item]],
+    converter: Callable[[Row, str, str], Convert[Item]],
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -65,8 +65,8 @@ def gather(
 
     Args:
         sources: files, folders and patterns, which are mixed, or a hub data set id; see `read_rows` and `files_of`.
-        converter: is given the first row of each file and the name of its source, and returns what makes examples of
-            its rows.
+        converter: is given the first row of each file, the name of its source and that of the file, and returns what
+            makes examples of its rows.
         limit: keep the first so many of the shuffled examples.
         seed: of the order.
         split: split of a hub data set.
@@ -93,13 +93,7 @@ def gather(
         own = [] if name in (places or {}) else files_of(name, split=split)
         found = [{"name": file, "split": split, "hub_config": hub_config} for file in own]
         for place in (places or {}).get(name, found):
-            convert: Convert[Item] | None = None
-            for where, row in read_rows(**place, columns=columns):
-                convert = convert or converter(row, name)
-                try:
-                    example = convert(row)
-                except EvaError as error:
-                    raise EvaError(f"{where}: {error}") from None
+            for example in _converted(place, converter, source=name, columns=columns):
                 if example is None:
                     dropped += 1
                 else:
@@ -117,6 +111,24 @@ def gather(
         order = [number for number in order if (number in chosen) == (part == "validation")]
     random.Random(seed).shuffle(order)
     return Examples(items=selected(items, order[:limit]), sources=tuple(names), dropped=dropped)
+
+
+def _converted(
+    place: Mapping[str, Any],
+    converter: Callable[[Row, str, str], Convert[Item]],
+    *,
+    source: str,
+    columns: Mapping[str, str] | None,
+) -> Iterator[Item | None]:
+    """Yield the example of each row of a file, or None for a row without a question or an answer."""
+    convert: Convert[Item] | None = None
+    for where, row in read_rows(**place, columns=columns):
+        convert = convert or converter(row, source, place["name"])
+        try:
+            example = convert(row)
+        except EvaError as error:
+            raise EvaError(f"{where}: {error}") from None
+        yield example
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

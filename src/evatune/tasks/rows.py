@@ -149,9 +149,10 @@ def _jsonl_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
 
 def _json_rows(path: Path, *, has_header: bool) -> Iterator[tuple[str, Row]]:
     content = _parsed("".join(line for _, line in _lines(path)), where=str(path))
-    rows = next(iter(content.values()), None) if isinstance(content, dict) else content
+    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
+    rows = lists[0] if len(lists) == 1 else None
     if not isinstance(rows, list):
-        raise EvaError(f"{path} must hold a list of objects.")
+        raise EvaError(f"{path} must hold a list of objects, or one object in which there is one such list.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise EvaError(f"{path} must hold a list of objects, and item {number} is a {type(row).__name__}.")

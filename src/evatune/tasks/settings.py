@@ -77,3 +77,19 @@ class RowSettings(DataSettings):
     header a column is a number, from 1 on."""
     streaming: bool = False
     """Keep the training examples and their tokens in temporary files, not in memory; batches and order are the same."""
+
+    def reading(self, which: Literal["training", "validation", "held out"]) -> dict[str, Any]:
+        """Return how examples are read, as arguments of `evatune.tasks.examples.gather`.
+
+        Args:
+            which: those to learn from, the share of them that is scored (`validate`), or those of `eval`.
+        """
+        learned = which != "held out"
+        return {
+            "limit": self.max_train_examples if which == "training" else self.max_eval_examples,
+            "split": self.train_split if learned else self.eval_split,
+            "hub_config": self.hub_config,
+            "columns": self.columns,
+            "part": which if learned and self.validate else "all",
+            "share": self.held_out,
+        }

@@ -101,11 +101,20 @@ def test_rows_without_a_question_or_a_published_answer_are_left_out(name, change
         ("arc", {"answerKey": "E"}, "field 'answerKey' is 'E', but must be one of A, B"),
         ("boolq", {"answer": "perhaps"}, "field 'answer' is 'perhaps', but must be one of true, false"),
         ("hellaswag", {"endings": "both"}, "field 'endings' must hold a list of answers"),
+        ("arc", {"choices": ["a", "b"]}, "field 'choices' must hold the lists 'text' and 'label'"),
+        ("arc", {"choices": {"text": ["a", "b"]}}, "field 'choices' must hold the lists 'text' and 'label'"),
     ],
 )
 def test_labels_out_of_range_are_errors(name, change, message):
     with pytest.raises(EvaError, match=message):
         converted(ROWS[name] | change)
+
+
+@pytest.mark.parametrize(("name", "field"), [("arc", "choices"), ("hellaswag", "endings")])
+def test_a_row_that_lacks_a_list_is_told(name, field):
+    convert = find_format("auto", ROWS[name], source="rows")
+    with pytest.raises(EvaError, match=f"field '{field}' must hold"):
+        convert({key: value for key, value in ROWS[name].items() if key != field})
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_dropped_rows_are_counted(tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("a.json", '{"text": 1}', "must hold a list of objects"),
+        ("a.json", '{"a": [{"text": "a"}], "b": []}', "or one object in which there is one such list"),
         ("a.json", "[", r"a\.json is not JSON: Expecting value at line 1, column 2"),
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
         ("a.txt", "hello", "its ending must be one of"),
@@ -149,6 +150,26 @@ def test_what_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(EvaError, match=message):
         load_examples(tmp_path / name)
+
+
+def test_the_file_of_a_folder_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", QUESTION)
+    write_jsonl(tmp_path / "b.jsonl", {"question": "a", "reply": "b"})
+    nearest = r"gsm8k lacks answer; boolq lacks passage, answer; completion lacks prompt, completion"
+    message = rf"^\S+b\.jsonl has the fields question, reply, which fit no known format \({nearest}\); say with columns"
+    with pytest.raises(EvaError, match=message):
+        load_examples(tmp_path)
+
+
+def test_rows_without_a_prompt_are_dropped(tmp_path):
+    rows = [{"prompt": prompt, "completion": " b"} for prompt in ("a", "", " ", None)]
+    examples = load_examples(write_jsonl(tmp_path / "a.jsonl", *rows, {"completion": " b"}))
+    assert (len(examples), examples.dropped) == (1, 4)
+
+
+def test_a_list_inside_an_object_of_json(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"version": "1.1", "data": [{"text": "a"}]}))
+    assert [example.completion for example in load_examples(tmp_path / "a.json")] == ["a"]
 
 
 def test_missing_sources(tmp_path):

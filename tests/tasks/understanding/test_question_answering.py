@@ -136,6 +136,8 @@ def test_rows_and_their_mistakes(opened, write_rows):
         convert(row | {"answers": {"text": ["true"], "answer_start": [3]}})
     with pytest.raises(EvaError, match="answers is 'true', but must have the lists 'text' and 'answer_start'"):
         convert(row | {"answers": "true"})
+    with pytest.raises(EvaError, match="question and context must be strings"):
+        convert({"question": "a"})
     with pytest.raises(EvaError, match=r"x has no column 'context'; it has question: .*\(context=NAME\)"):
         PLAIN.converter({"question": "a"}, "x")
     path = write_rows("long.jsonl", asked("red is true", "true", question="red " * 40))

@@ -147,9 +147,10 @@ def test_a_tokenizer_without_any_padding_is_refused(opened, encoder, texts, tmp_
 
 def test_texts_without_words_are_dropped_and_counted(opened, write_rows):
     rows = [{"text": "", "label": "good"}, {"text": " ", "label": "bad"}, {"text": "a", "label": "good"}]
-    path = write_rows("train.jsonl", *rows, {"text": "b", "label": "bad"})
+    lacking = [{"text": None, "label": "bad"}, {"label": "bad"}, {"text": "b"}, {"text": "b", "label": None}]
+    path = write_rows("train.jsonl", {"text": "b", "label": "bad"}, *rows, *lacking)
     facts = opened(train=(path,)).facts()
-    assert (facts["train"], facts["train_dropped"]) == (2, 2)
+    assert (facts["train"], facts["train_dropped"]) == (2, 6)
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_a_part_of_the_head(recipe, opened, encoder, texts, tmp_path):

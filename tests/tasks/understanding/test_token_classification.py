@@ -125,6 +125,8 @@ def test_rows_and_their_mistakes():
         convert(row | {"ner_tags": ["O"]})
     with pytest.raises(EvaError, match="column 'tokens' holds 'a b', which is not a list"):
         convert(row | {"tokens": "a b"})
+    with pytest.raises(EvaError, match="column 'ner_tags' holds None, which is not a list"):
+        convert({"tokens": ["a", "b"]})
     with pytest.raises(EvaError, match=r"the tags are numbers \(0\): give their names .* with data\.classes"):
         convert(row | {"ner_tags": [0, 1]})
     with pytest.raises(EvaError, match=r"x has no column of ner_tags that is known .*\(ner_tags=NAME\)"):

@@ -7,7 +7,7 @@ Hu et al. (2023), are read by `templated` and stay as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,7 @@ def hellaswag(row: Row) -> Example | None:
     begun = text_of(row, "ctx_b")
     sentence = f"{text_of(row, 'activity_label')}: {text_of(row, 'ctx_a')} {begun[:1].upper()}{begun[1:]}".rstrip()
     question = f"Please choose the correct ending to complete the given sentence: {sentence}\n\n"
-    endings = _texts(row["endings"], field="endings")
+    endings = _texts(row.get("endings"), field="endings")
     return _choice(question, "ending", endings, _label(row, "label", [str(number) for number in range(len(endings))]))
 
 
@@ -97,10 +97,12 @@ def templated(row: Row) -> Example | None:
 
 def _keyed(row: Row, question: str) -> Example | None:
     """Return a question whose choices have keys, such as A to D; tables hold two lists, or a list of pairs."""
-    choices: Any = row["choices"]
-    if isinstance(choices, Sequence) and not isinstance(choices, str):
-        choices = {field: [choice[field] for choice in choices] for field in ("text", "label")}
-    texts, keys = _texts(choices["text"], field="choices"), [str(key) for key in choices["label"]]
+    choices: Any = row.get("choices")
+    if isinstance(choices, list | tuple) and all(isinstance(choice, Mapping) for choice in choices):
+        choices = {field: [choice.get(field) for choice in choices] for field in ("text", "label")}
+    if not isinstance(choices, Mapping) or not {"text", "label"} <= set(choices):
+        raise EvaError("field 'choices' must hold the lists 'text' and 'label'.")
+    texts, keys = _texts(choices["text"], field="choices"), _texts(choices["label"], field="choices")
     return _choice(f"{_ANY}{question}\n\n", "answer", texts, _label(row, "answerKey", keys))
 
 

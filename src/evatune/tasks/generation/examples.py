@@ -51,8 +51,8 @@ def load_examples(
     names = expanded([os.fspath(source) for source in given])
     titles = dict(zip(names, short_names(names), strict=True))
 
-    def converter(row: Row, name: str) -> Callable[[Row], Example | None]:
-        convert = find_format(format, row, source=name, tokenizer=tokenizer)
+    def converter(row: Row, name: str, file: str) -> Callable[[Row], Example | None]:
+        convert = find_format(format, row, source=file, tokenizer=tokenizer)
 
         def converted(row: Row) -> Example | None:
             example = convert(row)

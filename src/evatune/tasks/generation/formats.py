@@ -75,7 +75,7 @@ def _plain_text(row: Row) -> Example | None:
 
 def _messages(row: Row, tokenizer: PreTrainedTokenizerBase, *, field: str = "messages") -> Example | None:
     """Read a conversation; every turn of the assistant is learned."""
-    turns = row[field] or []
+    turns = row.get(field) or []
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
     pieces = written(read_messages(turns), tokenizer, tools=row.get("tools"))
@@ -90,7 +90,7 @@ def _completion_of_turns(row: Row, tokenizer: PreTrainedTokenizerBase) -> Exampl
     """Read a prompt and a completion that are turns; those of the completion are learned."""
     sides = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row[field]
+        value = row.get(field)
         sides.append(read_messages([{"role": role, "content": value}] if isinstance(value, str) else value or []))
     prompt, completion = sides
     pieces = written([*prompt, *completion], tokenizer, tools=row.get("tools"), first_learned=len(prompt))
@@ -137,7 +137,7 @@ FORMATS: dict[str, Format] = {
         question="prompt",
     ),
     "mbpp": Format(fields=("code", "test_list"), convert=programming.mbpp),
-    "completion": Format(fields=("prompt", "completion"), convert=_completion),
+    "completion": Format(fields=("prompt", "completion"), convert=_completion, question="prompt"),
     "messages": Format(fields=("messages",), convert=_messages, is_chat=True),
     "sharegpt": Format(fields=("conversations",), convert=_conversations, is_chat=True),
     "text": Format(fields=("text",), convert=_plain_text),
@@ -203,10 +203,9 @@ def fitting_format(name: str, row: Row, *, source: str) -> Format:
     fitting = [known for known, form in FORMATS.items() if set(form.fields) <= set(row)]
     if name == "auto":
         if not fitting:
-            known = "; ".join(f"{known}: {', '.join(form.fields)}" for known, form in FORMATS.items())
             raise EvaError(
-                f"{source} has the fields {', '.join(map(str, row))}, which fit no known format ({known}); say with "
-                "columns which field is which (columns: {prompt: question, completion: reply})."
+                f"{source} has the fields {', '.join(map(str, row))}, which fit no known format ({_nearest(row)}); say "
+                "with columns which field is which (columns: {prompt: question, completion: reply})."
             )
         name = fitting[0]
     if name not in FORMATS:
@@ -219,3 +218,11 @@ def fitting_format(name: str, row: Row, *, source: str) -> Format:
     if name == "completion" and (is_conversation(row["prompt"]) or is_conversation(row["completion"])):
         return _COMPLETION_OF_TURNS
     return FORMATS[name]
+
+
+def _nearest(row: Row) -> str:
+    """Return what the formats lack that have the most in common with a row, and what prompts and completions lack."""
+    lacking = {name: [field for field in form.fields if field not in row] for name, form in FORMATS.items()}
+    shared = [name for name, form in FORMATS.items() if len(lacking[name]) < len(form.fields)]
+    nearest = sorted(shared, key=lambda name: len(lacking[name]))[:2]
+    return "; ".join(f"{name} lacks {', '.join(lacking[name])}" for name in dict.fromkeys([*nearest, "completion"]))

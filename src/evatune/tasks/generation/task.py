@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from evatune.models import load_model, load_tokenizer
 from evatune.models.loading import load_positions
 from evatune.models.prompts import PromptTemplate
 from evatune.tasks.disk_list import selected, stored
-from evatune.tasks.examples import Examples, Part
+from evatune.tasks.examples import Examples
 from evatune.tasks.generation.answers import check_judges
 from evatune.tasks.generation.encoding import IGNORED, Collator, EncodedExamples, encode_examples
 from evatune.tasks.generation.evaluation import evaluate
@@ -84,10 +84,7 @@ class Generation:
     @cached_property
     def examples(self) -> Examples[Example]:
         """The training examples as text."""
-        data = self.data
-        part: Part = "training" if data.validate else "all"
-        limit = data.max_train_examples
-        return self._load(data.train, limit=limit, split=data.train_split, held_out=False, part=part)
+        return self._load(self.data.train, which="training")
 
     @cached_property
     def train(self) -> EncodedExamples:
@@ -102,11 +99,10 @@ class Generation:
     def held_out(self) -> Examples[Example]:
         """The held-out examples as text."""
         data = self.data
-        limit = data.max_eval_examples
         if data.validate:
-            examples = self._load(data.train, limit=limit, split=data.train_split, held_out=False, part="validation")
+            examples = self._load(data.train, which="validation")
         elif data.eval:
-            examples = self._load(data.eval, limit=limit, split=data.eval_split, held_out=True)
+            examples = self._load(data.eval, which="held out")
         else:
             return Examples()
         if data.scoring != "likelihood":
@@ -260,21 +256,17 @@ class Generation:
         return max(1, min(self.max_length, room))
 
     def _load(
-        self, sources: Sequence[str], *, limit: int | None, split: str, held_out: bool, part: Part = "all"
+        self, sources: Sequence[str], *, which: Literal["training", "validation", "held out"]
     ) -> Examples[Example]:
+        data = self.data
         return load_examples(
             sources,
-            limit=limit,
-            split=split,
-            held_out=held_out,
-            part=part,
-            share=self.data.held_out,
-            chat=self.data.chat,
-            folder=self.data.folder,
-            format=self.data.format,
-            seed=self.seed,
+            held_out=which == "held out",
+            chat=data.chat,
+            folder=data.folder,
+            format=data.format,
             tokenizer=self.tokenizer,
-            hub_config=self.data.hub_config,
-            columns=self.data.columns,
-            on_disk=self.data.streaming,
+            seed=self.seed,
+            on_disk=data.streaming,
+            **data.reading(which),
         )

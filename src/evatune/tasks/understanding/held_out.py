@@ -29,39 +29,25 @@ def read_held_out(data: UnderstandingData, converter: Callable[[Row, str], Conve
 
     Args:
         data: names files, or a folder or hub data set and its splits, joined by plus signs.
-        converter: see `gather`.
+        converter: is given the first row of each file and its name, and returns what makes examples of its rows.
         seed: of the order.
 
     Raises:
         EvaError: see `gather`.
     """
+
+    def convert(row: Row, source: str, file: str) -> Convert[Any]:
+        return converter(row, file)
+
     if data.validate:
-        examples = gather(
-            data.train,
-            converter,
-            limit=data.max_eval_examples,
-            seed=seed,
-            split=data.train_split,
-            hub_config=data.hub_config,
-            columns=data.columns,
-            part="validation",
-            share=data.held_out,
-        )
+        examples = gather(data.train, convert, seed=seed, **data.reading("validation"))
         return HeldOut(examples=examples, sets=("validation",) * len(examples))
     if not data.eval:
         return HeldOut()
     places = [(source, split) for source in data.eval for split in _splits(source, data.eval_split.split("+"))]
-    limit = data.max_eval_examples
+    limit, options = data.max_eval_examples, data.reading("held out")
     parts = [
-        gather(
-            source,
-            converter,
-            limit=limit if len(places) == 1 else None,
-            seed=seed,
-            split=split,
-            hub_config=data.hub_config,
-            columns=data.columns,
-        )
+        gather(source, convert, seed=seed, **options | {"split": split, "limit": limit if len(places) == 1 else None})
         for source, split in places
     ]
     marked = [(name, item) for name, part in zip(_names(places), parts, strict=True) for item in part]

@@ -195,7 +195,7 @@ class QuestionAnswering:
 
 
 def _asked(row: Row) -> Asked | None:
-    question, context, answers = (row[name] for name in COLUMNS)
+    question, context, answers = map(row.get, COLUMNS)
     if not isinstance(question, str) or not isinstance(context, str):
         raise EvaError("question and context must be strings.")
     known = answers if isinstance(answers, dict) else {}

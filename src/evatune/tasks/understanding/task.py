@@ -96,15 +96,10 @@ class Understanding:
         """The training examples."""
         return gather(
             self.data.train,
-            self.kind.converter,
-            limit=self.data.max_train_examples,
+            lambda row, _, file: self.kind.converter(row, file),
             seed=self.seed,
-            split=self.data.train_split,
-            hub_config=self.data.hub_config,
-            columns=self.data.columns,
-            part="training" if self.data.validate else "all",
-            share=self.data.held_out,
             on_disk=self.data.streaming,
+            **self.data.reading("training"),
         )
 
     @cached_property

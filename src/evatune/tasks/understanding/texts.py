@@ -87,11 +87,11 @@ def _columns(data: UnderstandingData) -> tuple[tuple[tuple[str, ...], ...], tupl
 
 
 def _labelled(row: Row, names: Sequence[str], label: str, read_label: Callable[[str], str | None]) -> Labelled | None:
-    texts = tuple(row[name] for name in names)
+    texts = tuple("" if row.get(name) is None else row[name] for name in names)
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise EvaError(f"column {name!r} holds {text!r}, which is not a string.")
-    value = row[label]
+    value = row.get(label)
     given = "" if value is None else str(value).strip()
     read = read_label(given) if given and any(text.strip() for text in texts) else None
     return None if read is None else Labelled(texts=texts, label=read)

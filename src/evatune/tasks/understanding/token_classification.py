@@ -89,7 +89,7 @@ class TokenClassification:
         return lambda row: self._read(row, words, tags)
 
     def _read(self, row: Row, words: str, tags: str) -> Tagged | None:
-        given, marks = row[words], row[tags]
+        given, marks = row.get(words), row.get(tags)
         for name, value in ((words, given), (tags, marks)):
             if not isinstance(value, list):
                 raise EvaError(f"column {name!r} holds {value!r}, which is not a list.")
