@@ -207,6 +207,9 @@ def test_the_stated_number_of_examples_gives_the_steps():
     ("overrides", "message"),
     [
         ({"data": "no_such.jsonl"}, "there is no data file no_such.jsonl"),
+        ({"eval": "no_such.jsonl"}, "there is no data file no_such.jsonl"),
+        ({"eval": "metamath"}, "task 'metamath' is for training only"),
+        ({"eval": "math/algebr"}, r"no task 'math/algebr' \(did you mean 'math/algebra'"),
         ({"format": "gsm8k"}, "lacks question of format 'gsm8k'; it has instruction, input, output, answer"),
         ({"target_modules": "q_prj"}, "q_prj"),
         ({"method": "pissa", "rank": 40, "rho": 1}, "rank 40 is too large for method 'pissa'"),
@@ -219,6 +222,30 @@ def test_mistakes_that_would_end_a_run_end_it(overrides, message, tiny_model, ti
     settings = {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl")} | overrides
     with pytest.raises(EvaError, match=message):
         dry_run(load_recipe(None, settings))
+
+
+def test_what_is_scored_is_looked_at(tiny_model, tiny_data, tmp_path):
+    def notes(**settings):
+        values = {"model": str(tiny_model), "data": str(tiny_data / "train.jsonl"), "scoring": "generated"} | settings
+        return dry_run(load_recipe(None, values)).unchecked
+
+    (away,) = notes(eval=["gsm8", "math"])
+    assert away == "the rows of gsm8 (did you mean 'gsm8k'?), math are on a hub, so their columns were not looked at"
+    needed = "a run needs --allow-code-execution, since its score needs programs of the model to be run"
+    assert notes(eval="mbpp")[1:] == (needed,)
+    (tmp_path / "mbpp").mkdir()
+    (tmp_path / "mbpp" / "test.jsonl").write_text(json.dumps(ROWS["mbpp"]))
+    assert notes(eval="mbpp", folder=str(tmp_path)) == (needed,)
+    assert notes(eval="mbpp", folder=str(tmp_path), allow_code_execution=True) == ()
+    assert notes(eval="mbpp", folder=str(tmp_path), scoring="likelihood") == ()
+    values = {"task": "understanding", "model": str(tiny_model), "data": str(tmp_path / "a.jsonl")}
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    told = dry_run(load_recipe(None, values | {"eval": "some/texts"}))
+    assert told.n_examples == 2 and told.unchecked == (
+        "the rows of some/texts are on a hub, so their columns were not looked at",
+    )
+    with pytest.raises(EvaError, match=r"there is no data file no_such\.jsonl"):
+        dry_run(load_recipe(None, values | {"eval": "no_such.jsonl"}))
 
 
 def test_an_unknown_card_is_named_with_its_near_misses(tiny_model, capsys):

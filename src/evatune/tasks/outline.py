@@ -79,12 +79,17 @@ def count_examples(
     if not sources:
         notes = ["no training data were given (data.train, --data)"]
     elif away:
-        notes = [f"the rows of {', '.join(away)} are on a hub, so their columns were not looked at"]
+        notes = rows_away(away)
     else:
         return count(), []
     if stated is None:
         return None, [*notes, "without data.train_size their number is unknown"]
     return min(stated, limit or stated), notes
+
+
+def rows_away(names: Sequence[str]) -> list[str]:
+    """Return what is said of data that are on a hub."""
+    return [f"the rows of {', '.join(names)} are on a hub, so their columns were not looked at"] if names else []
 
 
 def without_share(count: int, share: float) -> int:

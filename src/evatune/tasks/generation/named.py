@@ -30,6 +30,8 @@ class NamedTask:
     """Its folder on disk, where that is not its name."""
     train_size: int | None = None
     """Rows to learn from on the hub."""
+    programs: bool = False
+    """Whether an answer is a program, which must be run to be scored."""
 
 
 _MATH = "EleutherAI/hendrycks_math"
@@ -64,10 +66,10 @@ NAMED: dict[str, NamedTask] = {
     "math/precalculus": NamedTask(hub=_MATH, config="precalculus"),
     "math-500": NamedTask(hub="HuggingFaceH4/MATH-500", train=None),
     "code-feedback": NamedTask(hub="m-a-p/Code-Feedback", held_out=None, train_size=66_383),
-    "humaneval": NamedTask(hub="openai/openai_humaneval", train=None),
-    "mbpp": NamedTask(hub="google-research-datasets/mbpp", config="full"),
-    "humaneval+": NamedTask(hub="evalplus/humanevalplus", train=None),
-    "mbpp+": NamedTask(hub="evalplus/mbppplus", train=None),
+    "humaneval": NamedTask(hub="openai/openai_humaneval", train=None, programs=True),
+    "mbpp": NamedTask(hub="google-research-datasets/mbpp", config="full", programs=True),
+    "humaneval+": NamedTask(hub="evalplus/humanevalplus", train=None, programs=True),
+    "mbpp+": NamedTask(hub="evalplus/mbppplus", train=None, programs=True),
 }
 """All tasks by name."""
 

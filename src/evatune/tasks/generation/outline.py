@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from evatune.errors import near_misses
 from evatune.models.sources import locate
-from evatune.tasks.examples import gather
+from evatune.tasks.examples import Examples, gather
+from evatune.tasks.generation.answers import check_judges
+from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.formats import FORMATS, Format, find_format, fitting_format
 from evatune.tasks.generation.named import GROUPS, NAMED, expanded, places, stated_size
 from evatune.tasks.generation.settings import GenerationData
-from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape
+from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape, rows_away
 from evatune.tasks.rows import Row, may_be_hub_id
 
 if TYPE_CHECKING:
@@ -28,18 +32,15 @@ def outline(task: Generation) -> Outline:
     config, notes = read_shape(task.source)
     has_tokenizer = not notes and isinstance(locate(task.source.name, task.source.gguf_file), Path)
     found: list[Format] = []
+    away = _away(data.train, data)
     n_examples, more = count_examples(
         data.train,
-        lambda: _count(task, has_tokenizer=has_tokenizer, found=found),
-        away=[
-            name
-            for name in data.train
-            if may_be_hub_id(name) and not (data.folder and (name in NAMED or name in GROUPS))
-        ],
+        lambda: len(_read(task, has_tokenizer=has_tokenizer, found=found)),
+        away=away,
         stated=data.train_size or stated_size(data.train),
         limit=data.max_train_examples,
     )
-
+    more += _held_out_notes(task, has_tokenizer=has_tokenizer, noted=away)
     if data.packing:
         n_examples = None
         more.append("how many rows packing makes is known only from the tokens")
@@ -59,32 +60,57 @@ def outline(task: Generation) -> Outline:
     )
 
 
-def _count(task: Generation, *, has_tokenizer: bool, found: list[Format]) -> int:
-    """Return how many rows are trained on, and note the formats; without tokenizer, conversations are not read."""
+def _away(sources: Sequence[str], data: GenerationData) -> list[str]:
+    """Return the sources that are on a hub; a name that is nearly that of a task has the latter beside it."""
+    tasks = [*GROUPS, *NAMED]
+    away = [name for name in sources if may_be_hub_id(name) and not (data.folder and name in tasks)]
+    return [name if name in tasks or "/" in name else f"{name}{near_misses(name, tasks)}" for name in away]
+
+
+def _held_out_notes(task: Generation, *, has_tokenizer: bool, noted: Sequence[str]) -> list[str]:
+    """Read what is scored, as far as it is here, and return what could not be checked.
+
+    Raises:
+        EvaError: it cannot be read, or a package that judges its answers is missing.
+    """
+    data = task.data
+    if data.validate or not data.eval:
+        return []
+    names = expanded(data.eval)
+    places(names, folder=data.folder, held_out=True)
+    away = _away(data.eval, data)
+    programs = any(name in NAMED and NAMED[name].programs for name in names)
+    if not away:
+        read = _read(task, has_tokenizer=has_tokenizer, found=[], held_out=True)
+        examples = [example for example in read if isinstance(example, Example)]
+        programs = any(example.program for example in examples)
+        if data.scoring != "likelihood":
+            check_judges(examples, allow_code_execution=True)
+    notes = rows_away([name for name in away if name not in noted])
+    if programs and data.scoring != "likelihood" and not data.allow_code_execution:
+        notes.append("a run needs --allow-code-execution, since its score needs programs of the model to be run")
+    return notes
+
+
+def _read(task: Generation, *, has_tokenizer: bool, found: list[Format], held_out: bool = False) -> Examples[Any]:
+    """Return the examples to learn from or to score on, and note the formats; without tokenizer, chats stay unread."""
     data = task.data
 
-    def converter(row: Row, name: str) -> Any:
-        form = fitting_format(data.format, row, source=name)
+    def converter(row: Row, name: str, file: str) -> Any:
+        form = fitting_format(data.format, row, source=file)
         if form not in found:
             found.append(form)
         if form.is_chat and not has_tokenizer:
             return dict
-        return find_format(data.format, row, source=name, tokenizer=task.tokenizer if form.is_chat else None)
+        return find_format(data.format, row, source=file, tokenizer=task.tokenizer if form.is_chat else None)
 
-    names = expanded(data.train)
-    return len(
-        gather(
-            names,
-            converter,
-            places=places(names, folder=data.folder, held_out=False),
-            limit=data.max_train_examples,
-            split=data.train_split,
-            hub_config=data.hub_config,
-            columns=data.columns,
-            part="training" if data.validate else "all",
-            share=data.held_out,
-            on_disk=data.streaming,
-        )
+    names = expanded(data.eval if held_out else data.train)
+    return gather(
+        names,
+        converter,
+        places=places(names, folder=data.folder, held_out=held_out),
+        on_disk=data.streaming,
+        **data.reading("held out" if held_out else "training"),
     )
 
 

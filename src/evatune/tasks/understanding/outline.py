@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from evatune.models.loading import HEADS
-from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape, without_share
+from evatune.tasks.outline import Outline, count_examples, parameters_of, read_shape, rows_away, without_share
 from evatune.tasks.rows import may_be_hub_id
 from evatune.tasks.understanding.glue import TASKS
+from evatune.tasks.understanding.held_out import read_held_out
 
 if TYPE_CHECKING:
     from evatune.tasks.understanding.task import Understanding
@@ -40,6 +41,11 @@ def outline(task: Understanding) -> Outline:
         more.append(f"the classes are unknown, and {len(_ASSUMED)} are assumed")
     else:
         task.headline_of(labels)
+    if data.eval and not data.validate:
+        away = [name for name in data.eval if may_be_hub_id(name)]
+        more += rows_away([name for name in away if name not in data.train])
+        if not away:
+            read_held_out(data, kind.converter, seed=task.seed)
     if config is not None:
         config.num_labels = len(labels)
         config.problem_type = kind.problem_type
