@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from evatune.errors import EvaError
 from evatune.recipe import load_recipe
 from evatune.tasks.understanding.glue import TASKS
+from evatune.tasks.understanding.held_out import read_held_out
 from evatune.tasks.understanding.kinds import kind_of
 from evatune.tasks.understanding.settings import UnderstandingData
 
@@ -84,7 +86,20 @@ def test_rows_of_files(name):
 
 def test_data_that_are_named_are_not_replaced():
     data = UnderstandingData(glue="rte", train="train.tsv")
-    assert (data.train, data.eval, data.hub_config, data.eval_split) == (("train.tsv",), (), None, "test")
+    assert (data.train, data.eval, data.hub_config, data.eval_split) == (("train.tsv",), (), None, "validation")
+
+
+def test_a_folder_is_scored_on_its_validation_splits(tmp_path):
+    for name, label in (("train", 0), ("validation_matched", 1), ("validation_mismatched", 2), ("test_matched", -1)):
+        row = {"premise": name, "hypothesis": "a", "label": label}
+        (tmp_path / f"{name}-00000-of-00001.jsonl").write_text(json.dumps(row))
+    data = UnderstandingData(glue="mnli", train=str(tmp_path), eval=str(tmp_path))
+    found = read_held_out(data, kind_of(data).converter, seed=0)
+    assert sorted(found.sets) == ["validation_matched", "validation_mismatched"]
+    assert sorted(one.label for one in found.examples) == ["contradiction", "neutral"]
+    data = UnderstandingData(glue="mnli", eval=str(tmp_path), eval_split="test_matched")
+    with pytest.raises(EvaError, match=r"holds no usable example \(1 row without a question or an answer\)"):
+        read_held_out(data, kind_of(data).converter, seed=0)
 
 
 def test_classes_keep_their_numbers_whatever_the_training_data_hold():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from evatune.errors import EvaError
 from evatune.settings import number
@@ -46,9 +46,13 @@ class UnderstandingData(RowSettings):
         super().__post_init__()
         if self.label_range is not None and (len(self.label_range) != 2 or self.label_range[0] >= self.label_range[1]):
             raise EvaError(f"data.label_range is {self.label_range}, but must be two numbers, the lower one first.")
-        if self.glue and not self.train and not self.eval:
-            on_hub = {"train": (HUB,), "eval": (HUB,), "hub_config": self.glue, "eval_split": TASKS[self.glue].held_out}
-            for name, value in on_hub.items():
+        if self.glue:
+            own: dict[str, Any] = {}
+            if not self.train and not self.eval:
+                own = {"train": (HUB,), "eval": (HUB,), "hub_config": self.glue}
+            if self.eval_split == "test":  # the labels of GLUE's test splits are hidden
+                own["eval_split"] = TASKS[self.glue].held_out
+            for name, value in own.items():
                 object.__setattr__(self, name, value)
 
     @property
