@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from evatune.cli.main import COMMANDS, build_parser, main
 from evatune.cli.options import given_options
+from evatune.errors import EvaWarning
 from evatune.spectra import Spectra
 
 
@@ -67,6 +69,18 @@ def test_no_command_and_help_show_the_help(capsys):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 0 and shown in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")
+def test_our_warnings_are_lines_without_a_place_in_the_code(monkeypatch, capsys):
+    def warn(args):
+        warnings.warn("few rows", EvaWarning, stacklevel=1)
+        warnings.warn("old call", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr("evatune.cli.methods.run", warn)
+    with pytest.warns(FutureWarning, match="old call"):  # those of others are shown as ever
+        assert main(["methods"]) == 0
+    assert capsys.readouterr().err == "warning   few rows\n"
 
 
 def test_version_and_usage_errors(capsys):

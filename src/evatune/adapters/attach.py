@@ -87,8 +87,13 @@ def without_card(model: PeftModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence useless warnings of PEFT: of its own deprecated calls, and that `package:` models are on no hub."""
+    """Silence useless warnings of PEFT.
+
+    They tell of its own deprecated calls, that `package:` models are on no hub, and that its AdaLoRA keeps the ranks
+    that were found in a place where other adapters have none.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in package:")
+        warnings.filterwarnings("ignore", message=r"The following rank_pattern keys did not match any .*\.lora_E'")
         yield

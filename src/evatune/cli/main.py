@@ -14,11 +14,13 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from evatune import __version__, launch
 from evatune.cli.options import HelpFormatter
-from evatune.errors import EvaError, near_misses
+from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.files import json_text
 from evatune.interruption import interrupt
 from evatune.recipe import MEANT, find_setting
@@ -45,8 +47,8 @@ IN_EACH_PROCESS = ("measure", "init", "finetune", "evaluate")
 
 _MEANT_COMMANDS = {"train": "finetune", "tune": "finetune", "eval": "evaluate", "run": "finetune", "chat": "generate"}
 """Commands of other programs, and what they are called here."""
-_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""Loggers of libraries that warn, while they are imported, of what users of this program can do nothing about."""
+_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "math_verify")
+"""Loggers of libraries that warn of what users of this program can do nothing about."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +123,7 @@ def _main(words: list[str]) -> int:
         launch.go_alone()
     try:
         together = launch.together() if is_common else contextlib.nullcontext()
-        with _terminated_as_interrupted(), together, _results_alone(args):
+        with _terminated_as_interrupted(), together, _results_alone(args), _warnings_as_lines():
             args.run(args)
         sys.stdout.flush()
     except EvaError as error:
@@ -153,6 +155,21 @@ def _results_alone(args: argparse.Namespace) -> Iterator[None]:
     """With `--json`, keep standard output for the one object: what libraries print there goes to standard error."""
     args.standard_output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        yield
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print a warning of this program as a line like all others, without its place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, EvaWarning):
+            print(f"warning   {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **options)
+
+    with warnings.catch_warnings():
+        others, warnings.showwarning = warnings.showwarning, show
         yield
 
 

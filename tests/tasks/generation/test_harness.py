@@ -64,11 +64,14 @@ def test_groups_have_all_of_their_tasks(group, count):
     assert len(stems) == count
 
 
-def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tmp_path, capsys):
+def test_the_command_scores_our_tasks_from_copies_on_disk(tiny_model, copies, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which is no repository of git
     arguments = ["--model", str(tiny_model), "--folder", str(copies), "--harness", "lm-eval", "--limit", "2"]
     arguments += ["--tasks", "evatune_boolq", "evatune_arc_e", "--save", str(tmp_path / "scores.json")]
     assert main(["evaluate", *arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    out, err = capfd.readouterr()
+    found = json.loads(out)
+    assert "fatal" not in err
     assert {task: numbers["sample_len"] for task, numbers in found["results"].items()} == {
         "evatune_boolq": 2,
         "evatune_arc_e": 2,

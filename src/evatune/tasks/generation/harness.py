@@ -71,6 +71,7 @@ def evaluate(
     """
     try:
         import lm_eval
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -92,6 +93,7 @@ def evaluate(
             batch_size=batch_size,
             mixed_precision_dtype="bfloat16" if bf16 else None,
         )
+        evaluator.get_git_commit_hash = lambda: None  # git complains on the console where there is no repository
         try:
             found = lm_eval.simple_evaluate(
                 model=language_model,
