@@ -140,6 +140,7 @@ def _about(recipe: Recipe, *, adapter: str | Path | None, limit: int | None) -> 
         "files": data_of(recipe),
         "seed": recipe.train.seed,
         "limit": limit,
+        "precision": recipe.train.precision,
         "adapter": [content_hash(path) for path in weights],
     }
 

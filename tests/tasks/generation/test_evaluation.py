@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -156,11 +157,15 @@ def test_written_answers(model, tokenizer, monkeypatch):
     assert result["generated"] == pytest.approx((1 / 3 + 1) / 2)
     assert result.counts | {"tokens": 0} == {
         "examples": 3, "tokens": 0, "shortened": 0, "questions": 0, "answers": 6, "unparsed": 1, "dropped": 0,
+        "shortened_prompts": 0,
     }  # fmt: skip
     assert set(result.metrics) == {"loss", "exact", "generated"}
     assert [(example["given"], example["right"]) for example in result.examples[:2]] == [("7", True), ("8", True)]
     written = result.examples[0]["written"]  # the first answer is that of the example
     assert [(answer["given"], answer["right"]) for answer in written] == [("7", True), ("6", False), (None, False)]
+    longer = replace(examples[1], pieces=(("q" * 40, False), ("#### 8", True)))
+    cut = evaluate(model, [examples[0], longer], tokenizer, scoring="generated", max_prompt=8, progress=False)
+    assert cut.counts["shortened_prompts"] == 1
     alone = evaluate(model, examples, tokenizer, scoring="generated", progress=False)
     assert (alone.headline, set(alone.metrics)) == ("generated", {"generated"})
     with pytest.raises(EvaError, match=r"no written answer can be judged; set data\.scoring to likelihood"):

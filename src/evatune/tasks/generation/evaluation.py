@@ -74,32 +74,19 @@ def evaluate(
         )
     if scoring != "likelihood" and any(examples[index].program for index in written):
         report()  # if no program can run here, that is known before any is written
+    batching: dict[str, Any] = {"batch_tokens": batch_tokens, "bf16": bf16}
     with evaluating(model):
         if scoring != "generated":
-            batches = score(
-                model,
-                examples,
-                tokenizer,
-                max_length=max_length,
-                batch_tokens=batch_tokens,
-                bf16=bf16,
-                skip=journal.known("likelihood").keys(),
-            )
+            known = journal.known("likelihood").keys()
+            batches = score(model, examples, tokenizer, max_length=max_length, skip=known, **batching)
             with _bar("score", len(examples), journal, part="likelihood", progress=progress) as bar:
                 for batch in batches:
                     journal.add("likelihood", [(index, asdict(likelihood)) for index, likelihood in batch])
                     bar.update(len(batch))
         if scoring != "likelihood":
-            texts = write_answers(
-                model,
-                examples,
-                tokenizer,
-                sampling=sampling or Sampling(),
-                max_length=max_prompt or max_length,
-                batch_tokens=batch_tokens,
-                bf16=bf16,
-                skip=journal.known("written").keys() | (set(range(len(examples))) - set(written)),
-            )
+            skip = journal.known("written").keys() | (set(range(len(examples))) - set(written))
+            options: dict[str, Any] = {"sampling": sampling or Sampling(), "max_length": max_prompt or max_length}
+            texts = write_answers(model, examples, tokenizer, skip=skip, **options, **batching)
             with _bar("write", len(written), journal, part="written", progress=progress) as bar:
                 for answered in texts:
                     journal.add("written", _judged([(index, examples[index], found) for index, found in answered]))
@@ -108,8 +95,18 @@ def evaluate(
     if likelihoods := journal.known("likelihood"):
         found.add_likelihoods([Likelihood(**likelihoods[index]) for index in range(len(examples))])
     if answers := journal.known("written"):
-        found.add_answers(answers)
+        prompts = [examples[index] for index in answers]
+        found.add_answers(answers, n_shortened=_n_longer(prompts, tokenizer, max_length=max_prompt or max_length))
     return found.scores(dropped=dropped, seconds=time.perf_counter() - started)
+
+
+def _n_longer(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> int:
+    """Return how many prompts are longer than the longest one that is answered."""
+    lengths = [
+        len(tokenizer(example.prompt, add_special_tokens=example.special_tokens, verbose=False)["input_ids"])
+        for example in examples
+    ]
+    return sum(length > max_length for length in lengths)
 
 
 def _judged(batch: Sequence[tuple[int, Example, Sequence[str]]]) -> list[tuple[int, dict[str, Any]]]:

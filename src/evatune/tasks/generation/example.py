@@ -68,6 +68,12 @@ class Example:
         """The last learned piece."""
         return self.pieces[self._last_learned()][0]
 
+    @property
+    def asked(self) -> str:
+        """What the model was asked, without template; of a program that it only continues, this is the prompt."""
+        continues = self.program is not None and self.template is not None
+        return self.prompt if continues or not self.question else self.question
+
     def _last_learned(self) -> int:
         return max(index for index, (_, learned) in enumerate(self.pieces) if learned)
 

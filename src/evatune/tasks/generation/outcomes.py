@@ -54,19 +54,21 @@ class Outcomes:
                 self._details[index] |= {
                     "choices": names,
                     "likelihoods": list(likelihood.choices),
+                    "likeliest": names[picked],
                     "given": names[picked],
                     "right": picked == example.answer,
                 }
         self._add("accuracy", "right", right)
         self._counts["questions"] = len(right)
 
-    def add_answers(self, found: Mapping[int, Mapping[str, Any]]) -> None:
+    def add_answers(self, found: Mapping[int, Mapping[str, Any]], *, n_shortened: int) -> None:
         """Add the share of written answers that are right, and pass@k of programs.
 
         Of an example, `given` and `right` are of the first answer; `written` has all of them.
 
         Args:
             found: `texts` and `verdicts` by the place of the example.
+            n_shortened: prompts that lost their beginning.
         """
         shares: dict[int, float] = {}
         programs: dict[int, list[bool]] = {}
@@ -90,6 +92,7 @@ class Outcomes:
         self._notes += [report()] if programs else []
         verdicts = [verdict for answers in found.values() for verdict in answers["verdicts"]]
         self._counts["answers"] = len(verdicts)
+        self._counts["shortened_prompts"] = n_shortened
         self._counts["unparsed"] = sum(verdict["given"] is None for verdict in verdicts)
 
     def scores(self, *, dropped: int, seconds: float) -> Scores:
@@ -143,4 +146,4 @@ def _described(example: Example) -> dict[str, Any]:
     expected = example.expected or example.completion
     if example.answer is not None:
         expected = names_of_choices(example.choices)[example.answer]
-    return detail | {"question": example.question or example.prompt, "expected": expected}
+    return detail | {"question": example.asked, "expected": expected}
