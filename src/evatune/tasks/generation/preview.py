@@ -53,4 +53,7 @@ def _shown(number: int, example: Mapping[str, Any]) -> str:
     template = example["template"]
     how = "the tokenizer's chat template" if template is None else f"the template {json.dumps(template)}"
     counts = f"{example['tokens']} tokens, {example['learned_tokens']} learned {left} {right}"
-    return f"── example {number}: {counts}\n── the prompt is written with {how}; the answer follows at once\n{text}"
+    lines = [f"── example {number}: {counts}"]
+    if not example["pieces"][0]["learned"]:
+        lines.append(f"── the prompt is written with {how}; the answer follows at once")
+    return "\n".join([*lines, text])
