@@ -89,10 +89,10 @@ class TokenClassification:
         return lambda row: self._read(row, words, tags)
 
     def _read(self, row: Row, words: str, tags: str) -> Tagged | None:
-        given, marks = row.get(words), row.get(tags)
-        for name, value in ((words, given), (tags, marks)):
-            if not isinstance(value, list):
-                raise EvaError(f"column {name!r} holds {value!r}, which is not a list.")
+        for name in (words, tags):
+            if not isinstance(row.get(name), list):
+                raise EvaError(f"column {name!r} holds {row.get(name)!r}, which is not a list.")
+        given, marks = row[words], row[tags]
         if len(given) != len(marks):
             raise EvaError(f"there are {len(given)} words in {words!r}, but {len(marks)} tags in {tags!r}.")
         if not all(isinstance(word, str) for word in given):
