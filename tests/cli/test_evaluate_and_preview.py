@@ -141,8 +141,9 @@ def test_a_stopped_evaluation_goes_on(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "score", real)
     assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes)]) == 1
     assert "go on with --resume, or replace it: --overwrite" in capsys.readouterr().err
-    assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes), "--resume", "--limit", "3"]) == 1
-    assert "is of another evaluation" in capsys.readouterr().err
+    for other in (["--limit", "3"], ["--precision", "bf16"]):
+        assert main(["evaluate", str(run), *batches, "--outcomes", str(outcomes), "--resume", *other]) == 1
+        assert "is of another evaluation" in capsys.readouterr().err
 
     skipped: list[int] = []
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
+from evatune.models import load_model
 from evatune.recipe import load_recipe
 from evatune.training import RunRecord, finetune
 
@@ -107,3 +110,7 @@ def test_adalora_goes_on_with_the_ranks_that_it_ended_with(recipe):
     extended = finetune(of(6), resume=True, progress=False)
     assert extended.parameters == short.parameters
     assert (extended.steps, extended.resumed_from) == (6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # PEFT's of the ranks that it keeps itself
+        base = load_model(of(6).model.name)
+        load_adapter(base, Path(of(6).output) / "adapter")

@@ -174,6 +174,8 @@ def test_written_answers(model, tokenizer, monkeypatch):
 
 def test_a_stopped_evaluation_goes_on(model, tokenizer, questions, monkeypatch):
     whole = evaluate(model, questions, tokenizer, scoring="both", batch_tokens=200, progress=False)
+    for one in whole.examples:  # what is most probable stays known beside what was written
+        assert one["likelihoods"][one["choices"].index(one["likeliest"])] == max(one["likelihoods"])
     journal = Journal()
     real = evaluation_module.score
 

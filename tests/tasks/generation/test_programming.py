@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_the_reference_solution_passes(row):
     assert verdict(row, example.completion).right
     assert example.judge == "program"
     assert "```python" in example.question
+    assert example.asked == example.prompt  # it is continued; only in a chat the question is asked
+    assert replace(example, template=None).asked == example.question
 
 
 @pytest.mark.parametrize(
