@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.writing import Sampling, write_answers
@@ -47,6 +48,42 @@ def test_an_answer_ends_before_its_string(model, tokenizer):
     (whole,) = answers(model, tokenizer, asked(PROMPTS[0]))[0]
     stop = whole[3:5]
     assert answers(model, tokenizer, asked(PROMPTS[0], stops=(stop,)))[0] == [whole[: whole.index(stop)]]
+
+
+def test_other_prompts_take_the_place_of_answers_that_have_ended(model, tokenizer):
+    """The batch stays full, and every answer is what it is alone."""
+    long = {"max_new_tokens": 30}
+    prompts = [f"{prompt}{'one ' * n}" for n in range(5) for prompt in PROMPTS]
+    whole = answers(model, tokenizer, asked(*prompts), sampling=long)
+    stops = [(text[n % 9 : n % 9 + 2],) if n % 3 else () for n, (text,) in sorted(whole.items())]
+    examples = [asked(prompt, stops=stop)[0] for prompt, stop in zip(prompts, stops, strict=True)]
+    alone = {n: answers(model, tokenizer, [example], sampling=long)[0] for n, example in enumerate(examples)}
+    assert len({len(text) for (text,) in alone.values()}) > 4  # so they end at different times
+    rows = []
+    counting = model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    together = answers(model, tokenizer, examples, sampling=long, batch_tokens=300)
+    counting.remove()
+    assert together == alone
+    assert len(rows) < 0.8 * 30 * len(prompts) / rows[0]  # batches one after the other take 30 passes each
+
+
+def test_a_cache_of_other_states(tokenizer):
+    """The states of a Mamba are no keys and values: answers are written batch by batch."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = MambaForCausalLM(config).eval()
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    begins = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(20):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(ids[0, begins:], skip_special_tokens=True)
+    stop = expected[3:5]
+    examples = [*asked(PROMPTS[0], stops=(stop,)), *asked(PROMPTS[0])]
+    found = answers(model, tokenizer, examples, sampling={"max_new_tokens": 20})
+    assert found == {0: [expected[: expected.index(stop)]], 1: [expected]}
 
 
 def test_samples_depend_on_the_seed_alone(model, tokenizer):
