@@ -115,7 +115,8 @@ class Rows:
                 stopping_criteria=StoppingCriteriaList([stops] if any(row.stops for row in self.prompts) else []),
                 **({} if self._cache is None else {"past_key_values": self._cache}),
             )
-        self._ids, self._cache = out.sequences, out.past_key_values
+        self._ids = out if isinstance(out, Tensor) else out.sequences  # a `generate` of the model's own may be simpler
+        self._cache = getattr(out, "past_key_values", None)
         new = self._ids[:, length:]
         self._mask = pad(self._mask, (0, new.shape[1]), value=1)
         self._written = [n + new.shape[1] for n in self._written]
