@@ -107,11 +107,10 @@ class StandIn(torch.nn.Module):
         self.tokenizer, self.answers = tokenizer, answers
 
     def generate(self, *, input_ids, attention_mask, generation_config, stopping_criteria):
-        rows = []
+        rows, left = [], {prompt: iter(texts) for prompt, texts in self.answers.items()}
         for ids, mask in zip(input_ids, attention_mask, strict=True):
-            prompt = self.tokenizer.decode(ids[mask.bool()])
-            for text in self.answers[prompt][: generation_config.num_return_sequences]:
-                rows.append(torch.cat([ids, torch.tensor(self.tokenizer(text)["input_ids"])]))
+            text = next(left[self.tokenizer.decode(ids[mask.bool()])])
+            rows.append(torch.cat([ids, torch.tensor(self.tokenizer(text)["input_ids"])]))
         longest = max(map(len, rows))
         pad = generation_config.pad_token_id
         return torch.stack([torch.cat([row, torch.full((longest - len(row),), pad)]) for row in rows])

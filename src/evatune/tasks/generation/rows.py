@@ -120,6 +120,8 @@ class Rows:
         new = self._ids[:, length:]
         self._mask = pad(self._mask, (0, new.shape[1]), value=1)
         self._written = [n + new.shape[1] for n in self._written]
+        if new.shape[1] < n_tokens:
+            return [True] * len(self)
         ends = torch.tensor(self._ends, dtype=new.dtype)
         return (stops.ended | torch.isin(new.cpu(), ends).any(1)).tolist()
 
