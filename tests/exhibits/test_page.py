@@ -56,6 +56,24 @@ addEventListener("load", () => {
 """
 
 
+PAPER = """
+<script>
+addEventListener("load", () => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const shown = (selector) => all(selector).filter((one) => one.checkVisibility());
+  const found = {
+    controls: shown(".filter, nav, details").length,
+    tables: shown("table").length,
+    cut: shown(".wide").filter((one) => getComputedStyle(one).overflowX !== "visible").length,
+    lines: shown("td a").filter((one) => getComputedStyle(one).textDecorationLine !== "none").length,
+    wide: shown("table, img").filter((one) => one.getBoundingClientRect().right > innerWidth).length,
+  };
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>
+"""
+
+
 @pytest.fixture
 def page(results, tmp_path) -> Path:
     return write_results_page(View(folders=(str(results()),)), tmp_path / "page.html")
@@ -128,21 +146,7 @@ def test_colours_have_enough_contrast_in_light_and_dark():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_works_in_a_browser(page, width, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
-    command += [
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
-        probed.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ":CONSOLE" not in done.stderr  # no error, no warning
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+    found = found_in_browser(page.read_text(encoding="utf-8") + PROBE, width=width, folder=tmp_path)
     assert found["scroll"] <= found["width"] <= max(width, 500)  # nothing is wider than the window
     assert found["up"] == sorted(found["before"]) and found["down"] == found["up"][::-1]
     assert found["scores"][:2] == ["untuned", "pissa"] and found["sort"] == "ascending"
@@ -153,6 +157,28 @@ def test_the_page_works_in_a_browser(page, width, tmp_path):
     assert found["rows"] == ["0.7400", "0.7200", "0.7000"]  # as they were sorted before
     assert found["focusable"] and found["focused"] and found["seen"]
     assert found["links"] > 0 and found["dead"] == 0
+
+
+@pytest.mark.slow
+def test_a_sheet_of_paper_has_whole_tables_and_no_controls(page, tmp_path):
+    """A window as wide as what can be printed on A4, with the rules for paper."""
+    text = page.read_text(encoding="utf-8").replace("@media print", "@media all")
+    found = found_in_browser(text + PAPER, width=690, folder=tmp_path)
+    assert found == {"controls": 0, "tables": found["tables"], "cut": 0, "lines": 0, "wide": 0} and found["tables"] > 8
+
+
+def found_in_browser(text: str, *, width: int, folder: Path) -> dict:
+    """Return what a script at the end of a page writes into an element `found`."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    probed = folder / "probed.html"
+    probed.write_text(text, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000"]
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
+    assert ":CONSOLE" not in done.stderr  # no error, no warning
+    return json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
 
 
 def contrast(first: str, second: str) -> float:

@@ -63,6 +63,8 @@ class Heading:
 
 LEAST_FOR_CONTENTS = 4
 """Sections of a page that begins with links to them."""
+MOST_UPRIGHT = 10
+"""Columns of a table that fits a sheet of paper; more need one on its side."""
 Block = str | Table | Picture | Verbatim | Folded | Heading
 
 
@@ -155,8 +157,9 @@ def _table(table: Table) -> str:
         lines.append(f'<tr{anchor}><th scope="row"{sides[0]}>{first}</th>{others}</tr>')
     kind = f' class="sortable" id="table-{_escape(table.name)}"' if table.name else ""
     about = f' role="group" aria-label="{_escape(table.name)}"' if table.name else ""
+    broad = ' class="broad"' if len(table.headers) > MOST_UPRIGHT else ""
     return (
-        f'<figure><div class="wide" tabindex="0"{about}><table{kind}>{head}{_bodies(table, lines)}</table></div>'
+        f'<figure{broad}><div class="wide" tabindex="0"{about}><table{kind}>{head}{_bodies(table, lines)}</table></div>'
         f"{_caption(table.caption)}</figure>"
     )
 
@@ -235,13 +238,6 @@ _PAGE = """\
 
 _STYLE = """
 :root { --paper: #ffffff; --ink: #22272e; --muted: #5b6470; --line: #d9dde3; --shade: #f5f6f8; --accent: #b34a00; }
-@media print {
-  body { font-size: 11px; }
-  .wide { overflow: visible; }
-  .filter, nav, details:not([open]) { display: none; }
-  h2, h3, summary { break-after: avoid; }
-  tr, img, pre { break-inside: avoid; }
-}
 @media screen and (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #e4e7eb; --muted: #a3acb8; --line: #363c44; --shade: #20252b; --accent: #f0a06a; }
 }
@@ -277,9 +273,31 @@ th[aria-sort="descending"] button::after { content: " \\2193"; }
 .filter { display: block; font-size: .85rem; color: var(--muted); margin-bottom: .4rem; }
 .filter input { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--line);
   border-radius: 4px; padding: .2rem .4rem; margin-left: .4rem; max-width: 60%; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
 code { background: var(--shade); padding: .1em .3em; border-radius: 4px; }
 pre { background: var(--shade); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
   font-size: .8rem; line-height: 1.4; }
+@page { margin: 16mm 14mm; }
+@page broad { size: landscape; }
+@media print {
+  html { font-size: 12px; }
+  body { font-size: 1rem; line-height: 1.4; }
+  main, p, figcaption { max-width: none; }
+  main { padding: 0; }
+  h2 { margin-top: 1.5rem; }
+  .filter, nav, details:not([open]) { display: none; }
+  .wide { overflow: visible; }
+  .broad { page: broad; }
+  table { line-height: 1.3; }
+  th, td { padding: .2rem .6rem .2rem 0; }
+  td.number { white-space: normal; }
+  a, td a, tbody th a, summary { color: inherit; text-decoration: none; }
+  tr:target, tbody:target { background: none; outline: 0; }
+  h2, h3, summary, tr.group { break-after: avoid; }
+  figcaption { break-before: avoid; }
+  thead, tr, img, pre, figure:has(img) { break-inside: avoid; }
+  img { max-height: 21cm; width: auto; }
+}
 """
