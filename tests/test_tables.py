@@ -96,6 +96,29 @@ def test_a_table_for_a_narrow_terminal_states_columns_of_one_value_below():
     assert "All rows" not in Table(headers=headers, rows=rows[:1]).text(width=24)
 
 
+def test_columns_that_do_not_fit_follow_in_tables_of_their_own():
+    headers = ["method", *(f"task{number}" for number in range(5))]
+    table = Table(headers=headers, rows=[["eva", *range(1, 6)], ["lora", *range(2, 6), Marked(7, "best")]])
+    assert table.text(width=21).splitlines() == [
+        "method  task0  task1",
+        "──────  ─────  ─────",
+        "eva         1      2",
+        "lora        2      3",
+        "",
+        "method  task2  task3",
+        "──────  ─────  ─────",
+        "eva         3      4",
+        "lora        4      5",
+        "",
+        "method  task4",
+        "──────  ─────",
+        "eva         5",
+        "lora       7*",
+        "* best",
+    ]
+    assert Table(headers=["", "b"], rows=[]).text(width=1) == Table(headers=["", "b"], rows=[]).text()
+
+
 def test_programs_get_what_a_text_is_made_of():
     rows = [
         ["eva ρ=1", Marked(0.123456, "best", text="0.12 ± 0.01", also={"deviation": 0.01}), span((0.1, 0.2), ".1f")]
@@ -124,6 +147,11 @@ def test_names_do_not_mark_up_a_table():
     ]
     body = latex_table(["n"], [[name] for name in names]).splitlines()
     assert r"c\textbackslash{}d \\" in body and r"e\_f \& 5\% \\" in body
+
+
+def test_negative_numbers_have_a_minus_in_latex():
+    body = latex_table(["method", "by"], [["eva-raw", "-0.0256 to +0.2039"], ["at 5e-05", "-.5"]])
+    assert r"eva-raw & $-$0.0256 to +0.2039 \\" in body and r"at 5e-05 & $-$.5 \\" in body
 
 
 def test_a_cell_that_leads_nowhere_stays():

@@ -32,6 +32,8 @@ _NUMBER = re.compile(r"[-+−±~<>]?\.?\d|nan$|[-+−]?inf$")
 _MISSING = "–"
 CAPTION_WIDTH = 100
 """Characters of a line of a caption in a terminal."""
+LEAST_WRAPPED = 20
+"""Characters that the texts of a last column have at least, whatever the terminal's width."""
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -89,7 +91,11 @@ class Table:
     """Groups of all its rows in their order, which a page shows; by default the rows are one."""
 
     def text(self, *, width: int | None = None) -> str:
-        """Return it for a terminal of this width; columns of one value are stated below where all do not fit."""
+        """Return it for a terminal of this width.
+
+        Where all columns do not fit, those of one value are stated below, and further ones follow in tables of their
+        own, each with the first column.
+        """
         marks = {cell.mark for row in self.rows for cell in row if isinstance(cell, Marked)}
         legend = ", ".join(f"{sign} {mark}" for mark, (sign, _) in _PLAIN.items() if mark in marks)
         headers, rows, alike = list(self.headers), [list(row) for row in self.rows], []
@@ -98,7 +104,14 @@ class Table:
             rows = [[*row[:place], *row[place + 1 :]] for row in rows]
         note = f"All rows: {', '.join(alike)}." if alike else ""
         below = [textwrap.fill(text, min(width or CAPTION_WIDTH, CAPTION_WIDTH)) for text in (note, self.caption)]
-        return "\n".join(filter(None, [text_table(headers, rows, width=width), *below, legend]))
+        blocks = [list(range(len(headers)))] if width is None else _blocks(headers, rows, width=width)
+        tables = [
+            text_table(
+                [headers[place] for place in block], [[row[place] for place in block] for row in rows], width=width
+            )
+            for block in blocks
+        ]
+        return "\n".join(filter(None, ["\n\n".join(tables), *below, legend]))
 
     def markdown(self) -> str:
         """Return it in Markdown."""
@@ -142,9 +155,23 @@ def _alike(headers: Sequence[str], rows: Sequence[Sequence[object]], *, width: i
     return next((place for place, cells in enumerate(columns) if len(set(cells)) == 1), None)
 
 
+def _blocks(headers: Sequence[str], rows: Sequence[Sequence[object]], *, width: int) -> list[list[int]]:
+    """Return which columns stand side by side: the first one, and as many of the others as fit."""
+    titles, cells, _ = _layout(headers, rows, None)
+    columns = list(zip(*cells, strict=True)) or [()] * len(titles)
+    widths = list(map(_longest, titles, columns))
+    widths[-1] = min(widths[-1], LEAST_WRAPPED)
+    blocks = [[0]]
+    for place in range(1, len(widths)):
+        if len(blocks[-1]) > 1 and sum(widths[other] + 2 for other in blocks[-1]) + widths[place] > width:
+            blocks.append([0])
+        blocks[-1].append(place)
+    return blocks
+
+
 def _longest(title: str, cells: Sequence[str]) -> int:
     """Return the width of a column whose title may take several lines."""
-    return max(map(len, [*title.split(), *cells]))
+    return max(map(len, [*title.split(), *cells]), default=1)
 
 
 def _plain_cell(cell: object, key: str) -> object:
@@ -259,6 +286,7 @@ def _markdown(text: str) -> str:
 
 
 def _latex(text: str) -> str:
+    text = re.sub(r"(?<!\w)-(?=\.?\d)", "−", text)
     return "".join(_SPECIAL.get(sign, sign) for sign in text)
 
 
@@ -356,10 +384,10 @@ def _stacked(titles: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
 
 
 def _wrapped(cells: Sequence[Sequence[str]], *, width: int) -> list[list[str]]:
-    """Return rows whose last cells are at most `width` wide, at least 20; further lines of a cell are rows too."""
+    """Return rows whose last cells are at most `width` wide, or so; further lines of a cell are rows too."""
     wrapped = []
     for *first, last in cells:
-        lines = textwrap.wrap(last, max(width, 20)) or [""]
+        lines = textwrap.wrap(last, max(width, LEAST_WRAPPED)) or [""]
         wrapped += [[*(first if number == 0 else [""] * len(first)), line] for number, line in enumerate(lines)]
     return wrapped
 
