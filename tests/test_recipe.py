@@ -241,3 +241,16 @@ def test_a_frozen_a_that_makes_no_sense_is_refused_with_the_recipe(method, messa
         Recipe.from_dict({"adapter": {"method": method, "train_a": False}})
     assert Recipe.from_dict({"adapter": {"method": method}}).adapter.train_a
     assert not Recipe.from_dict({"adapter": {"method": "eva", "train_a": False}}).adapter.train_a
+
+
+def test_a_mistake_is_told_where_it_is(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("adapter: {rank: 4}\n")
+    with pytest.raises(EvaError, match=r"^train\.learning_rate is -1\.0, but must be greater than 0"):
+        load_recipe(path, {"learning_rate": -1.0})  # the file is right
+    path.write_text("adapter: {rank: 0}\n")
+    with pytest.raises(EvaError, match=r"r\.yaml: adapter\.rank is 0"):
+        load_recipe(path, {"learning_rate": 1.0})
+    path.write_text("adapter: [1\ntrain: 2\n")
+    with pytest.raises(EvaError, match=r"r\.yaml is not valid YAML: .* in line 2, column 6\.$"):
+        load_recipe(path)

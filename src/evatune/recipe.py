@@ -334,9 +334,18 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     try:
         return Recipe.from_dict(_expand(content))
     except EvaError as error:
-        if path is None:
+        if path is None or (changed and not _is_of_file(path, error)):
             raise
         raise EvaError(f"{path}: {error}") from None
+
+
+def _is_of_file(path: str | Path, error: EvaError) -> bool:
+    """Return whether a recipe file has this mistake also without overrides."""
+    try:
+        load_recipe(path)
+    except EvaError as own:
+        return str(error) in str(own)
+    return False
 
 
 _DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
@@ -371,7 +380,8 @@ def read_yaml(path: str | Path, *, kind: str = "recipe", holds: str = "sections 
         _check_keys(node, path)
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EvaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        why = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise EvaError(f"{path} is not valid YAML: {why}.") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise EvaError(f"{path} must hold {holds}, not a {type(content).__name__}.")

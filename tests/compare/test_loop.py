@@ -62,6 +62,13 @@ def test_a_limit_stops_early_and_the_next_call_goes_on(sweep, fake_engine):
     assert len(first.names) == 4 and second.names == ["task/lora/lr0.01-seed1"]
 
 
+def test_a_limit_below_zero_is_refused(sweep, fake_engine):
+    engine = fake_engine(best_in_the_middle)
+    with pytest.raises(EvaError, match="--limit is -1, but must be at least 0"):
+        compare(sweep(), engine, limit=-1)
+    assert engine.closed
+
+
 def test_a_line_that_a_crash_cut_short_is_done_again(sweep, fake_engine):
     results = compare(sweep(), fake_engine(best_in_the_middle))
     path = results.folder / "records.jsonl"

@@ -76,4 +76,4 @@ def run(args: argparse.Namespace) -> None:
     board = Board(rows=standing.rows)
     width = terminal_width()
     text = "\n\n".join(filter(None, [standing.text(width=width), board.means_text(width=width)]))
-    answer(args, text=text, content=standing.to_json() | {"means": board.means})
+    answer(args, text=text, content=standing.to_json() | {"means": board.shown_means})

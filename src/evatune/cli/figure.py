@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune.files import check_writable
     from evatune.report.style import check_format, save
 
-    exhibit = find_exhibit(args.name, FIGURES, kind="figure")
+    exhibit = find_exhibit(args.name, FIGURES, kind="figure", task=args.task)
     check_format(args.save)
     check_writable(args.save, overwrite=args.overwrite)
     save(make(exhibit, View(**view_options(args))), args.save)

@@ -141,7 +141,7 @@ def add_view_options(parser: argparse.ArgumentParser, *, save_required: bool = F
     parser.add_argument("--overwrite", action="store_true", help="replace this file if it exists")
     group = parser.add_argument_group("of results")
     add_result_options(group)
-    group.add_argument("--task", metavar="NAME", help="the task that a figure shows (default: the first one)")
+    group.add_argument("--task", metavar="NAME", help="the task, for what shows a single one (default: the first)")
     group = parser.add_argument_group("of spectra")
     group.add_argument("--rhos", type=float, nargs="+", metavar="X", help="values of rho (default: 1 1.5 2)")
     add_options(group, Planning)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from evatune.exhibits.view import View
     from evatune.files import check_writable, write_text
 
-    exhibit = find_exhibit(args.name, TABLES, kind="table")
+    exhibit = find_exhibit(args.name, TABLES, kind="table", task=args.task)
     if args.save:
         check_writable(args.save, overwrite=args.overwrite)
     table = make(exhibit, View(**view_options(args)))

@@ -79,6 +79,8 @@ def compare(
     """
     progress = Progress(say=say, slots=engine.slots)
     try:
+        if limit is not None and limit < 0:
+            raise EvaError(f"--limit is {limit}, but must be at least 0.")
         compared, results = cells(sweep), Results(sweep.output)
         if again:
             results.records = {name: record for name, record in results.records.items() if record["state"] == "done"}

@@ -97,19 +97,22 @@ FIGURES: dict[str, Exhibit] = {
 """All figures by name."""
 
 
-def find_exhibit(name: str, known: Mapping[str, Exhibit], *, kind: str) -> Exhibit:
+def find_exhibit(name: str, known: Mapping[str, Exhibit], *, kind: str, task: str | None = None) -> Exhibit:
     """Return a row.
 
     Args:
         name: its name.
         known: `TABLES` or `FIGURES`.
         kind: what errors call it.
+        task: the task that is asked for.
 
     Raises:
-        EvaError: there is none of this name.
+        EvaError: there is none of this name, or it shows no single task.
     """
     if name not in known:
         raise EvaError(f"there is no {kind} {name!r}{near_misses(name, known)}; there are {', '.join(known)}.")
+    if task is not None and not known[name].of_task:
+        raise EvaError(f"{kind} {name!r} is not of a single task; leave out --task {task}.")
     return known[name]
 
 

@@ -45,12 +45,14 @@ class View:
         if len(self.folders) != 1:
             raise EvaError(f"this is made of one folder of results, and {len(self.folders)} were given.")
         folder = Path(self.folders[0])
+        if not folder.is_dir():
+            raise EvaError(f"there is no folder {folder}; name one that `evatune compare` wrote.")
         if not (folder / RECORDS).is_file():
             raise EvaError(f"{folder} holds no results of `evatune compare`: it has no {RECORDS}.")
         return Results(folder)
 
     @cached_property
-    def begun(self) -> Board:
+    def board_so_far(self) -> Board:
         """The test scores of the results, also where no test run is done yet."""
         return Board(rows=standings(self.results, metric=self.metric).rows)
 
@@ -61,9 +63,9 @@ class View:
         Raises:
             EvaError: there are none, or no such metric.
         """
-        if not any(row.scores for row in self.begun.rows):
+        if not any(row.scores for row in self.board_so_far.rows):
             raise EvaError(f"{self.results.folder} holds no scores of test runs yet; run `evatune compare` to its end.")
-        return self.begun
+        return self.board_so_far
 
     @cached_property
     def metric(self) -> str | None:
@@ -77,7 +79,7 @@ class View:
         Raises:
             EvaError: the results have no such task.
         """
-        tasks = self.begun.tasks or self.board.tasks
+        tasks = self.board_so_far.tasks or self.board.tasks
         if self.task is not None and self.task not in tasks:
             raise EvaError(f"these results have no task {self.task!r}; they have {', '.join(tasks)}.")
         return self.task or tasks[0]
@@ -102,7 +104,7 @@ class View:
     def on(self, task: str) -> View:
         """Return the same view of another task; what was read and computed is not so again."""
         one = replace(self, task=task)
-        vars(one).update(results=self.results, begun=self.begun)  # cached properties
+        vars(one).update(results=self.results, board_so_far=self.board_so_far)  # cached properties
         vars(one).update((name, value) for name, value in vars(self).items() if name in ("runs", "differences"))
         return one
 
