@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from evatune.analyses.subspaces import symmetric
 from evatune.errors import EvaError
 from evatune.files import check_tensors
 
@@ -102,12 +104,11 @@ def update_cosines(adapters: Mapping[str, str | Path]) -> Tensor:
     names = set.intersection(*(set(one) for one in factors))
     if not names:
         raise EvaError(f"the adapters of {', '.join(adapters)} have no target in common.")
-    values = torch.eye(len(factors), dtype=torch.float64)
-    for one in range(len(factors)):
-        for other in range(one):
-            cosines = [_product_cosine(factors[one][name], factors[other][name]) for name in sorted(names)]
-            values[one, other] = values[other, one] = sum(cosines) / len(cosines)
-    return values
+
+    def mean_cosine(one: int, other: int) -> float:
+        return fmean(_product_cosine(factors[one][name], factors[other][name]) for name in sorted(names))
+
+    return symmetric(len(factors), mean_cosine)
 
 
 def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:

@@ -5,7 +5,8 @@ Letters: k components, d features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -41,15 +42,18 @@ def similarity(measured: Sequence[Spectra], *, n_components: int = 16) -> Tensor
     keys = [key for key in measured[0].inputs if all(key in spectra.inputs for spectra in measured)]
     if not keys:
         raise EvaError("these spectra have no input in common, so they are of different models.")
-    values = torch.eye(len(measured), dtype=torch.float64)
-    for one in range(len(measured)):
+
+    def mean_overlap(one: int, other: int) -> float:
+        pairs = ((measured[one].inputs[key], measured[other].inputs[key]) for key in keys)
+        return fmean(overlap(a.components[:n_components], b.components[:n_components]) for a, b in pairs)
+
+    return symmetric(len(measured), mean_overlap)
+
+
+def symmetric(n: int, value: Callable[[int, int], float]) -> Tensor:
+    """Return a matrix (n, n) with ones on its diagonal, and beside it what each pair of places has."""
+    values = torch.eye(n, dtype=torch.float64)
+    for one in range(n):
         for other in range(one):
-            overlaps = [
-                overlap(
-                    measured[one].inputs[key].components[:n_components],
-                    measured[other].inputs[key].components[:n_components],
-                )
-                for key in keys
-            ]
-            values[one, other] = values[other, one] = sum(overlaps) / len(overlaps)
+            values[one, other] = values[other, one] = value(one, other)
     return values
