@@ -62,6 +62,13 @@ def test_other_metrics_are_scaled_before_means_are_taken():
     assert Board(rows=rows).means == {"mean": {"lora": pytest.approx(0.5), "eva": pytest.approx(1.0)}}
 
 
+def test_means_of_losses_are_shown_as_losses():
+    rows = [standing(task, 3.0, metric="loss") for task in "ab"]
+    assert Board(rows=rows).means == {"mean": {"lora": -3.0}}  # higher is better
+    assert Board(rows=rows).shown_means == {"mean": {"lora": 3.0}}
+    assert Board(rows=rows).means_text().endswith("lora    3.0000")
+
+
 def test_one_task_without_a_group_has_no_means():
     board = Board(rows=[standing("a", 1.0)])
     assert board.means == {} and board.means_text() == ""

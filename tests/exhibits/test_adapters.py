@@ -34,7 +34,7 @@ def kept(results):
 
 
 def cells(table) -> dict[str, object]:
-    return {str(row[0]): row[1] for row in table.rows}
+    return {str(row[0]): row[1] and row[1].value for row in table.rows}
 
 
 def test_adapters_of_one_seed_are_compared_in_whatever_order_they_finished(kept):

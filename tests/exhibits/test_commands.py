@@ -71,8 +71,23 @@ def test_names_and_files_that_do_not_fit_are_told(folders, tmp_path, capsys):
     assert "a figure cannot be written as 'x.gif'" in capsys.readouterr().err
     assert main(["figure", "movement", *folders[RESULTS], "--save", str(tmp_path / "x.svg")]) == 1
     assert "kept no adapters; run the sweep with `keep: adapters`" in capsys.readouterr().err
+    assert main(["table", "scores", *folders[RESULTS], "--task", "sst2"]) == 1
+    assert "table 'scores' is not of a single task; leave out --task sst2." in capsys.readouterr().err
+    assert main(["table", "scores", str(tmp_path / "none")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
     assert main(["figure", "rates", *folders[RESULTS], "--task", "none", "--save", str(tmp_path / "x.svg")]) == 1
     assert "these results have no task 'none'; they have sst2, cola" in capsys.readouterr().err
+
+
+def test_programs_get_mean_ranks_as_numbers(folders, capsys):
+    assert main(["table", "budget", *folders[SPECTRA], "--json"]) == 0
+    rows = {row["matrix"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["q"]["ρ=1"] == 4 and isinstance(rows["o"]["ρ=2"], float)
+
+
+def test_one_measurement_is_similar_to_nothing(spectra, tmp_path, capsys):
+    assert main(["figure", "similarity", spectra[0], "--save", str(tmp_path / "x.svg")]) == 1
+    assert "similarity is that of two measurements at least" in capsys.readouterr().err
 
 
 def test_a_table_is_saved(folders, tmp_path, capsys):
@@ -96,8 +111,9 @@ def test_adapters_that_a_sweep_kept_are_compared(results, tmp_path, capsys):
             tensors = {name.format("A"): matrix, name.format("B"): torch.ones(3, 2)}
             save_file(tensors, target / "adapter_model.safetensors")
     assert main(["table", "movement", str(folder), "--json"]) == 0
-    cells = {row["method"]: row["q"] for row in json.loads(capsys.readouterr().out)["rows"]}
-    assert cells["lora"].endswith("/ 1") and cells["eva ρ=1"].endswith("/ 2")
+    cells = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert cells["lora"]["q"].endswith("/ 1") and cells["eva ρ=1"]["q"].endswith("/ 2")
+    assert cells["eva ρ=1"]["q spectral norm"] == pytest.approx(2.0) and 0 < cells["lora"]["q cosine"] < 1
     for name in [name for name, row in TABLES.items() if row.of == ADAPTERS]:
         assert main(["table", name, str(folder)]) == 0
     for name in [name for name, row in FIGURES.items() if row.of == ADAPTERS]:

@@ -111,6 +111,21 @@ def test_differences_beyond_chance_are_in_colour(results):
     assert PALETTE[0] not in {line.get_color() for line in one.axes[0].lines}
 
 
+def test_values_of_very_different_size_are_points_on_a_logarithmic_axis():
+    (bars,) = comparisons.bars({"a": 1.0, "b": 99.0}, x="x", title="t").axes
+    (points,) = comparisons.bars({"a": 1.0, "b": 101.0}, x="x", title="t").axes
+    assert (bars.get_xscale(), len(bars.patches)) == ("linear", 2)
+    assert (points.get_xscale(), len(points.patches)) == ("log", 0)
+    assert list(points.lines[0].get_xdata()) == [1.0, 101.0]
+    assert comparisons.bars({"a": 0.0, "b": 101.0}, x="x", title="t").axes[0].get_xscale() == "linear"
+
+
+def test_ticks_are_where_the_values_are():
+    curve = ([1.0, 2.0], [0.5, 0.4], [0.4, 0.3], [0.6, 0.5])
+    (axes,) = comparisons.bands({"eva": curve}, x="ρ", y="score", title="t", tick_places=True).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+
+
 def test_names_of_points_stay_inside_the_axes():
     points = {f"method {number}": (1e6 * (1 + number % 3 / 50), 0.5 + number / 5000, 0.1) for number in range(30)}
     figure = comparisons.pareto(points | {"full": (2e7, 0.4, 0.1)}, x="parameters", y="score", title="Score")

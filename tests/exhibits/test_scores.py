@@ -46,6 +46,15 @@ def test_lower_is_better_for_losses_and_metrics_are_scaled_before_they_are_avera
     assert "untuned model at 0" in found.caption
 
 
+def test_interquartile_means_of_a_loss_are_losses_of_which_the_lowest_is_best(results):
+    found = scores.intervals(View(folders=(str(results({"text": "loss"})),)))
+    (best,) = (row for row in found.rows if row[1].mark == "best")
+    assert best[0] == "eva ρ=1" and best[1].text == "0.3600"  # of 0.4, 0.36 and 0.32
+    low, high = best[2].also.values()
+    assert 0 < low <= best[1].value <= high
+    assert found.caption.startswith("Interquartile mean on text over 3 seeds; lower is better.")
+
+
 def test_means_of_groups_follow_the_tasks(results):
     folder = results({"sst2": "loss", "cola": "loss", "rte": "loss"})
     recipes = {"sst2": {"group": "one"}, "cola": {"group": "one"}, "rte": {"group": "pairs"}}
@@ -182,6 +191,16 @@ def test_a_start_from_spectra_that_another_method_measured_has_no_cost_of_its_ow
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "eva ρ=1", "pissa"]
 
 
+def test_a_method_that_measures_while_it_initializes_has_a_start_of_its_own(results):
+    folder = results({"sst2": "accuracy"})
+    path = folder / "records.jsonl"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"method": "pissa", "rho"', '"method": "eva-minor", "rho"')
+    )
+    cells = {row[1]: list(map(shown, row[3:])) for row in costs.table(View(folders=(str(folder),))).rows}
+    assert cells["pissa"][:3] == ["0.5", "6.0", "7.7%"]
+
+
 def test_steps_until_the_loss_of_the_reference(results):
     cells = rows(steps_saved(View(folders=(str(results()),))))
     assert cells["lora"][1] == 20 and cells["eva ρ=1"][1] < 20 and cells["pissa"][1] is None
@@ -191,6 +210,8 @@ def test_what_cannot_be_compared_is_told(results, tmp_path):
     folder = str(results())
     with pytest.raises(EvaError, match=r"have no method 'loar' to compare with.*did you mean 'lora'"):
         scores.wins(View(folders=(folder,), against="loar"))
+    with pytest.raises(EvaError, match=r"have no method 'eav' to compare with \(did you mean 'eva'\?\)"):
+        scores.wins(View(folders=(folder,), against="eav"))
     with pytest.raises(EvaError, match=r"runs of sst2 have no metric 'acuracy'.*did you mean 'accuracy'"):
         scores.scores(View(folders=(folder,), score="acuracy"))
     with pytest.raises(EvaError, match=r"it has no records\.jsonl"):
@@ -220,8 +241,19 @@ def test_a_method_with_fewer_seeds_is_not_marked_and_not_ranked(results):
     assert not isinstance(cell, Marked) and str(cell).endswith("(1 of 3 seeds)")
     table = scores.ranks(view)
     assert "eva ρ=1" not in rows(table)
-    assert "over 3 pairs of task and seed" in table.caption
+    assert "over 3 seeds" in table.caption
     assert "Without a score for every seed: eva ρ=1." in table.caption
+
+
+def test_a_mean_over_tasks_with_a_part_of_the_seeds_is_not_marked(results):
+    folder = results()
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [one for one in records if one["name"] != "cola/eva ρ=1/lr0.01-seed1"]
+    (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    found = scores.scores(View(folders=(str(folder),)))
+    means = {row[0]: row[-1] for row in found.rows}
+    assert means["eva ρ=1"].value == max(cell.value for cell in means.values() if cell) and not means["eva ρ=1"].mark
+    assert means["eva ρ=2"].mark == "best"
 
 
 def test_costs_leave_out_runs_that_went_on_after_an_interruption(results):

@@ -113,7 +113,7 @@ def test_explained_variance_is_cumulative_and_grouped_by_the_matrices_that_share
     lines = figure.axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), [0, 0.4, 0.5])
     labelled = {line.get_label(): line.get_ydata() for line in lines if not line.get_label().startswith("_")}
-    assert list(labelled) == ["q, k (1 inputs)", "o (2 inputs)"]
+    assert list(labelled) == ["q, k (1 input)", "o (2 inputs)"]
     np.testing.assert_allclose(labelled["o (2 inputs)"], [0, 0.375, 1.0])
 
 

@@ -85,10 +85,21 @@ class Board:
         """Return the tasks that one of the `means` is over."""
         return next((tasks for name, tasks in self.groups.items() if mean_of(name) == mean), self.tasks)
 
+    @property
+    def turn(self) -> int:
+        """What turns `values` and `means` back to scores of the metric: -1 where lower is better, unless scaled."""
+        return 1 if self.is_scaled else self.sign(self.tasks[0])
+
+    @property
+    def shown_means(self) -> dict[str, dict[str, float]]:
+        """The means as readers see them: those of a loss are losses."""
+        return {name: {m: self.turn * value for m, value in mean.items()} for name, mean in self.means.items()}
+
     def means_text(self, *, width: int | None = None) -> str:
         """Return the means for a terminal of this width; an empty string where there is one task without a group."""
-        rows = [[m, *(f"{mean[m]:.4f}" if m in mean else None for mean in self.means.values())] for m in self.methods]
-        return text_table(["method", *self.means], rows, width=width) if self.means else ""
+        means = self.shown_means
+        rows = [[m, *(f"{mean[m]:.4f}" if m in mean else None for mean in means.values())] for m in self.methods]
+        return text_table(["method", *means], rows, width=width) if means else ""
 
     def _mean(self, tasks: Sequence[str]) -> dict[str, float]:
         return {m: float(np.mean([self._values(m, task).mean() for task in tasks])) for m in self._scored(tasks)}
@@ -130,8 +141,9 @@ class Board:
         name = name or REFERENCE
         found = next((m for m in self.methods if m == name or m.split(" ")[0] == name), None)
         if found is None:
+            known = [*self.methods, *(m.split(" ")[0] for m in self.methods)]
             raise EvaError(
-                f"these results have no method {name!r} to compare with{near_misses(name, self.methods)}; name one of "
+                f"these results have no method {name!r} to compare with{near_misses(name, known)}; name one of "
                 f"{', '.join(self.methods)} with --against."
             )
         return found

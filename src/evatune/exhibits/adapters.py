@@ -13,7 +13,7 @@ from evatune.exhibits.view import View
 from evatune.report import comparisons
 from evatune.report.grid import locate
 from evatune.report.style import Figure
-from evatune.tables import Table
+from evatune.tables import Marked, Table
 
 Found = Mapping[str, Sequence[Mapping[str, Distance]]]
 """For each method, of each seed: the distance of each target."""
@@ -84,10 +84,14 @@ def _by_matrix(found: Found, *, name: str, caption: str) -> Table:
         cells = []
         for kind in kinds:
             own = [one for targets_ in seeds for target, one in targets_.items() if column[target] == kind]
-            cells.append(f"{_mean(own, 'cosine'):z.2f} / {_mean(own, 'spectral_norm'):.3g}" if own else None)
+            cells.append(_cell(own) if own else None)
         rows.append([method, *cells])
     return Table(name=name, headers=["method", *kinds], rows=rows, caption=f"{caption} Means over layers and seeds.")
 
 
-def _mean(found: Sequence[Distance], part: str) -> float:
-    return float(np.mean([getattr(one, part) for one in found]))
+def _cell(found: Sequence[Distance]) -> Marked:
+    """Return the mean cosine and spectral norm, which programs get apart."""
+    cosine = float(np.mean([one.cosine for one in found]))
+    norm = float(np.mean([one.spectral_norm for one in found]))
+    text = f"{cosine:z.2f} / {norm:.3g}"
+    return Marked(text, also={"cosine": cosine, "spectral norm": norm})

@@ -41,7 +41,8 @@ def cost_of(records: Sequence[Record]) -> Cost | None:
     prepare, train = (float(np.median([record["seconds"][part] for record in whole])) for part in ("prepare", "train"))
     measure = [record["seconds"]["measure"] for record in whole if "measure" in record["seconds"]]
     start: float | None = prepare
-    if parse_method(whole[0]["recipe"]["adapter"]["method"]).method.needs_spectra:
+    method = parse_method(whole[0]["recipe"]["adapter"]["method"]).method
+    if method.needs_spectra and not method.needs_all_components:  # all components are measured while it initializes
         start = prepare + float(np.median(measure)) if measure else None
     peaks = [record["peak_memory_gib"] for record in whole if record.get("peak_memory_gib")]
     return Cost(start=start, train=train, peak_gib=max(peaks, default=None))
@@ -64,7 +65,7 @@ def table(view: View) -> Table:
                     None if cost.peak_gib is None else number(cost.peak_gib, ".2f"),
                 ]
             )
-    headers = ["task", "method", "parameters", "start, s", "training, s", "start of both", "peak GiB"]
+    headers = ["task", "method", "parameters", "start, s", "training, s", "start, share", "peak GiB"]
     caption = "Medians over the test runs that nothing interrupted. `start` is measuring and initializing."
     if any(row[3] is None for row in rows):
         caption += " Where it is missing, all runs took spectra that runs of another method had measured."

@@ -41,14 +41,15 @@ def first_gradient(view: View) -> Figure:
         for method, records in view.test_runs(view.one_task).items()
     }
     means = {method: float(np.mean(values)) for method, values in norms.items() if values}
-    return comparisons.bars(means, x="gradient norm", title=f"First step, {view.one_task}")
+    x = "gradient norm of all that is trained, with a new head if there is one"
+    return comparisons.bars(means, x=x, title=f"First step, {view.one_task}")
 
 
 def rates(view: View) -> Figure:
     """Draw the validation score of each method over the learning rates that were tried."""
     curves = {}
     choices = [one for one in view.results.choices if title_of(one["task"], one["model"]) == view.one_task]
-    metric = next((one["metric"] for one in choices if one.get("metric")), view.begun.metric(view.one_task))
+    metric = next((one["metric"] for one in choices if one.get("metric")), view.board_so_far.metric(view.one_task))
     better = max if is_better_higher(metric) else min
     for choice in choices:
         best: dict[float, float] = {}
@@ -65,6 +66,7 @@ def rates(view: View) -> Figure:
         y=f"{metric} on validation data",
         title=f"Which rate, {view.one_task}",
         log_x=True,
+        tick_places=True,
         against=_beside(view),
     )
 
@@ -80,7 +82,7 @@ def parameters(view: View) -> Figure:
     return comparisons.pareto(
         points,
         x="trainable parameters",
-        y=view.board.metric(task),
+        y=f"{view.board.metric(task)}, ± standard deviation",
         title=f"Score over parameters, {task}",
         higher_is_better=view.board.sign(task) > 0,
     )
@@ -89,15 +91,9 @@ def parameters(view: View) -> Figure:
 def rho(view: View) -> Figure:
     """Draw the test score over ρ, a curve for the methods whose settings differ in nothing else."""
     task = view.one_task
-    families: list[list[Standing]] = []
-    for method in view.board.methods:
-        row = view.board.at(method, task)
-        if row is not None and row.scores:
-            family = next((one for one in families if _differ_in_rho_alone(one[0], row)), [])
-            families += [] if family else [family]
-            family.append(row)
+    rows = [row for method in view.board.methods if (row := view.board.at(method, task)) and row.scores]
     curves: dict[str, comparisons.Band] = {}
-    for family in families:
+    for family in _families(rows):
         by_rho = {row.records[0]["recipe"]["adapter"]["rho"]: row for row in family}
         if len(by_rho) > 1:
             places = sorted(by_rho)
@@ -105,7 +101,8 @@ def rho(view: View) -> Figure:
             curves[_shared_name(family, taken=curves)] = (places, means, means - deviations, means + deviations)
     if not curves:
         raise EvaError(f"no method of {task} was run with several values of rho; give the sweep `rhos: [1, 2]`.")
-    return comparisons.bands(curves, x="ρ", y=view.board.metric(task), title=f"Score over ρ, {task}")
+    y = f"{view.board.metric(task)}, ± standard deviation"
+    return comparisons.bands(curves, x="ρ", y=y, title=f"Score over ρ, {task}", tick_places=True)
 
 
 def differences(view: View) -> Figure:
@@ -118,7 +115,7 @@ def differences(view: View) -> Figure:
         {one.method: (one.difference.estimate.value, *(one.difference.estimate.interval or ())) for one in compared},
         strong=[one.method for one in compared if one.verdict in ("better", "worse")],
         zero=name,
-        x=f"better than {name} by ({view.board.metric(view.one_task)}), with 95% interval",
+        x=f"better than {name} by, in {view.board.metric(view.one_task)}, with 95% interval",
         title=f"Differences to {name}, {view.one_task}",
     )
 
@@ -142,9 +139,21 @@ def steps_saved(view: View) -> Table:
         reached = [int(step) for step, value in zip(steps, values, strict=True) if value <= goal]
         last = linked(number(float(values[-1]), ".4f"), behind(records))
         rows.append([method, last, reached[0] if reached else None, int(steps[-1])])
-    caption = f"Mean training loss of {SMOOTH} logged steps and of all seeds; {name} ends at {goal:.4f}, on {task}."
+    caption = f"Training loss on {task}, mean of {SMOOTH} logged steps and of all seeds; {name} ends at {goal:.4f}."
     headers = ["method", "loss at the end", f"step at which {name}'s is reached", "steps"]
     return Table(name="steps", headers=headers, rows=rows, caption=caption)
+
+
+def _families(rows: Sequence[Standing]) -> list[list[Standing]]:
+    """Return the methods in groups that differ in ρ alone."""
+    families: list[list[Standing]] = []
+    for row in rows:
+        family = next((one for one in families if _differ_in_rho_alone(one[0], row)), None)
+        if family is None:
+            families.append([row])
+        else:
+            family.append(row)
+    return families
 
 
 def _differ_in_rho_alone(first: Standing, second: Standing) -> bool:
@@ -164,7 +173,7 @@ def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:
     curves = {method: _mean_curve(records, key) for method, records in view.test_runs(view.one_task).items()}
     return comparisons.bands(
         {method: curve for method, curve in curves.items() if len(curve[0])},
-        x="optimizer step",
+        x="optimizer step; the bands are from the lowest to the highest seed",
         y=f"{title.lower()}, mean of {SMOOTH} entries",
         title=f"{title}, {view.one_task}",
         log_y=log_y,
@@ -175,7 +184,7 @@ def _over_steps(view: View, key: str, *, title: str, log_y: bool) -> Figure:
 def _beside(view: View) -> str | None:
     """Return the method that each panel of a figure shows beside its own, if the sweep has the reference."""
     try:
-        return view.begun.reference(view.against)
+        return view.board_so_far.reference(view.against)
     except EvaError:
         return None
 

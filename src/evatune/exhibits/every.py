@@ -101,7 +101,7 @@ def write_every_exhibit(view: View, page: Path) -> Written:
     Raises:
         EvaError: there are no results.
     """
-    folder, tasks = page.parent, view.begun.tasks
+    folder, tasks = page.parent, view.board_so_far.tasks
     files: list[Path] = []
     missing: dict[str, str] = {}
     for name, exhibit in TABLES.items():

@@ -23,10 +23,11 @@ OVERALL = ("scores", "paired", "intervals", "improvement", "ranks", "wins", "set
 BY_TASK = {"rates": "rates", "loss": "steps", "parameters": "scores", "first-gradient": None, "rho": None}
 """Figures of each task, with the table that has their numbers."""
 HOW = """
-Each method runs at the setting that was best for it on validation data, or at the only one that the sweep gives it; the
-scores are of test data that no choice has seen. Standard deviations and intervals are over seeds. What is underlined
-leads to the runs behind the numbers of its row; where they are over several tasks, to the runs on the first one, below
-which are those on the others. `evatune table` and `evatune figure` make everything on this page one by one.
+Each method runs at the setting that was best for it on validation data, or at the only one that the sweep gives it;
+the scores are of test data that no choice has seen. Standard deviations and intervals are over seeds. The best number
+of a column is bold, the second best underlined. On a screen, what has a dotted line leads to the runs behind the
+numbers of its row; where they are over several tasks, to the runs on the first one, below which are those on the
+others. `evatune table` and `evatune figure` make everything on this page one by one.
 """
 
 
@@ -40,11 +41,12 @@ def write_results_page(view: View, path: str | Path) -> Path:
     Raises:
         EvaError: there are no results.
     """
-    board = view.begun if view.begun.rows else view.board
+    board = view.board_so_far if view.board_so_far.rows else view.board
     records = list(view.results.records.values())
+    scores = _scores(view)  # first, since it computes the differences that the views of single tasks share
     short = [block for task in board.tasks for block in _short(view.on(task))]
     sections = [Section(title="In short", content=short)] if short else []
-    sections.append(Section(title="Scores", content=_scores(view)))
+    sections.append(Section(title="Scores", content=scores))
     for task in board.tasks:
         one = view.on(task)
         content = [block for name, numbers in BY_TASK.items() for block in _figure(one, name, numbers)]
@@ -57,7 +59,7 @@ def write_results_page(view: View, path: str | Path) -> Path:
 
 def _lead(view: View) -> str:
     """Return what was compared, and how much of it is done."""
-    results, board = view.results, view.begun
+    results, board = view.results, view.board_so_far
     methods = ", ".join(board.methods) if len(board.methods) <= 5 else f"{len(board.methods)} methods"
     counts = Counter(record["state"] for record in results.records.values())
     lead = f"{methods} on {', '.join(board.tasks)}: " + ", ".join(
@@ -142,7 +144,7 @@ def _failed(records: list[Record]) -> Table | str:
 def _facts(records: list[Record]) -> Table:
     done = [record for record in records if record["state"] == "done"]
     machines = dict.fromkeys(
-        f"{r['machine']['processor']}, {r['machine']['threads']} threads" for r in done if r.get("machine")
+        f"{r['machine']['processor']}, threads: {r['machine']['threads']}" for r in done if r.get("machine")
     )
     codes = dict.fromkeys(r["fingerprints"]["code"] for r in done if r.get("fingerprints"))
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in done)

@@ -10,6 +10,7 @@ import numpy as np
 
 from evatune.allocation import RankPlan
 from evatune.analyses.subspaces import similarity
+from evatune.errors import EvaError
 from evatune.exhibits.view import View
 from evatune.report import comparisons
 from evatune.report.figures import explained_variance_curves, rank_maps
@@ -17,7 +18,7 @@ from evatune.report.grid import locate
 from evatune.report.style import Figure
 from evatune.settings.measuring import Metric
 from evatune.spectra import Spectra
-from evatune.tables import Table
+from evatune.tables import Table, number
 
 
 def maps(view: View) -> Figure:
@@ -64,6 +65,8 @@ def convergence(view: View) -> Figure:
 
 def similar(view: View) -> Figure:
     """Draw the mean overlap of the leading components between folders of spectra."""
+    if len(view.spectra) < 2:
+        raise EvaError("similarity is that of two measurements at least; give their folders, one after the other.")
     rank = view.plan_settings.rank
     n = rank if isinstance(rank, int) else max(rank.values())
     values = similarity(list(view.spectra.values()), n_components=n)
@@ -90,4 +93,4 @@ def _by_matrix(plan: RankPlan) -> dict[str, float]:
 
 def _rows(columns: Mapping[str, Mapping[str, float]]) -> list[list[object]]:
     kinds = list(next(iter(columns.values())))
-    return [[kind, *(f"{column[kind]:.1f}" for column in columns.values())] for kind in kinds]
+    return [[kind, *(number(column[kind], ".1f") for column in columns.values())] for kind in kinds]

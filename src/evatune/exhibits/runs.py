@@ -65,7 +65,7 @@ def table(view: View, folder: Path) -> Table:
 def _groups(view: View) -> Iterator[tuple[str, str, list[Record]]]:
     """Return name, title and runs of each group; settings with a single run are one group."""
     cells = list(dict.fromkeys(key[:3] for key in view.runs))
-    order = {method: place for place, method in enumerate(view.begun.methods)}
+    order = {method: place for place, method in enumerate(view.board_so_far.methods)}
     cells.sort(key=lambda cell: order.get(cell[2], len(order)))
     methods = dict.fromkeys(cell[2] for cell in cells)
     for stage, method in ((stage, method) for method in methods for stage in ("test", "validation")):

@@ -32,8 +32,7 @@ def scores(view: View) -> Table:
     Means over the tasks of groups, over groups and over tasks follow.
     """
     board = view.board
-    sign = 1 if board.is_scaled else board.sign(board.tasks[0])
-    means = [_mean_column(board, name, sign=sign) for name in board.means]
+    means = [_mean_column(board, name) for name in board.means]
     columns = [*(_column(board, task) for task in board.tasks), *means]
     before = [board.untuned(task) for task in board.tasks]
     shown = [None if value is None else linked(number(value, ".4f"), runs.EVERYTHING) for value in before]
@@ -54,7 +53,7 @@ def scores(view: View) -> Table:
 def settings(view: View) -> Table:
     """Return what was chosen for each method on validation data, and grids whose best value is at their end."""
     rows = []
-    for choice, row in zip(view.results.choices, view.begun.rows, strict=True):
+    for choice, row in zip(view.results.choices, view.board_so_far.rows, strict=True):
         shown = shown_point(row.point or {})
         ends = ", ".join(path.rpartition(".")[2] for path in row.open)
         rows.append(
@@ -67,8 +66,8 @@ def settings(view: View) -> Table:
                 _why(row) if row.reason else None,
             ]
         )
-    headers = ["task", "method", "chosen on validation", "open grid", "test seeds", "why scores are missing"]
-    return Table(name="settings", headers=headers, rows=rows, caption=_reasons(view.begun.rows).strip())
+    headers = ["task", "method", "chosen on validation", "open grid", "test seeds", "why missing"]
+    return Table(name="settings", headers=headers, rows=rows, caption=_reasons(view.board_so_far.rows).strip())
 
 
 def intervals(view: View) -> Table:
@@ -76,16 +75,14 @@ def intervals(view: View) -> Table:
     board = view.board
     found = {m: stratified(interquartile_mean, board.values(m)) for m in board.complete}
     ranked = {m: found[m].value for m in _with_all_seeds(board)}
-    cells = marked({m: number(e.value, ".4f") for m, e in found.items()}, ranked)
-    rows = [
-        [
-            m,
-            linked(cells[m], runs.behind_method(board, m)),
-            "one seed" if e.interval is None else span(e.interval, ".4f"),
-        ]
-        for m, e in found.items()
-    ]
-    caption = f"Interquartile mean over {_tasks(board)} and {_seeds(board)}; {_orientation(board)}."
+    cells = marked({m: number(board.turn * e.value, ".4f") for m, e in found.items()}, ranked)
+    rows: list[list[object]] = []
+    for method, estimate in found.items():
+        ends = sorted(board.turn * end for end in estimate.interval or ())
+        shown = linked(cells[method], runs.behind_method(board, method))
+        rows.append([method, shown, span((ends[0], ends[1]), ".4f") if ends else "one seed"])
+    where = f"over {len(board.tasks)} tasks and" if len(board.tasks) > 1 else f"on {board.tasks[0]} over"
+    caption = f"Interquartile mean {where} {_seeds(board)}; {_orientation(board)}."
     return Table(
         name="intervals",
         headers=["method", "interquartile mean", "95% interval"],
@@ -110,7 +107,7 @@ def improvement(view: View) -> Table:
                     "one seed" if found.interval is None else span(found.interval, ".2f"),
                 ]
             )
-    caption = f"Probability that a run scores higher than one of {name} on the same task, mean over {_tasks(board)}."
+    caption = f"Probability that a run scores better than one of {name}, {_on_tasks(board)}."
     headers = ["method", f"P(better than {name})", "95% interval"]
     return Table(name="improvement", headers=headers, rows=rows, caption=caption + _missing(board))
 
@@ -128,13 +125,13 @@ def paired(view: View) -> Table:
         [
             one.task,
             one.method,
-            linked(number(one.difference.estimate.value, "+.4f"), _led(board, one.method, one.task)),
+            linked(number(one.difference.estimate.value, "+.4f"), runs.behind_method(board, one.method, [one.task])),
             span(one.difference.estimate.interval or (math.nan, math.nan), "+.4f"),
             one.verdict,
             one.difference.n_seeds,
             one.difference.n_pairs,
-            number(one.difference.p, ".2g"),
-            number(one.p, ".2g"),
+            number(one.difference.p, ".3f"),
+            number(one.p, ".3f"),
         ]
         for one in view.differences
     ]
@@ -204,7 +201,7 @@ def ranking_of(board: Board) -> tuple[Ranking, str]:
     }
     if not any(by_block.values()):
         raise EvaError(needed)
-    return mean_ranks(by_block), "pairs of task and seed"
+    return mean_ranks(by_block), "pairs of task and seed" if len(board.tasks) > 1 else "seeds"
 
 
 def _with_all_seeds(board: Board) -> list[str]:
@@ -219,13 +216,14 @@ def wins(view: View) -> Table:
     name = board.reference(view.against)
     _check_complete(board, name)
     rows = []
-    for method in board.methods:
+    for method in (method for method in board.methods if method != name):
         counts = [0, 0, 0]
         for task in board.tasks:
             ours, theirs = board.at(method, task), board.at(name, task)
-            for seed in sorted(set(ours.scores) & set(theirs.scores)) if ours and theirs and method != name else ():
-                difference = board.sign(task) * (ours.scores[seed] - theirs.scores[seed])  # type: ignore[union-attr]
-                counts[1 if difference == 0 else 0 if difference > 0 else 2] += 1
+            if ours and theirs:
+                for seed in set(ours.scores) & set(theirs.scores):
+                    difference = board.sign(task) * (ours.scores[seed] - theirs.scores[seed])
+                    counts[1 if difference == 0 else 0 if difference > 0 else 2] += 1
         if sum(counts):
             rows.append([method, linked(counts[0], runs.behind_method(board, method)), *counts[1:]])
     caption = f"Runs with the same task and seed as one of {name}."
@@ -260,14 +258,16 @@ def _column(board: Board, task: str) -> dict[str, object]:
         else:
             means[method] = board.sign(task) * row.mean
         cells[method] = Marked(row.mean, text=text, also={"deviation": row.deviation, "seeds": len(row.scores)})
-    return {m: linked(cell, _led(board, m, task)) for m, cell in marked(cells, means).items()}
+    return {m: linked(cell, runs.behind_method(board, m, [task])) for m, cell in marked(cells, means).items()}
 
 
-def _mean_column(board: Board, name: str, *, sign: int) -> dict[str, object]:
-    """Return the cells of a mean over tasks, with the sign of the scores that it is of."""
-    mean = board.means[name]
-    cells = marked({m: number(sign * value, ".4f") for m, value in mean.items()}, mean)
-    return {m: linked(cell, runs.behind_method(board, m, board.tasks_of(name))) for m, cell in cells.items()}
+def _mean_column(board: Board, name: str) -> dict[str, object]:
+    """Return the cells of a mean over tasks."""
+    mean, tasks = board.means[name], board.tasks_of(name)
+    rows = {m: [row for task in tasks if (row := board.at(m, task))] for m in mean}
+    whole = {m: value for m, value in mean.items() if all(len(row.scores) >= row.n_seeds for row in rows[m])}
+    cells = marked({m: number(value, ".4f") for m, value in board.shown_means[name].items()}, whole)
+    return {m: linked(cell, runs.behind_method(board, m, tasks)) for m, cell in cells.items()}
 
 
 def _trainable(board: Board, method: str) -> object:
@@ -284,12 +284,6 @@ def _of_which_parameters(board: Board) -> str:
     return "" if is_one else f" Parameters are those on {board.tasks[0]}, or else on a method's first task."
 
 
-def _led(board: Board, method: str, task: str) -> str:
-    """Return where a method's number on a task leads: to its test runs."""
-    row = board.at(method, task)
-    return runs.behind(row.records) if row else ""
-
-
 def _seeds(board: Board) -> str:
     counts = sorted({len(row.scores) for row in board.rows if row.scores})
     if counts == [1]:
@@ -297,14 +291,14 @@ def _seeds(board: Board) -> str:
     return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
-def _tasks(board: Board) -> str:
-    return f"{len(board.tasks)} tasks" if len(board.tasks) > 1 else board.tasks[0]
+def _on_tasks(board: Board) -> str:
+    return f"mean over {len(board.tasks)} tasks" if len(board.tasks) > 1 else f"on {board.tasks[0]}"
 
 
 def _orientation(board: Board) -> str:
     if board.is_scaled:
         return "the untuned model is at 0 and the best method at 1"
-    return "higher is better" if board.sign(board.tasks[0]) > 0 else "with the sign turned, so that higher is better"
+    return f"{'higher' if board.sign(board.tasks[0]) > 0 else 'lower'} is better"
 
 
 def _missing(board: Board) -> str:

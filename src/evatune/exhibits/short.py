@@ -17,7 +17,7 @@ _ENDS = {
 
 def headline(view: View) -> tuple[str, str]:
     """Return a sentence on the best method of a task, and its numbers; empty texts if no method has a score."""
-    board, task = view.begun, view.one_task
+    board, task = view.board_so_far, view.one_task
     rows = [row for method in board.methods if (row := board.at(method, task)) and row.mean is not None]
     if not rows:
         return "", ""

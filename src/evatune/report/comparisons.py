@@ -21,6 +21,8 @@ __all__ = ["Band", "bands", "bars", "critical_difference", "intervals", "matrix"
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 """Places, middle values, lower ends and upper ends of a curve."""
+WIDE_RANGE = 100
+"""Largest over smallest value beyond which bars hide the small ones; then they are points on a logarithmic axis."""
 MOST_IN_ONE, PANELS_IN_ROW = 6, 4
 """Curves that are told apart in one panel; panels side by side."""
 LABEL_WIDTH, LABEL_GAP = 0.9, 0.15
@@ -40,6 +42,7 @@ def bands(
     title: str,
     log_x: bool = False,
     log_y: bool = False,
+    tick_places: bool = False,
     against: str | None = None,
     path: str | Path | None = None,
 ) -> Figure:
@@ -52,8 +55,9 @@ def bands(
         x: what the places are.
         y: what the values are.
         title: of the figure.
-        log_x: logarithmic places, with a tick at each of them if they are few.
+        log_x: logarithmic places.
         log_y: logarithmic values.
+        tick_places: put a tick at each place if they are few, and nowhere else.
         against: label of the curve that each panel shows beside its own; by default the first one.
         path: where to write the figure, as .svg, .png or .pdf.
 
@@ -70,9 +74,9 @@ def bands(
     ticks = sorted({float(place) for places, *_ in curves.values() for place in places})
     if log_x:
         axes.set_xscale("log")
-        if len(ticks) < 12:
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+    if tick_places and len(ticks) < 12:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if log_y:
         axes.set_yscale("log")
     axes.set_xlabel(x)
@@ -233,6 +237,8 @@ def bars(
 ) -> Figure:
     """Draw one horizontal bar with its number, formatted by `form`, for each label.
 
+    Positive values of very different size are points on a logarithmic axis.
+
     Raises:
         EvaError: there are none, or the suffix of `path` is unknown.
     """
@@ -240,10 +246,14 @@ def bars(
         raise EvaError(f"there is nothing to draw: no {x}.")
     figure, axes = fresh_axes(7.2, 1.1 + 0.3 * len(values))
     places = np.arange(len(values))
-    axes.barh(places, list(values.values()), height=0.62, color=PALETTE[0], alpha=0.85)
+    if min(values.values()) > 0 and max(values.values()) > WIDE_RANGE * min(values.values()):
+        axes.set_xscale("log")
+        axes.plot(list(values.values()), places, linestyle="none", marker="o", color=PALETTE[0])
+    else:
+        axes.barh(places, list(values.values()), height=0.62, color=PALETTE[0], alpha=0.85)
     for place, value in zip(places, values.values(), strict=True):
         axes.annotate(
-            f"{value:{form}}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            f"{value:{form}}", (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_yticks(places, list(values))
     axes.grid(False, axis="y")

@@ -215,7 +215,8 @@ def explained_variance_curves(spectra: Spectra, *, path: str | Path | None = Non
         x = np.arange(curves.shape[1] + 1)
         padded = np.pad(curves, ((0, 0), (1, 0)))
         axes.plot(x, padded.T, color=colour, linewidth=0.6, alpha=0.3)
-        axes.plot(x, np.nanmedian(padded, axis=0), color=colour, linewidth=2.4, label=f"{kind} ({len(curves)} inputs)")
+        label = f"{kind} ({len(curves)} input{'s' * (len(curves) != 1)})"
+        axes.plot(x, np.nanmedian(padded, axis=0), color=colour, linewidth=2.4, label=label)
     axes.set_xlim(0, None)
     axes.set_ylim(0, 1.005)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
