@@ -23,7 +23,7 @@ READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 """Operations that give the host a value, or a shape that depends on values."""
 
 waits: Counter[str] = Counter()
-"""How often the host has waited, by the place in this package that made it wait."""
+"""How often the host has waited, by the place in this package that made it wait: for a value, or for a copy."""
 
 
 class _Backend:
@@ -141,7 +141,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name, device = func.overloadpacket.__name__, kwargs.get("device")
     if is_here and name not in ("copy_", "index", "index_put_") and any(tensor.ndim for tensor in others):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got tensors of two.")
-    if is_here and name in READS:
+    if (is_here and name in READS) or _is_blocking_copy(name, args, kwargs):
         _wait()
     inner_args, inner_kwargs = pytree.tree_map(_unwrapped, (args, kwargs))
     if device is not None and torch.device(device).type == NAME:
@@ -155,6 +155,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _wait()
         return out
     return return_and_correct_aliasing(func, args, kwargs, pytree.tree_map(_wrapped, out))
+
+
+def _is_blocking_copy(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether an operation copies from main memory to the device, or back into it, and waits until it is done."""
+    if name in ("index", "index_put_"):  # by numbers that are in main memory
+        places = [place for place in args[1] if isinstance(place, torch.Tensor)]
+        return isinstance(args[0], FakeTensor) and any(not isinstance(place, FakeTensor) for place in places)
+    if name == "_to_copy":
+        device = kwargs.get("device")
+        is_there = device is not None and torch.device(device).type == NAME
+        return is_there and not isinstance(args[0], FakeTensor) and not kwargs.get("non_blocking")
+    non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+    return name == "copy_" and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor) and not non_blocking
 
 
 def _unwrapped(value: Any) -> Any:

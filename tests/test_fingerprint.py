@@ -24,6 +24,17 @@ def test_the_type_of_the_weights_makes_no_other_model(dtype):
     assert is_other_model(kept(model(0)), model(1).to(dtype))
 
 
+def test_weights_are_kept_as_they_are_whatever_their_types():
+    mixed = model(0, n_layers=4)
+    for layer, dtype in zip(mixed, (torch.float64, torch.float32, torch.bfloat16, torch.float64), strict=False):
+        layer.to(dtype)
+    found = kept(mixed)
+    assert list(found) == ["0", "1", "2", "3"]
+    for name, values in found.items():
+        weight = mixed.get_parameter(f"{name}.weight").detach().flatten()
+        assert values == [float(weight[(index * 7919 + 13) % 64]) for index in range(3)]
+
+
 def test_a_fine_tuned_model_is_another_one():
     tuned = model(0)
     with torch.no_grad():

@@ -29,21 +29,27 @@ def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, list[fl
         model: a base model; weights that are quantized, offloaded or spread over processes are left out.
         names: the modules, of which `N_MODULES` are taken evenly.
 
-    Cost: `N_MODULES * N_WEIGHTS` numbers are read.
+    Cost: `N_MODULES * N_WEIGHTS` numbers are read, for which the host waits once for each device.
     """
     parameters = {
         key.replace(".base_layer", "").replace("._orig_mod", ""): parameter
         for key, parameter in model.named_parameters()
         if ".lora_" not in key and ".modules_to_save." not in key
     }
+    weights = {name: _weight(parameters, name) for name in sampled_modules(names)}
+    entries = {name: _entries(weight) for name, weight in weights.items() if weight is not None}
     found: dict[str, list[float]] = {}
-    for name in sampled_modules(names):
-        weight = _weight(parameters, name)
-        if weight is not None:
-            places = [(index * 7919 + 13) % weight.numel() for index in range(N_WEIGHTS)]
-            values = [weight[tuple(int(i) for i in torch.unravel_index(torch.tensor(p), weight.shape))] for p in places]
-            found[name] = [float(value) for value in values]
-    return found
+    for kind in {(tensor.device, tensor.dtype) for tensor in entries.values()}:
+        alike = {name: tensor for name, tensor in entries.items() if (tensor.device, tensor.dtype) == kind}
+        found |= dict(zip(alike, torch.stack(list(alike.values())).tolist(), strict=True))
+    return {name: found[name] for name in entries}
+
+
+def _entries(weight: Tensor) -> Tensor:
+    """Return `N_WEIGHTS` entries of a matrix, always the same ones."""
+    numbers = torch.tensor([(index * 7919 + 13) % weight.numel() for index in range(N_WEIGHTS)], device="cpu")
+    places = zip(*(place.tolist() for place in torch.unravel_index(numbers, weight.shape)), strict=True)
+    return torch.stack([weight[place] for place in places])
 
 
 def modules_with_matrices(model: nn.Module, *, without: Iterable[str] = ()) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests import fake_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
+from evatune.activations.processes.exchange import Processes
 from evatune.activations.run import Run
 from evatune.pca import StreamingPCA, many, widths
 
@@ -72,6 +74,48 @@ def test_the_host_waits_once_a_doubling_and_not_once_a_batch_or_an_input(device,
     assert many <= few + a_check_more
     wide = sum(n_waits(large, 5, backend=backend, padded=False, **rules).values())
     assert wide <= few + 4, "four inputs more; their sketches may get wider at other times"
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch"])
+def test_rows_are_added_without_waiting(device, backend):
+    """The first rows of an input as well: all inputs of a model get theirs in one pass."""
+    pca = StreamingPCA(4, backend=backend)
+    rows = torch.randn(64, 320, device="cpu").to(device)
+    fake_device.waits.clear()
+    for _ in range(3):
+        pca.add(rows)
+    assert not fake_device.waits
+
+
+@pytest.mark.parametrize("backend", ["exact", "sketch"])
+def test_components_reach_the_host_with_one_copy_for_all_inputs(device, backend):
+    model = model_on(device, n_layers=2)
+    places = n_waits(model, 2, backend=backend, padded=False, **RULES["none"])
+    beside = {place: count for place, count in places.items() if not place.startswith("pca/together")}
+    assert [place.rpartition(" ")[2] for place in beside] == ["on_host"] and list(beside.values()) == [1]
+
+
+class Alone(Processes):
+    """The exchange of one process with itself."""
+
+    def __init__(self) -> None:
+        self.number, self.size, self.bytes_sent, self.device = 0, 1, 0, torch.device("cpu")
+
+    @staticmethod
+    def present() -> bool:
+        return True
+
+    def gather(self, tensor):
+        return [tensor.clone()]
+
+
+def test_processes_that_judge_together_wait_once_a_check_too(device, monkeypatch):
+    monkeypatch.setattr(import_module("evatune.activations.measure"), "Processes", Alone)
+    counts = []
+    for n_layers in (1, 2):
+        places = n_waits(model_on(device, n_layers=n_layers), 5, backend="exact", padded=False, **RULES["both"])
+        counts.append(sum(n for place, n in places.items() if "lockstep" in place or "stopping" in place))
+    assert counts[0] == counts[1] > 0
 
 
 def test_padding_is_learned_once_for_each_input(device):

@@ -103,6 +103,22 @@ def test_a_thread_that_ends_first_does_not_lower_the_precision_of_another(high_p
     assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
 
 
+def test_parts_of_a_bfloat16_product_are_not_summed_in_bfloat16():
+    products = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    assert getattr(products, name), "torch's own setting"
+    with unrounded(torch.device("cpu")):
+        assert not getattr(products, name)
+    assert getattr(products, name)
+    setattr(products, name, False)
+    try:
+        with unrounded(torch.device("cpu")):
+            assert not getattr(products, name)
+        assert not getattr(products, name), "as the caller has set it"
+    finally:
+        setattr(products, name, True)
+
+
 def test_the_newer_name_of_that_precision_is_heeded_too():
     products = torch.backends.cuda.matmul
     before = products.fp32_precision

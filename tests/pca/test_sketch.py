@@ -47,6 +47,16 @@ def test_the_estimated_error_is_about_the_true_one(oracle, decay, dtype, seed):
     assert 0.4 * missed < pca.captured_error_ < 3 * missed
 
 
+def test_inputs_of_one_width_begin_from_the_same_columns_whatever_rows_others_got():
+    first, second = StreamingPCA(K, backend="sketch"), StreamingPCA(K, backend="sketch")
+    one, other = drifting(2, 600, decay=0.5, seed=0)
+    alone = StreamingPCA(K, backend="sketch", seed=0).fit(other).components_
+    sketch._random_columns.cache_clear()
+    first.fit(one)
+    assert torch.equal(second.fit(other).components_, alone)
+    assert sketch._random_columns.cache_info().misses == 1, "drawing them takes longer than the first batch's products"
+
+
 def test_without_a_tolerance_the_sketch_stays_as_it_is():
     pca = fitted(drifting(8, 1200, decay=0.25, seed=0), tolerance=None)
     assert pca.backend_ == "sketch" and pca._state.width == sketch_width(K, 1200)

@@ -68,6 +68,28 @@ def test_factors_of_a_stack_are_those_of_each_matrix(n_threads):
         assert all(torch.equal(*pair) for pair in zip(found[:5], alone(one(matrix))[:5], strict=True))
 
 
+def test_where_matrices_are_factorized(monkeypatch):
+    """MPS factorizes nothing; torch before 2.12 decomposes stacks of wider matrices one by one on CUDA."""
+    for one_by_one, places in ((True, [False, True, True, False]), (False, [False] * 4)):
+        monkeypatch.setattr(together, "ONE_BY_ONE", one_by_one)
+        assert [Eigh.is_for_host("cuda", size) for size in (32, 33, 512, 513)] == places
+    assert all(kind.is_for_host("mps", 8) for kind in (Eigh, Orthonormal, InverseRoot))
+    assert not any(kind.is_for_host("cuda", 128) for kind in (Orthonormal, InverseRoot))
+    assert not any(kind.is_for_host("cpu", 128) for kind in (Eigh, Orthonormal, InverseRoot))
+
+
+@pytest.mark.parametrize("kind", [Eigh, Orthonormal, InverseRoot])
+def test_the_host_gives_the_same_factors_to_the_device(monkeypatch, n_threads, kind):
+    matrices = [spd(5, seed=seed) for seed in range(4)]
+    expected = [kind.factorized(matrix) for matrix in matrices]
+    monkeypatch.setattr(kind, "is_for_host", lambda device_type, size: True)
+    answers = list(kind.answers([kind(matrix) for matrix in matrices]))
+    assert torch.get_num_threads() == n_threads and len(answers) == 4
+    for factors, answer in zip(expected, answers, strict=True):
+        assert [factor.device for factor in answer] == [matrices[0].device] * 2
+        assert all(torch.equal(*pair) for pair in zip(factors, answer, strict=True))
+
+
 def test_each_gets_its_own_answer_whatever_its_pace():
     def counted(n):
         seen = []

@@ -94,7 +94,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], dim=1)
     generator = torch.Generator().manual_seed(rows.shape[1])
-    directions = torch.randn(rows.shape[1], N_DIRECTIONS, generator=generator, device="cpu").to(rows.device)
+    directions = torch.randn(rows.shape[1], N_DIRECTIONS, generator=generator, device="cpu")
+    directions = directions.to(rows.device, non_blocking=True)
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows.float()
         return torch.cat([rows @ directions, rows.norm(dim=1, keepdim=True)], dim=1)

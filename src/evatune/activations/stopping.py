@@ -101,12 +101,12 @@ def find(state: InputState, rule: Stopping, *, n_needed: int) -> Finding:
 
 def decide(states: Mapping[str, InputState], findings: Mapping[str, Finding], rule: Stopping) -> None:
     """Apply both rules to what a check has found of these inputs, and note gains and reasons."""
-    shares = _on_host({key: found.share for key, found in findings.items() if found.share is not None})
+    shares = read_together({key: found.share for key, found in findings.items() if found.share is not None})
     for key, share in shares.items():
         if share >= rule.delta:
             states[key].reason = Reason.CONVERGED
     ready = {key: found for key, found in findings.items() if found.n_rows >= ENOUGH_ROWS}
-    energies = _on_host({key: found.energies_2 for key, found in ready.items() if found.energies_2 is not None})
+    energies = read_together({key: found.energies_2 for key, found in ready.items() if found.energies_2 is not None})
     for key, (now, then) in energies.items():
         state, found = states[key], ready[key]
         last = (now - then) / now if now > 0 else 0.0
@@ -128,11 +128,11 @@ def begin(state: InputState, rule: Stopping, *, per_doubling: int) -> None:
     # `per_doubling` checks ago there were half as many rows.
     state.checked = [*state.checked[-per_doubling:], now.components.to(torch.bfloat16)]
     if weighed is not None:
-        along_newest_k = now.singular_values.square().to(weighed)
+        along_newest_k = now.singular_values.square().to(weighed, non_blocking=True)
         state.energies = torch.stack([along_newest_k, weighed[-per_doubling]]), now.n_samples_seen
 
 
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def read_together(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the values of tensors of equal shape; the host waits for the device only once."""
     if not tensors:
         return {}

@@ -76,7 +76,8 @@ def leading_eigenpairs(
         return (yield from _all_eigenpairs(matrix_dd))
     if near_dl is None or near_dl.shape[1] < width:
         generator = torch.Generator().manual_seed(n_features)
-        near_dl = matrix_dd @ torch.randn(n_features, width, generator=generator, device="cpu").to(matrix_dd)
+        random_dl = torch.randn(n_features, width, generator=generator, device="cpu")
+        near_dl = matrix_dd @ random_dl.to(matrix_dd, non_blocking=True)
     basis_dl = yield from _basis_of(near_dl[:, :width].to(matrix_dd))
     zero = ZERO_ROUNDINGS * torch.finfo(matrix_dd.dtype).eps
     for n_done in range(MAX_ROUNDS):

@@ -1,8 +1,8 @@
 """The only work that is done for every batch: matrix products, in half precision where that is faster and enough.
 
-Products of bfloat16 operands are summed in float32 by the hardware; each entry of a product is rounded once to
-bfloat16 before it is added to the float32 accumulator, so the error stays relative to the entry and averages out over
-batches.
+Products of bfloat16 operands are summed in float32; each entry of a product is rounded once to bfloat16 before it is
+added to the float32 accumulator, so the error stays relative to the entry and averages out over batches. cuBLAS would
+sum parts of a long product in bfloat16, so it is told not to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def unrounded(*devices: torch.device) -> Iterator[None]:
-    """Keep the operands of products from being rounded: by autocast on these devices, and to TF32 on any device."""
+    """Keep products from being rounded: operands by autocast on these devices, and to TF32, and sums to bfloat16."""
     with ExitStack() as stack:
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -39,7 +38,7 @@ def unrounded(*devices: torch.device) -> Iterator[None]:
 
 
 class _AllDigits(AbstractContextManager[None]):
-    """Multiply float32 numbers with all their digits, whatever precision the caller has asked torch for.
+    """Multiply with all digits of float32, in its products and in sums of bfloat16, whatever the caller has asked for.
 
     torch has one such precision for all threads. The first thread that enters raises it, and the last one that leaves
     restores it; meanwhile, products of other threads are at most more precise than they have asked for.
@@ -67,19 +66,26 @@ _ALL_DIGITS = _AllDigits()
 
 
 def _ask_for_all_digits() -> Callable[[], None]:
-    """Raise torch's precision of float32 products, and return what restores it."""
+    """Raise torch's precision of products, and return what restores it."""
+    restore = ExitStack()
+    products: Any = torch.backends.cuda.matmul
+    # Without split-K no sum has parts.
+    if getattr(products, _REDUCED) and getattr(products, f"{_REDUCED}_split_k", True):
+        setattr(products, _REDUCED, False)
+        restore.callback(setattr, products, _REDUCED, True)
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was asked for by torch's newer names, which must not be mixed with the older ones
-        newer: Any = torch.backends.cuda.matmul
-        before = newer.fp32_precision
-        newer.fp32_precision = "ieee"
-        return partial(setattr, newer, "fp32_precision", before)
-    if before == "highest":
-        return lambda: None
-    torch.set_float32_matmul_precision("highest")
-    return partial(torch.set_float32_matmul_precision, before)
+        restore.callback(setattr, products, "fp32_precision", products.fp32_precision)
+        products.fp32_precision = "ieee"
+        return restore.close
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+        restore.callback(torch.set_float32_matmul_precision, before)
+    return restore.close
 
+
+_REDUCED = "allow_bf16_reduced_precision_reduction"
 
 PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """In what rows may be multiplied. In float16, products of large numbers overflow and those of small ones vanish."""

@@ -21,6 +21,7 @@ errors from random probes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Self
@@ -113,7 +114,8 @@ class SketchState(State):
         """Return the state of no rows, with a random test matrix."""
         like_d = moments.shift_d
         width = sketch_width(min(wanted.n_components, len(like_d)), len(like_d))
-        columns_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed).to(like_d.device)
+        random_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed)
+        columns_dm = random_dm.to(like_d.device, copy=True, non_blocking=True)
         return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm, dtype=like_d.dtype))
 
     @property
@@ -285,7 +287,8 @@ class SketchState(State):
         found = yield from self._eigenpairs()
         vectors_dp, values_p = (solver_copy(tensor) for tensor in found)
         leading_dk = vectors_dp[:, : self.n_components]  # orthonormal up to rounding in float32; corrected next
-        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - torch.eye(leading_dk.shape[1]).to(leading_dk)) / 2
+        eye_kk = torch.eye(leading_dk.shape[1], dtype=leading_dk.dtype, device=leading_dk.device)
+        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - eye_kk) / 2
         return vectors_dp, values_p
 
     def _eigenpairs(self) -> Steps[Pairs]:
@@ -362,7 +365,7 @@ class SketchState(State):
                 needs_full_precision=bool(full),
             )
         probed_ds = tensors["probed"]
-        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds.device)
+        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds.device, copy=True)
         sums_dm = torch.cat([probed_ds.new_zeros(len(probed_ds), width), probed_ds], dim=1)
         state = cls(wanted, moments, columns_dm, sums_dm)
         state._restart((tensors["vectors"], tensors["values"]), width=width, needs_full_precision=bool(full))
@@ -386,8 +389,12 @@ class SketchState(State):
         )
 
 
+@functools.lru_cache(maxsize=8)
 def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
-    """Return Gaussian columns (d, m). The last are the probes, the same in all sketches so that these merge."""
+    """Return Gaussian columns (d, m), on the CPU, which inputs of one width share: they must not be changed.
+
+    The last are the probes, the same in all sketches so that these merge.
+    """
     generator = torch.Generator().manual_seed(PROBE_SEED)
     probes_ds = torch.randn(n_features, N_PROBES, generator=generator, device="cpu")
     generator.manual_seed(seed)

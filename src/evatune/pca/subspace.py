@@ -78,7 +78,7 @@ def complete_basis(basis_dl: Tensor, n_columns: int, *, seed: int) -> Tensor:
         return basis_dl[:, :n_columns]
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(n_features, n_columns - n_present, generator=generator, dtype=torch.float64, device="cpu")
-    random = random.to(basis_dl)
+    random = random.to(basis_dl, non_blocking=True)
     for _ in range(2):  # twice is enough (Parlett)
         random = random - basis_dl @ (basis_dl.T @ random)
         random = orthonormal(random)

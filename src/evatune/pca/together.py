@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from evatune.pca.products import unrounded
 from evatune.pca.threads import on_one_thread_each, one_thread
@@ -34,6 +35,14 @@ fit in its caches and would cost more than it gains. At least one runs."""
 
 ACCELERATOR_BYTES = 256 * 1024**2
 """The same bound on an accelerator: enough for 15 sketches of 4,096 features and 32 components."""
+
+
+ONE_BY_ONE = TorchVersion(torch.__version__) < TorchVersion("2.12")
+"""Whether torch decomposes the matrices of a stack one by one on CUDA from `ONE_BY_ONE_FROM` columns on, at some
+milliseconds each (its issues 174674 and 175585). The threads of the host do so side by side."""
+ONE_BY_ONE_FROM = 33
+ON_HOST_UP_TO = 512
+"""Wider matrices are left to the card all the same. Chosen, not measured."""
 
 
 class Request(ABC):
@@ -81,27 +90,38 @@ class _Factorization(Request):
 
     @classmethod
     def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
-        """Factorize all matrices in one stack."""
+        """Factorize all matrices in one stack, or on the host one on each thread."""
         device = requests[0].tensor.device
         stack = torch.stack([request.tensor for request in requests])
-        if device.type == "mps":  # MPS has no factorizations
-            stack = stack.cpu()
+        if cls.is_for_host(device.type, stack.shape[-1]):
+            factors = zip(*on_one_thread_each(cls.factorized, stack.cpu()), strict=True)
+            return zip(*(torch.stack(of_all).to(device) for of_all in factors), strict=True)
         with one_thread():
-            factors = cls.factorized(stack)
-        return zip(*(factor.to(device) for factor in factors), strict=True)
+            return zip(*cls.factorized(stack), strict=True)
+
+    @classmethod
+    def is_for_host(cls, device_type: str, size: int) -> bool:
+        """Tell whether the host factorizes matrices of this kind of device and of this many columns."""
+        return device_type == "mps"  # which has no factorizations
 
     @staticmethod
     @abstractmethod
     def factorized(stack: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors of a stack of matrices."""
+        """Return the factors of a matrix, or of a stack of matrices."""
 
 
 class Eigh(_Factorization):
     """Eigenvalues (m,), ascending, and eigenvectors in columns (m, m), of a symmetric matrix. Cost O(m³)."""
 
+    @classmethod
+    def is_for_host(cls, device_type: str, size: int) -> bool:
+        """Tell whether the host decomposes matrices of this kind of device and of this size, see `ONE_BY_ONE`."""
+        is_slow = ONE_BY_ONE and device_type == "cuda" and ONE_BY_ONE_FROM <= size <= ON_HOST_UP_TO
+        return is_slow or super().is_for_host(device_type, size)
+
     @staticmethod
     def factorized(stack: Tensor) -> tuple[Tensor, ...]:
-        """Return eigenvalues and eigenvectors of a stack."""
+        """Return eigenvalues and eigenvectors."""
         return torch.linalg.eigh(stack)
 
 
@@ -122,7 +142,7 @@ class InverseRoot(_Factorization):
 
     @staticmethod
     def factorized(stack: Tensor) -> tuple[Tensor, ...]:
-        """Return the roots and pivots of a stack."""
+        """Return roots and pivots."""
         lower, failed = torch.linalg.cholesky_ex(stack)
         pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
         eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)

@@ -106,7 +106,8 @@ def _heads_output(module: Any, arguments: dict[str, Any]) -> Tensor:
     path = "module.out_proj."
     while hasattr(projection, "base_layer"):  # PEFT wraps it together with the module
         projection, path = projection.base_layer, path + "base_layer."
-    neutral = {path + "weight": torch.eye(module.embed_dim).to(projection.weight)}
+    weight = projection.weight
+    neutral = {path + "weight": torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device)}
     if projection.bias is not None:
         neutral[path + "bias"] = torch.zeros_like(projection.bias)
     return functional_call(_WithoutHooks(module), neutral, kwargs=arguments | {"need_weights": False})[0]

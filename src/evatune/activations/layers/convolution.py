@@ -50,7 +50,7 @@ class ConvolutionType(LayerType):
         (activation,) = self.activations(module, entering)
         entering, counted_bo = activation.movedim(-1, 1), None
         if masks[0] is not None:
-            mask_b1t = masks[0].unsqueeze(1).to(entering.device, torch.uint8)
+            mask_b1t = masks[0].unsqueeze(1).to(entering.device, torch.uint8, non_blocking=True)
             patches = _unfold(F.pad(mask_b1t, _padding(module)), module)
             counted_bo = patches.flatten(len(module.kernel_size) + 1).bool().any(dim=-1)
         padded = F.pad(entering, _padding(module), mode=_PAD_MODES[module.padding_mode])

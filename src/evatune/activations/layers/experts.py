@@ -167,7 +167,7 @@ def _counted(
     hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if hidden is None or mask is None:
         return args, kwargs
-    kept_n = mask.reshape(-1).nonzero().squeeze(1).to(hidden.device)
+    kept_n = mask.reshape(-1).nonzero().squeeze(1).to(hidden.device, non_blocking=True)
     leading, n_positions = hidden.shape[:-1], mask.numel()
 
     def cut(value: Any) -> Any:

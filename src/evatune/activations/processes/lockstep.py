@@ -26,7 +26,7 @@ from torch import Tensor
 from evatune.activations.passes import Passes
 from evatune.activations.processes.exchange import Processes, layout_of
 from evatune.activations.run import Learned, Run
-from evatune.activations.stopping import Finding, is_check
+from evatune.activations.stopping import Finding, is_check, read_together
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, from_state
 from evatune.settings import Reason
@@ -179,16 +179,16 @@ def _check(run: Run, processes: Processes) -> None:
         found = run.findings()
     except Exception as error:  # the others are told, since they wait for the findings of this process
         failure = error
-    told = processes.gather_json([failure is not None, {key: _numbers(finding) for key, finding in found.items()}])
+    told = processes.gather_json([failure is not None, _numbers(found)])
     _raise_failure(failure, [failed for failed, _ in told])
     run.conclude({key: _together([numbers[key] for _, numbers in told if key in numbers]) for key in found})
 
 
-def _numbers(finding: Finding) -> list[Any]:
-    """Return what others are told about an input: its share, its energies, its rows since the last check and before."""
-    share = None if finding.share is None else float(finding.share)
-    energies = None if finding.energies_2 is None else finding.energies_2.tolist()
-    return [share, energies, finding.n_rows, finding.n_rows_before]
+def _numbers(found: Mapping[str, Finding]) -> dict[str, list[Any]]:
+    """Return what others are told about each input: share, energies, rows since the last check and before."""
+    shares = read_together({key: one.share for key, one in found.items() if one.share is not None})
+    energies = read_together({key: one.energies_2 for key, one in found.items() if one.energies_2 is not None})
+    return {key: [shares.get(key), energies.get(key), one.n_rows, one.n_rows_before] for key, one in found.items()}
 
 
 def _together(told: Sequence[list[Any]]) -> Finding:
