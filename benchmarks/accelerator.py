@@ -1,7 +1,7 @@
 """Cost of initialization on an accelerator: seconds and peak memory beside the bare passes and beside other methods.
 
-Command (random weights that are made on the device: no hub, no network; `--minutes` at most, by default eight; evatune
-need not be installed):
+Command (random weights that are made on the device: no hub, no network; it ends after `--minutes`, by default 7.5,
+counted from its start; evatune need not be installed):
 
     python benchmarks/accelerator.py
 
@@ -12,53 +12,57 @@ need not be installed):
    that all get as wide as they can, and what the device has no room for waits in main memory. The share is of one epoch
    over `--train-examples` examples, whose seconds a step are measured in this very run with plain LoRA, `--micro`
    sequences at a time.
-2. How often the host waits for the device in one run, and a profile of the operations.
-3. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers, since decomposing every
-   weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
-4. The tests run on the device (`EVATUNE_TEST_DEVICE`), in several processes where pytest-xdist is installed, for
-   `--tests-seconds` at most; those that have failed until then are listed.
+2. Eigendecompositions of stacks by the device and by the threads of the host, alone and in a whole measurement: which
+   of them evatune asks depends on the version of torch (`evatune.pca.together.ONE_BY_ONE`).
+3. How often the host waits for the device in one run, and a profile of the operations of the device and of the host.
+4. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers with a small vocabulary,
+   since decomposing every weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
+5. The tests run on the device (`EVATUNE_TEST_DEVICE`), in several processes where pytest-xdist is installed, for
+   `--tests-seconds` at most; those that have failed until then are listed, and what pytest says is beside the results.
 
 The most wanted parts come first. Every part is on its own: one that fails, or takes longer than `--part-seconds`, is
-listed under `failed`, one for which no time is left under `left_out`, and the results are written after each. On a CPU
-a tiny shape is used.
+listed under `failed`, one for which no time is left under `left_out`, and the results are written after each. SIGTERM
+ends the part that runs, and the script. On a CPU a tiny shape is used.
 """
 
+# The clock starts before torch is imported, which may take long the first time.
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
 import gc
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from importlib import metadata
-from importlib.util import find_spec
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+STARTED = time.perf_counter()
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a hub; a slip would wait for a network
 
 import torch
+from device_tests import read_tests, run_tests
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.append(str(Path(__file__).parents[1] / "src"))  # where evatune is not installed
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this evatune, not one that is installed
 
 import evatune
 from evatune.files import write_json
 from evatune.hardware import best_device, describe_machine, versions_of
+from evatune.pca.together import Eigh
+from evatune.pca.widths import sketch_width, widest_sketch
 from evatune.tables import text_table
 
-ROOT = Path(__file__).parents[1]
 SHAPES = {
     "llama-2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
@@ -70,15 +74,13 @@ NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 UNMET_RULES: dict[str, Any] = {"tau": 1 - 1e-9, "min_gain": 1e-9, "progress": False}
 """Both rules are applied, and no input meets them."""
 
-TESTS = ("tests/pca", "tests/initialization", "tests/adapters", "tests/activations")
+SHOWN = ("factorizations", "waits", "failed", "left_out")
+N_STACKED = 12
+"""How many sketches of Llama-2-7B an accelerator refreshes at once, about."""
 LEAST_SECONDS = 5.0
 """A part does not begin if less time is left."""
 AGAIN = 10.0
 """A part that goes on although its time is over (an error may be swallowed) is ended again after these seconds."""
-MOST_PROCESSES = 16
-"""Tests run in half as many processes as the machine has cores, and as this."""
-LAST_WORDS = 20.0
-"""How many seconds of their time tests have to tell what has failed when they are ended."""
 
 
 class TooLongError(BaseException):
@@ -101,13 +103,16 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def model_of(shape: str, device: torch.device, *, n_layers: int | None = None) -> LlamaForCausalLM:
+def model_of(shape: str, device: torch.device, **changes: int) -> LlamaForCausalLM:
     """Return a model with random weights in bfloat16 (float32 on a CPU), made on the device."""
-    settings = SHAPES[shape] | ({} if n_layers is None else {"num_hidden_layers": n_layers})
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    before = torch.get_default_dtype()
     torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).eval()
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape] | changes)).eval()
+    finally:
+        torch.set_default_dtype(before)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             let_decay(module)
@@ -130,12 +135,18 @@ def batches_of(model: LlamaForCausalLM, *, size: int, length: int, n: int) -> li
     return [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows} for rows in ids]
 
 
+def give_back(device: torch.device) -> None:
+    """Free the memory that nothing holds any more, perhaps of a part that has failed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measured(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return seconds and peak memory of a run, in GB above what was there before; memory on a CPU is not measured."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     started = time.perf_counter()
@@ -152,10 +163,8 @@ def bare(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]) -> Non
     """Pass batches up to the last layer, without the head, as measuring does."""
     device = next(model.parameters()).device
     for batch in batches:
-        ids = batch["input_ids"].to(device, non_blocking=True)
-        model.model(
-            input_ids=ids, attention_mask=batch["attention_mask"].to(device, non_blocking=True), use_cache=False
-        )
+        ids, mask = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask"))
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], device: torch.device, *, micro: int) -> None:
@@ -191,8 +200,9 @@ class Parts:
     def __init__(self, args: argparse.Namespace, results: dict[str, Any]) -> None:
         self.args = args
         self.results = results
-        self.ends = time.perf_counter() + 60 * args.minutes
+        self.ends = STARTED + 60 * args.minutes
         self.device = torch.device(args.device)
+        self._is_inside = False
 
     @cached_property
     def whole(self) -> LlamaForCausalLM:
@@ -202,39 +212,81 @@ class Parts:
     def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield name and action of every part, the most wanted first."""
         first, *others = self.args.sizes
+        rank = min(128, SHAPES[self.args.shape]["hidden_size"] // 4)
         rivals = [(f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)) for name in RIVALS]
-        yield "the model", lambda: self.whole
-        yield from self.passes(first, ranks=(16, 128))
-        yield f"{first}: auto, rules", partial(self.measure, first, "auto, rules", rank=16, **UNMET_RULES)
-        yield f"{first}: auto, widest", partial(self.measure, first, "auto, widest", rank=16, tolerance=1e-9)
+        yield "the model", self.model
+        yield "PEFT", partial(import_module, "peft")  # which takes a while the first time
+        yield f"{first}: bare", partial(self.bare_and_step, first)
+        yield self.measuring(first, "auto")
+        yield self.measuring(first, f"auto, rank {rank}", rank=rank)
+        yield self.measuring(first, "auto, rules", **UNMET_RULES)
+        yield self.measuring(first, "auto, widest", tolerance=1e-9)
+        yield "factorizations", self.factorizations
+        yield f"{first}: auto, decomposed elsewhere", partial(self.elsewhere, first)
         yield "waits", self.waits
         yield "profile", self.operations
+        yield self.measuring(first, "exact", backend="exact")
         yield from rivals[:2]
+        for size in others:
+            yield f"{size}: bare", partial(self.bare_and_step, size)
+            yield self.measuring(size, "auto")
         if self.args.tests:
             yield "tests", self.tests
-        for size in others:
-            yield from self.passes(size, ranks=(16,))
         yield from rivals[2:]
+        yield self.measuring(first, "sketch", backend="sketch")
+        for size in others:
+            yield self.measuring(size, "sketch", backend="sketch")
+            yield self.measuring(size, "exact", backend="exact")
 
-    def passes(self, size: int, *, ranks: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Yield the parts for batches of one size."""
-        yield f"{size}: bare", partial(self.bare_and_step, size)
-        for backend in ("auto", "sketch", "exact"):
-            yield f"{size}: {backend}", partial(self.measure, size, backend, backend=backend, rank=ranks[0])
-        for rank in ranks[1:]:
-            rank = min(rank, SHAPES[self.args.shape]["hidden_size"] // 4)
-            name = f"auto, rank {rank}"
-            yield f"{size}: {name}", partial(self.measure, size, name, backend="auto", rank=rank)
+    def measuring(self, size: int, name: str, **options: Any) -> tuple[str, Callable[[], Any]]:
+        """Return the part in which batches of a size are measured."""
+        return f"{size}: {name}", partial(self.measure, size, name, **options)
+
+    def run(self, name: str, action: Callable[[], Any]) -> None:
+        """Run a part if there is time for it, and note how it ended."""
+        left, results = self.seconds_left, self.results
+        if left < LEAST_SECONDS:
+            results["left_out"].append(name)
+            return
+        print(f"{time.perf_counter() - STARTED:5.0f} s  {name}", flush=True)
+        give_back(self.device)
+        try:
+            with at_most(left if name == "tests" else min(left, self.args.part_seconds)):
+                self._is_inside = True
+                action()
+        except (Exception, TooLongError) as error:  # one part that fails, for want of memory perhaps, ends no other
+            results["failed"][name] = f"{type(error).__name__}: {error}"[:500]
+            results["tracebacks"][name] = "".join(traceback.format_tb(error.__traceback__))[-3000:]
+        finally:
+            self._is_inside = False
+        results["seconds"][name] = left - self.seconds_left
+
+    def end(self, number: int, frame: Any) -> None:
+        """End the part that runs, and leave out all that follow; a handler for SIGTERM."""
+        self.ends = time.perf_counter()
+        if self._is_inside:
+            raise TooLongError("told to end")
 
     @property
     def seconds_left(self) -> float:
         """Seconds until all must be done."""
         return self.ends - time.perf_counter()
 
+    def model(self) -> None:
+        """Make the model, and note what it is."""
+        config, weight = self.whole.config, next(self.whole.parameters())
+        self.results["model"] = {"parameters": self.whole.num_parameters(), "dtype": str(weight.dtype)}
+        self.results["model"]["attention"] = getattr(config, "_attn_implementation", None)
+
     def tests(self) -> None:
         """Run the tests."""
         seconds = min(self.args.tests_seconds, self.seconds_left - LEAST_SECONDS)
-        self.results["tests"] = run_tests(self.args.device, seconds=seconds)
+        path = self.args.output.with_suffix(".tests.txt")
+        ended = f"not within {seconds:.0f} s"
+        try:
+            ended = run_tests(self.args.device, seconds=seconds, output=path)
+        finally:
+            self.results["tests"] = read_tests(path, ended=ended)
 
     def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
         """Return the batches that every run of a size gets."""
@@ -248,15 +300,14 @@ class Parts:
         lora = evatune.prepare(self.whole, method="lora", rank=16)
         try:
             step(lora, batches[0], self.device, micro=self.args.micro)
-            found["lora step"] = measured(
-                lambda: step(lora, batches[1], self.device, micro=self.args.micro), self.device
-            )
+            once = partial(step, lora, batches[1], self.device, micro=self.args.micro)
+            found["lora step"] = measured(once, self.device)
         finally:
             lora.unload()
 
     def measure(self, size: int, name: str, **options: Any) -> None:
-        """Time a measurement; by default without stopping rules."""
-        options = {"rho": 2.0} | NO_RULES | options
+        """Time a measurement; by default at rank 16 without stopping rules."""
+        options = {"rank": 16, "rho": 2.0} | NO_RULES | options
         batches, found = self.batches(size), self.results["passes"].setdefault(str(size), {})
         evatune.measure(self.whole, batches[:2], **options)  # warms up
         one = found[name] = measured(lambda: evatune.measure(self.whole, batches, **options), self.device)
@@ -272,10 +323,29 @@ class Parts:
         """Time a start on the first layers."""
         n_all = SHAPES[self.args.shape]["num_hidden_layers"]
         n_layers = min(self.args.rival_layers, n_all)
-        model = model_of(self.args.shape, self.device, n_layers=n_layers)
+        # PEFT passes batches through the head as well, which would count for each layer in the estimate.
+        model = model_of(self.args.shape, self.device, num_hidden_layers=n_layers, vocab_size=128)
         batches = batches_of(model, size=self.args.sizes[0], length=self.args.length, n=self.args.batches)
         found = measured(lambda: rival(name, model, batches, rank=16), self.device)
         self.results["beside"][name] = found | {"whole": found["seconds"] * n_all / n_layers}
+
+    def factorizations(self) -> None:
+        """Time the eigendecompositions that a group of sketches needs, by the device and by the threads of the host."""
+        hidden = SHAPES[self.args.shape]["hidden_size"]
+        for size in {sketch_width(32, hidden), sketch_width(256, hidden), widest_sketch(32, hidden)}:
+            factors = torch.randn(N_STACKED, size, 2 * size, dtype=torch.float64, device=self.device)
+            requests = [Eigh(matrix) for matrix in factors @ factors.mT]
+            for place in ("device", "host"):
+                with decomposed_by(place):
+                    list(Eigh.answers(requests[:2]))  # warms up
+                    one = measured(lambda requests=requests: list(Eigh.answers(requests)), self.device)
+                self.results["factorizations"][f"{N_STACKED} x {size} x {size}, {place}"] = one["seconds"]
+
+    def elsewhere(self, size: int) -> None:
+        """Time a measurement whose eigendecompositions are made where evatune would not have them made."""
+        place = "device" if Eigh.is_for_host(self.device.type, 128) else "host"
+        with decomposed_by(place):
+            self.measure(size, f"auto, decomposed by the {place}")
 
     def waits(self) -> None:
         """Count how often the host waits in a measurement, by place."""
@@ -289,60 +359,40 @@ class Parts:
             finally:
                 if is_cuda:
                     torch.cuda.set_sync_debug_mode("default")
-        synchronizing = [warning for warning in caught if "synchronizing" in str(warning.message)]
+        synchronizing = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
         places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in synchronizing)
-        self.results["waits"] = {
-            "batches": self.args.batches,
-            "all": len(synchronizing),
-            "places": dict(places.most_common(12)),
-        }
+        found = {"batches": self.args.batches, "all": len(synchronizing), "places": dict(places.most_common(12))}
+        self.results["waits"] = found
 
     def operations(self) -> None:
         """Take a profile of a measurement."""
         batches, is_cuda = self.batches(self.args.sizes[0])[:8], self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as recorded:
-            evatune.measure(self.whole, batches, rank=16, rho=2.0, **NO_RULES)
-        key = "self_device_time_total" if is_cuda else "self_cpu_time_total"
-        events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, key))[:20]
-        self.results["profile"] = [
-            {"operation": event.key, "calls": event.count, "ms": getattr(event, key) / 1e3} for event in events
-        ]
+            one = measured(lambda: evatune.measure(self.whole, batches, rank=16, rho=2.0, **NO_RULES), self.device)
+        events = recorded.key_averages()
+        self.results["profile"] = {
+            "batches": len(batches),
+            "seconds": one["seconds"],
+            "device": longest(events, "self_device_time_total") if is_cuda else [],
+            "host": longest(events, "self_cpu_time_total"),
+        }
 
 
-def run_tests(device: str, *, seconds: float) -> dict[str, Any]:
-    """Run the tests on the device and return how they ended, or how far they came and what had failed until then."""
-    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
-    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"EVATUNE_TEST_DEVICE": device, "PYTHONPATH": path}
-    n_workers = min(os.cpu_count() or 1, MOST_PROCESSES) // 2
-    is_spread = n_workers > 1 and find_spec("xdist") is not None
-    if is_spread:
-        command += ["-n", str(n_workers)]
-    output, ended, until = "", f"not within {seconds:.0f} s", time.perf_counter() + seconds
-    with subprocess.Popen(
-        [*command, *TESTS],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as running:
-        try:
-            output, _ = running.communicate(timeout=max(seconds - LAST_WORDS, seconds / 2))
-            ended = (output.strip().splitlines() or [f"exit status {running.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            while not output and time.perf_counter() < until:
-                running.send_signal(signal.SIGINT)  # pytest then tells why; a measurement takes this for itself
-                with suppress(subprocess.TimeoutExpired):
-                    output, _ = running.communicate(timeout=12 if is_spread else 4)  # its processes have 10 s to end
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-            output = output or running.communicate()[0]
-    failed = [line for line in output.splitlines() if line.startswith("E  ") or re.search(r"\b(FAILED|ERROR)\b", line)]
-    progress = re.findall(r"\[ *\d+%\]", output)[-1:]
-    return {"ended": ended, "failed": failed[:80], "progress": progress, "output": output[-8000:]}
+def longest(events: Iterable[Any], key: str) -> list[dict[str, Any]]:
+    """Return the operations of a profile that took longest."""
+    taken = sorted(events, key=lambda event: -getattr(event, key))[:25]
+    return [{"operation": event.key, "calls": event.count, "ms": getattr(event, key) / 1e3} for event in taken]
+
+
+@contextmanager
+def decomposed_by(place: str) -> Iterator[None]:
+    """Let eigendecompositions be made by the `device` or by the `host` in the `with` block."""
+    before = vars(Eigh)["is_for_host"]
+    Eigh.is_for_host = lambda device_type, size: place == "host"  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Eigh.is_for_host = before  # type: ignore[method-assign]
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -394,9 +444,10 @@ def show(results: dict[str, Any]) -> None:
             for name, one in beside.items()
         ]
         print(text_table(["start", "time", "all layers (estimate)", "peak above model"], rows))
-    for name in ("tests", "waits", "failed", "left_out"):
-        if results.get(name):
-            print(f"{name}: {results[name]}")
+    tests = {name: value for name, value in results.get("tests", {}).items() if name != "output"}
+    for name, found in {"tests": tests, **{name: results.get(name) for name in SHOWN}}.items():
+        if found:
+            print(f"{name}: {found}")
 
 
 def main() -> None:
@@ -410,7 +461,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=4, help="sequences that train at a time")
     parser.add_argument("--rival-layers", type=int, default=1)
     parser.add_argument("--train-examples", type=int, default=395_000, help="examples of the epoch: MetaMathQA")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=7.5, help="from the start of the program")
     parser.add_argument("--part-seconds", type=float, default=60.0, help="what a part other than the tests may take")
     parser.add_argument("--tests-seconds", type=float, default=120.0)
     parser.add_argument("--no-tests", dest="tests", action="store_false")
@@ -423,6 +474,7 @@ def main() -> None:
         "machine": describe_machine(),
         "versions": installed("torch", "transformers", "peft", "evatune"),
         "passes": {},
+        "factorizations": {},
         "beside": {},
         "seconds": {},
         "failed": {},
@@ -431,21 +483,14 @@ def main() -> None:
     }
     print(f"{args.shape} on {results['card'].get('name') or args.device}", flush=True)
     parts = Parts(args, results)
-    write_json(args.output, results)
-    for name, action in parts.all():
-        left = parts.seconds_left
-        if left < LEAST_SECONDS:
-            results["left_out"].append(name)
-        else:
-            print(f"{60 * args.minutes - left:5.0f} s  {name}", flush=True)
-            try:
-                with at_most(left if name == "tests" else min(left, args.part_seconds)):
-                    action()
-            except (Exception, TooLongError) as error:  # one part that fails, for want of memory perhaps, ends no other
-                results["failed"][name] = f"{type(error).__name__}: {error}"[:500]
-                results["tracebacks"][name] = "".join(traceback.format_tb(error.__traceback__))[-3000:]
-            results["seconds"][name] = left - parts.seconds_left
+    before = signal.signal(signal.SIGTERM, parts.end)
+    try:
         write_json(args.output, results)
+        for name, action in parts.all():
+            parts.run(name, action)
+            write_json(args.output, results)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     show(results)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.linalg import subspace_angles
-from tests.on_device import on_device
+from tests.on_device import TEST_DEVICE, on_device
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -21,9 +21,6 @@ from torch import Tensor
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 FILE_SIZES = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-TEST_DEVICE = os.environ.get("EVATUNE_TEST_DEVICE", "cpu")
-"""Where tests run: the tensors that they make are there."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,19 +28,21 @@ def run(benchmark_script, monkeypatch, folder, *options):
 def test_every_part_runs(benchmark_script, monkeypatch, tmp_path, capsys):
     results = run(benchmark_script, monkeypatch, tmp_path)
     assert not results["failed"] and not results["left_out"]
+    assert results["model"] == {"parameters": 110_912, "dtype": "torch.float32", "attention": "sdpa"}
     found = results["passes"]["2"]
     names = {"bare", "lora step", "auto", "exact", "sketch", "auto, rank 16", "auto, rules", "auto, widest"}
-    assert set(found) == names
+    assert set(found) == names | {"auto, decomposed by the host"}
+    assert set(results["factorizations"]) == {"12 x 64 x 64, device", "12 x 64 x 64, host"}
     assert all(one["seconds"] > 0 for one in found.values()) and found["sketch"]["over_bare"] > 0
     assert set(results["beside"]) == set(RIVALS)
     assert results["beside"]["pissa"]["whole"] == 2 * results["beside"]["pissa"]["seconds"]
-    assert results["profile"][0]["ms"] > 0
+    assert results["profile"]["host"][0]["ms"] > 0 and not results["profile"]["device"]
     assert "over bare" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_into_the_time_is_listed(benchmark_script, monkeypatch, tmp_path):
     results = run(benchmark_script, monkeypatch, tmp_path, "--minutes", "0")
-    assert results["left_out"][:2] == ["the model", "2: bare"] and not results["passes"]
+    assert results["left_out"][:3] == ["the model", "PEFT", "2: bare"] and not results["passes"]
 
 
 def test_a_part_that_fails_or_takes_too_long_ends_no_other(benchmark_script, monkeypatch, tmp_path):
@@ -61,6 +64,31 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(benchmark_script, mon
     assert results["seconds"]["corda on 1 layers"] >= 3 > results["seconds"]["pissa on 1 layers"]
 
 
+def test_sigterm_ends_the_part_that_runs_and_what_was_measured_is_kept(benchmark_script, monkeypatch, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def rival(name, *args, **options):
+        if name == "peft-eva":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30.0)
+
+    monkeypatch.setattr(benchmark_script("accelerator"), "rival", rival)
+    results = run(benchmark_script, monkeypatch, tmp_path)
+    assert results["failed"] == {"peft-eva on 1 layers": "TooLongError: told to end"}
+    assert set(results["beside"]) == {"evatune"} and results["passes"]["2"]["auto"]["seconds"] > 0
+    assert results["left_out"][0] == "pissa on 1 layers" and "2: sketch" in results["left_out"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_clock_starts_before_torch_is_imported(benchmark_script, monkeypatch):
+    """Reading torch from disk for the first time may take a minute of the eight."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="torch") as raised:
+        benchmark_script("accelerator")
+    frame = next(one for one in raised.traceback if str(one.path).endswith("benchmarks/accelerator.py"))
+    assert frame.locals["STARTED"] <= time.perf_counter()
+
+
 def test_what_needs_a_package_that_is_missing_fails_alone(tmp_path):
     """As a program, in a process without PEFT that knows of evatune only what stands beside the script."""
     (tmp_path / "peft.py").write_text("raise ModuleNotFoundError(\"No module named 'peft'\")\n")
@@ -70,9 +98,17 @@ def test_what_needs_a_package_that_is_missing_fails_alone(tmp_path):
     ended = subprocess.run([*command, *options], env=environment, cwd="/", capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     results = json.loads((tmp_path / "found.json").read_text())
-    assert set(results["failed"]) == {"2: bare", *(f"{name} on 1 layers" for name in RIVALS)}
+    without = {"PEFT", "2: bare", *(f"{name} on 1 layers" for name in RIVALS)}
+    assert set(results["failed"]) == without, results["tracebacks"]
     assert "No module named 'peft'" in results["failed"]["2: bare"]
     assert {"bare", "auto", "auto, widest"} <= set(results["passes"]["2"]) and results["profile"]
+
+
+def test_the_model_is_in_bfloat16_where_there_is_an_accelerator(benchmark_script):
+    model = benchmark_script("accelerator").model_of("tiny", torch.device("meta"), num_hidden_layers=1, vocab_size=8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.get_default_dtype() == torch.float32
+    assert (len(model.model.layers), model.config.vocab_size) == (1, 8)
 
 
 def test_an_accelerator_is_named(benchmark_script, monkeypatch):
@@ -88,22 +124,26 @@ def test_a_package_that_is_missing_has_no_version(benchmark_script):
     assert set(benchmark_script("accelerator").installed("torch", "no-such-package")) == {"torch"}
 
 
-def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, monkeypatch):
-    script = benchmark_script("accelerator")
+def test_tests_that_do_not_end_are_told_as_far_as_they_came(benchmark_script, monkeypatch, tmp_path):
+    script, output = benchmark_script("device_tests"), tmp_path / "found.tests.txt"
     monkeypatch.setattr(script, "TESTS", ("tests/test_hardware.py",))
-    assert "passed" in script.run_tests("cpu", seconds=60)["ended"]
-    assert script.run_tests("cpu", seconds=0.1)["ended"] == "not within 0 s"
+    ended = script.run_tests("cpu", seconds=60, output=output)
+    found = script.read_tests(output, ended=ended)
+    assert "passed" in ended and found["passed"] > 0 and not found["failed"] and found["progress"] == ["[100%]"]
+    assert script.run_tests("cpu", seconds=0.1, output=output) == "not within 0 s"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_cores", [1, 4], ids=["one process", "two processes"])
 def test_tests_that_do_not_end_tell_what_has_failed(benchmark_script, monkeypatch, tmp_path, n_cores):
     monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
-    script, path = benchmark_script("accelerator"), tmp_path / "test_some.py"
+    script, path, output = benchmark_script("device_tests"), tmp_path / "test_some.py", tmp_path / "found.tests.txt"
     path.write_text(
         "import contextlib, time\n\n\ndef test_first():\n    assert 1 == 2\n\n\ndef test_second():\n"
         "    with contextlib.suppress(KeyboardInterrupt):\n        time.sleep(60)\n    time.sleep(60)\n"
     )
     monkeypatch.setattr(script, "TESTS", (str(path),))
-    found = script.run_tests("cpu", seconds=28)
-    assert found["ended"] == "not within 28 s" and any("test_first" in line for line in found["failed"])
+    ended = script.run_tests("cpu", seconds=28, output=output)
+    found = script.read_tests(output, ended=ended)
+    assert ended == "not within 28 s" and any("test_first" in line for line in found["failed"])
+    assert "assert 1 == 2" in output.read_text()
