@@ -46,6 +46,7 @@ def test_the_kernel_of_a_start_is_that_of_training_b(small):
     assert torch.allclose(found, torch.stack(rows) @ torch.stack(rows).T)
 
 
+@pytest.mark.on_cpu("it brings a device of its own")
 def test_kernels_of_a_model_on_another_device_are_on_the_cpu(small):
     model, examples = small
     starts = {"a": {"0": torch.randn(2, 6, dtype=torch.float64)}}

@@ -117,6 +117,7 @@ def test_a_changed_gguf_file_is_converted_anew(gguf_file, cache):
     assert len(list((cache / "gguf").iterdir())) == 2
 
 
+@pytest.mark.on_cpu("both models are loaded and stay there")
 def test_stock_gguf_model_can_be_saved(gguf_file, tmp_path):
     stock = stock_model(gguf_file)
     with pytest.raises(ValueError, match="not serializable"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.on_device import TRAINED_BY_TRAINER
 from transformers import Trainer, TrainerCallback
 
 from evatune.errors import EvaError
@@ -51,6 +52,7 @@ def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(run_module, "TaskTrainer", Interrupted)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_run_writes_what_it_promises(recipe):
     wanted = recipe(train={"eval_steps": 3, "logging_steps": 4})
     record = finetune(wanted, progress=False)
@@ -185,6 +187,7 @@ def test_measured_spectra_are_taken(recipe, tmp_path):
     assert_same_adapter(tmp_path / "first" / "adapter", tmp_path / "second" / "adapter")
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_gradient_checkpointing_changes_no_weight(recipe):
     plain, saving = recipe("plain"), recipe("saving", train={"gradient_checkpointing": True})
     finetune(plain, progress=False)
@@ -203,6 +206,7 @@ def test_scores_before_training_may_be_left_out(recipe):
     assert "before training" not in (Path(wanted.output) / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_bf16_trains(recipe):
     record = finetune(recipe(train={"precision": "bf16"}), progress=False)
     assert record.precision == "bf16"

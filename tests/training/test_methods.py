@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.on_device import TRAINED_BY_TRAINER
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import evatune
@@ -88,6 +89,7 @@ def test_full_fine_tuning_saves_a_model(recipe):
     assert trained["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-5)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
     wanted = recipe("eva", adapter={"train_a": False, "budget": "parameters"})
     record = finetune(wanted, progress=False)
@@ -100,6 +102,7 @@ def test_a_frozen_a_is_as_it_started(recipe, tmp_path):
     assert all(torch.equal(first[name], last[name]) == (".lora_A." in name) for name in first)
 
 
+@pytest.mark.on_hardware("bitsandbytes does not know it")
 def test_eva_beside_4_bits_measures_the_model_that_will_run(recipe, tmp_path):
     spectra = {}
     for method in ("eva", "eva+qlora"):
@@ -141,7 +144,16 @@ def interrupt(wanted: Recipe, monkeypatch: pytest.MonkeyPatch, *, step: int) -> 
             finetune(wanted, progress=False)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora-ga", "full", "eva+lora+", "eva+qlora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pissa",
+        "lora-ga",
+        "full",
+        "eva+lora+",
+        pytest.param("eva+qlora", marks=pytest.mark.on_hardware("bitsandbytes does not know it")),
+    ],
+)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch, method):
     whole = finetune(recipe(method, name="whole"), progress=False)
     halved = recipe(method, name="halved")
@@ -152,6 +164,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, monkeypatch,
     assert resumed.after["metrics"]["loss"] == pytest.approx(whole.after["metrics"]["loss"], rel=1e-5)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_adalora_cuts_directions_in_time(recipe, monkeypatch):
     steps = []
     original = AdaLoraCallback.on_optimizer_step

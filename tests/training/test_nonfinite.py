@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.on_device import TRAINED_BY_TRAINER
 
 from evatune.cli.main import main
 from evatune.errors import EvaError
@@ -116,6 +117,7 @@ def test_settings_must_be_finite(capsys, option, message, value):
     assert f"{message} is '{value}', but must be a number" in capsys.readouterr().err
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_the_first_step_trains(recipe):
     wanted = recipe(steps=1, warmup_ratio=0.5)
     record = finetune(wanted, progress=False)

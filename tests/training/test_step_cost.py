@@ -15,6 +15,8 @@ from evatune.training.step_cost import AliveBytes, step_cost
 
 CONFIG = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
 
+pytestmark = pytest.mark.on_cpu("operations and bytes are counted on tensors without values")
+
 
 def batch() -> dict[str, torch.Tensor]:
     tokens = torch.ones(8, 32, dtype=torch.long)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.conftest import TEST_DEVICE
+from tests.on_device import TEST_DEVICE
 from torch import nn
 from transformers import (
     AlbertConfig,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.on_device import TEST_DEVICE
 
 from evatune.tasks.control.episodes import Episode
 from evatune.tasks.control.model import DecisionTransformer, DecisionTransformerConfig
@@ -41,7 +42,8 @@ def new_model() -> Callable[..., DecisionTransformer]:
         torch.manual_seed(0)
         sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": 6}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return DecisionTransformer(DecisionTransformerConfig(**{**sizes, **dropout, **options})).eval()
+        config = DecisionTransformerConfig(**{**sizes, **dropout, **options})
+        return DecisionTransformer(config).to(TEST_DEVICE).eval()
 
     return build
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tests.on_device import TRAINED_BY_TRAINER
 from transformers import AutoModel
 
 from evatune.activations import measure
@@ -172,6 +173,7 @@ def test_eva_measures_every_token_of_every_step_and_no_padding(
 
 
 @pytest.mark.parametrize("method", ["eva", "lora", "eva+dora"])
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_run_trains_an_adapter_that_plain_peft_loads(
     method: str, reach_episodes: Path, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.on_device import TEST_DEVICE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evatune.models import load_model, load_tokenizer
@@ -15,7 +16,7 @@ from evatune.models import load_model, load_tokenizer
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
     """The tiny model with larger weights, so that its choices differ."""
-    model = load_model(tiny_model)
+    model = load_model(tiny_model).to(TEST_DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)

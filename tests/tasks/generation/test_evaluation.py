@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE
 
 from evatune.errors import EvaError
 from evatune.tasks.generation import evaluation as evaluation_module
@@ -16,6 +17,8 @@ from evatune.tasks.generation.evaluation import evaluate
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.examples import load_examples
 from evatune.tasks.journal import Journal
+
+pytestmark = pytest.mark.on_hardware(IN_INFERENCE_MODE)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE
 
 from evatune.tasks.generation import likelihood as module
 from evatune.tasks.generation.encoding import encode_examples
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.formats import in_chat
 from evatune.tasks.generation.likelihood import score
+
+pytestmark = pytest.mark.on_hardware(IN_INFERENCE_MODE)
 
 CHOICES = {
     "one token differs": ("the correct answer is true", "the correct answer is false"),

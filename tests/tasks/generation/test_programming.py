@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE
 
 from evatune.errors import EvaError
 from evatune.models import load_tokenizer
@@ -121,6 +122,7 @@ def tokenizer(tiny_model):
     return load_tokenizer(tiny_model)
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_a_model_that_writes_known_programs(tokenizer):
     problems = [example_of(HUMANEVAL), example_of(MBPP)]
     right = [problem.completion for problem in problems]

@@ -7,10 +7,13 @@ import copy
 import peft
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE
 from transformers import MambaConfig, MambaForCausalLM
 
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.writing import Sampling, write_answers
+
+pytestmark = pytest.mark.on_hardware(IN_INFERENCE_MODE)
 
 PROMPTS = ("Is red true?", "one two three green blue red: ", "?", "Is blue false? two two two")
 

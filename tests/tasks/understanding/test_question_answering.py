@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from tests.on_device import TRAINED_BY_TRAINER
 from transformers import AutoTokenizer
 
 from evatune.errors import EvaError
@@ -35,6 +36,7 @@ def questions(write_rows):
     return write_rows("train.jsonl", *rows), write_rows("test.jsonl", *rows[:32])
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_run_learns_answers_and_plain_peft_loads_it(recipe, questions, encoder, opened):
     from peft import PeftModel
     from transformers import AutoModelForQuestionAnswering
@@ -83,6 +85,7 @@ def test_the_loss_is_that_of_transformers(opened, questions):
             assert nll == pytest.approx(float(model(**task.collate([row])).loss), rel=1e-4)
 
 
+@pytest.mark.on_cpu("scores are there by then")
 def test_questions_without_answer_are_learned_and_scored(opened, write_rows):
     none = asked("red blue", "red") | {"answers": {"text": [], "answer_start": []}}
     path = write_rows("none.jsonl", none)
@@ -99,6 +102,7 @@ def test_questions_without_answer_are_learned_and_scored(opened, write_rows):
     assert task.kind.outcomes([outputs], task.train, examples, task.labels).columns["exact"] == [0.0]
 
 
+@pytest.mark.on_cpu("scores are there by then")
 def test_the_best_span_is_that_of_all_pairs():
     context, chance = "ab cd ef gh", torch.Generator().manual_seed(0)
     offsets = [None, (0, 2), (3, 5), (6, 8), (9, 11), None]

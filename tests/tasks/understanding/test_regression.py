@@ -6,6 +6,7 @@ import random
 
 import pytest
 from scipy import stats
+from tests.on_device import TRAINED_BY_TRAINER
 
 from evatune.errors import EvaError
 from evatune.tasks.understanding.regression import Regression
@@ -26,6 +27,7 @@ def alike(write_rows):
     return write_rows("train.jsonl", *rows), write_rows("test.jsonl", *rows[:40])
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_run_learns_numbers(recipe, alike):
     train, test = alike
     sections = {"data": {"kind": "regression", "train": [train], "eval": [test]}, "train": {"steps": 40}}

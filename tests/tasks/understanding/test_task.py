@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE, TEST_DEVICE, TRAINED_BY_TRAINER
 from transformers import AutoModelForSequenceClassification
 
 from evatune.errors import EvaError
@@ -22,6 +23,7 @@ from evatune.training.evaluation import evaluate
 
 
 @pytest.mark.parametrize("method", ["eva", "lora", "pissa", "eva+dora"])
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_one_word_changes_the_method_and_plain_peft_loads_the_adapter_with_its_head(recipe, encoder, opened, method):
     from peft import PeftModel
 
@@ -42,6 +44,7 @@ def test_one_word_changes_the_method_and_plain_peft_loads_the_adapter_with_its_h
     assert again["loss"] == pytest.approx(record.after["metrics"]["loss"], rel=1e-5)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_the_head_is_trained_whole_and_never_starts_from_eva(recipe):
     wanted = recipe(train={"steps": 2})
     record = finetune(wanted, progress=False)
@@ -99,9 +102,10 @@ def test_decoders_pad_with_what_they_have(tiny_model, texts, opened):
     assert together.outcomes["nll"][0] == pytest.approx(alone.outcomes["nll"][0], rel=1e-4)
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_scores_against_a_plain_computation(texts, opened):
     task = opened(train=(str(texts / "train.jsonl"),), eval=(str(texts / "test.jsonl"),))
-    model = task.load_model()
+    model = task.load_model().to(TEST_DEVICE)
     scores = task.evaluate(model, progress=False)
     for row, right, nll in zip(task.held_out, scores.outcomes["right"], scores.outcomes["nll"], strict=True):
         with torch.no_grad():

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tests.on_device import IN_INFERENCE_MODE, TEST_DEVICE, TRAINED_BY_TRAINER
 
 from evatune.errors import EvaError
 from evatune.tasks.understanding.entities import entities, is_entity_tag
@@ -31,6 +32,7 @@ def sentences(write_rows):
     return write_rows("train.jsonl", *rows), write_rows("test.jsonl", *rows[:32])
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_run_learns_entities_and_plain_peft_loads_it(recipe, sentences, encoder, opened):
     from peft import PeftModel
     from transformers import AutoModelForTokenClassification
@@ -65,9 +67,10 @@ def test_the_first_token_of_each_word_learns_its_tag(opened, sentences, tiny_mod
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_padding_changes_no_outcome(opened, sentences):
     task = opened(kind="token-classification", train=(sentences[0],), eval=(sentences[1],))
-    model = task.load_model()
+    model = task.load_model().to(TEST_DEVICE)
     together, alone = task.evaluate(model, progress=False), task.evaluate(model, limit=1, progress=False)
     assert together.outcomes["nll"][0] == pytest.approx(alone.outcomes["nll"][0], rel=1e-4)
     row = task.held_out[0]

@@ -129,6 +129,7 @@ def test_crop_keeps_proportions_and_stretch_does_not():
     assert (Preprocessing(size=10).resize(image)[:, [0, 9]] == 0).all()
 
 
+@pytest.mark.on_cpu("pictures are made there, and sent to the device afterwards")
 def test_normalize_and_restore():
     chance = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2, 8, 8, 3), generator=chance, dtype=torch.uint8)
@@ -141,6 +142,7 @@ def test_normalize_and_restore():
 
 
 @pytest.mark.parametrize("fit", ["stretch", "crop"])
+@pytest.mark.on_cpu("pictures are made there, and sent to the device afterwards")
 def test_transformers_makes_the_same_pixels_of_what_is_saved(tmp_path, fit):
     from transformers import AutoImageProcessor
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tests.on_device import IN_INFERENCE_MODE, TEST_DEVICE
 from torch import nn
 from transformers import AutoModel
 
@@ -66,6 +67,7 @@ def backbone(family: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_every_family_classifies_at_another_size(family):
     model = ImageClassifier(backbone(family), n_classes=5, size=42)
     layout = model.layout
@@ -77,6 +79,7 @@ def test_every_family_classifies_at_another_size(family):
     assert not torch.equal(output.logits[0], output.logits[1])
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_the_head_reads_the_normalized_class_token():
     base = backbone("dinov2")
     model = ImageClassifier(base, n_classes=3, size=28).eval()
@@ -86,6 +89,7 @@ def test_the_head_reads_the_normalized_class_token():
         assert torch.equal(model(pixel_values=pixels).logits, expected)
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_a_pooler_that_was_never_pretrained_is_left_out():
     base = backbone("vit")
     assert any("pooler" in name for name, _ in base.named_parameters())
@@ -97,6 +101,7 @@ def test_a_pooler_that_was_never_pretrained_is_left_out():
         assert torch.equal(model(pixel_values=pixels).logits, expected)
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_the_new_head_is_as_in_the_paper():
     torch.manual_seed(0)
     model = ImageClassifier(backbone("dinov2"), n_classes=400, size=28)
@@ -106,6 +111,7 @@ def test_the_new_head_is_as_in_the_paper():
     assert not model.classifier.bias.any()
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_masks_of_tokens():
     layout = ImageClassifier(backbone("dinov2 registers"), n_classes=2, size=28).layout
     assert layout.mask("class").tolist() == [True] + 7 * [False]
@@ -128,11 +134,11 @@ def test_pictures_too_small_for_a_patch_are_refused(tiny_vit):
 
 
 def test_a_whole_classifier_is_saved_and_loaded_with_its_head(tiny_vit, tmp_path):
-    model = load_classifier(ModelSettings(name=str(tiny_vit)), n_classes=3, size=28)
+    model = load_classifier(ModelSettings(name=str(tiny_vit)), n_classes=3, size=28).to(TEST_DEVICE)
     nn.init.normal_(model.classifier.weight)
     model.save_pretrained(tmp_path)
     settings = ModelSettings(name=str(tmp_path))
-    again = load_classifier(settings, n_classes=3, size=28)
+    again = load_classifier(settings, n_classes=3, size=28).to(TEST_DEVICE)
     pixels = torch.randn(2, 3, 28, 28)
     assert torch.equal(model(pixel_values=pixels).logits, again(pixel_values=pixels).logits)
     with pytest.raises(EvaError, match="has 3 classes, but the data have 2; remove that file for a new head"):
@@ -140,7 +146,8 @@ def test_a_whole_classifier_is_saved_and_loaded_with_its_head(tiny_vit, tmp_path
 
 
 def test_half_precision_bases_keep_a_head_in_float32(tiny_vit):
-    model = load_classifier(ModelSettings(name=str(tiny_vit), dtype="bfloat16"), n_classes=3, size=28)
+    settings = ModelSettings(name=str(tiny_vit), dtype="bfloat16")
+    model = load_classifier(settings, n_classes=3, size=28).to(TEST_DEVICE)
     assert model.classifier.weight.dtype == torch.float32
     assert model(pixel_values=torch.randn(1, 3, 28, 28)).logits.dtype == torch.float32
 
@@ -194,6 +201,7 @@ def timm(monkeypatch):
     return made
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_timm_models(timm):
     settings = ModelSettings(name="timm/vit_tiny")
     model = load_classifier(settings, n_classes=3, size=28)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from tests.on_device import TRAINED_BY_TRAINER
 
 from evatune.cli.main import main
 from evatune.errors import EvaError
@@ -54,6 +55,7 @@ def open_photos(photos: Path, tiny_vit: Path, **settings: Any):
     return open_task("vision", data, model=ModelSettings(name=str(tiny_vit)), seed=0)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_a_folder_of_photos_becomes_a_classifier(recipe, tiny_vit):
     wanted = recipe()
     record = finetune(wanted, progress=False)
@@ -88,6 +90,7 @@ def test_the_adapter_loads_with_plain_peft_head_included(recipe, tiny_vit, photo
 
 
 @pytest.mark.parametrize("method", ["eva", "full"])
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_new_pictures_are_classified_in_the_same_classes(recipe, photos, tmp_path, method):
     wanted = recipe(
         adapter={"method": method}, data={"fit": "crop"}, train={"learning_rate": 2e-2 if method == "eva" else 1e-3}
@@ -156,6 +159,7 @@ def test_tokens_that_a_model_does_not_have_are_refused(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["eva", "pissa", "vera"])
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_biases_are_trained_and_saved_on_request(recipe, tiny_vit, photos, method):
     wanted = recipe(adapter={"method": method, "bias": "all"}, train={"steps": 4})
     record = finetune(wanted, progress=False)
@@ -173,6 +177,7 @@ def test_biases_are_trained_and_saved_on_request(recipe, tiny_vit, photos, metho
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "eva+dora", "pissa"])
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_other_methods_are_one_word_away(recipe, method):
     wanted = recipe(adapter={"method": method}, train={"steps": 2})
     record = finetune(wanted, progress=False)
@@ -185,6 +190,7 @@ def test_other_methods_are_one_word_away(recipe, method):
         assert json.loads((saved / "classes.json").read_text()) == ["blue", "red"]
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_full_fine_tuning_with_layer_wise_decay(recipe):
     """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
     train = {"steps": 1, "learning_rate": 1e-3, "layer_decay": 0.5, "schedule": "constant", "warmup_ratio": 0.0}
