@@ -83,6 +83,18 @@ def test_json_tells_the_prompt(adapter, capsys):
     assert told["tokens"] == 1
 
 
+def test_the_command_reads_the_revision_that_it_is_told(monkeypatch, capsys):
+    asked = {}
+
+    def opened(model, **where):
+        asked.update(where)
+        raise EvaError("far enough")
+
+    monkeypatch.setattr("evatune.training.writing.open_writer", opened)
+    assert main(["generate", "hi", "--model", "a/model", "--revision", "v2"]) == 1
+    assert asked["revision"] == "v2" and "far enough" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--adapter", metavar="FOLDER", help="folder of a PEFT adapter")
     group.add_argument("--gguf-file", metavar="TEXT", help="GGUF file inside the model's folder or repository")
+    group.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub model")
     group.add_argument(
         "--dtype",
         default="float32",
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         dtype=args.dtype,
         gguf_file=args.gguf_file,
+        revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )
     written = writer.write(prompt, stream=not args.json, **options)
