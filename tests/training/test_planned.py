@@ -10,6 +10,8 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
+from evatune.adapters.fit import check_has_no_others
+from evatune.allocation import RankPlan
 from evatune.errors import EvaError
 from evatune.files import write_json
 from evatune.spectra import Spectra
@@ -111,6 +113,14 @@ def test_a_plan_with_more_components_than_were_kept_is_refused(small, recipe, tm
         else:
             with pytest.raises(EvaError, match=rf"'{first}' rank 9, but 8 components were kept of its input; measure"):
                 write_initial_adapter(wanted)
+
+
+def test_a_plan_with_layers_that_the_adapter_has_not_is_refused():
+    unknown = {"alphas": {}, "base_ranks": {}, "explained": {}, "in_features": {}, "out_features": {}}
+    plan = RankPlan(ranks={"q": 2, "layers.7.q": 3}, rho=2.0, metric="ratio", **unknown)
+    with pytest.raises(EvaError, match=r"the plan has layers that the adapter has not \(1, the first 'layers\.7\.q'\)"):
+        check_has_no_others(plan, {"q", "k"})
+    check_has_no_others(plan, {"q", "k", "layers.7.q"})
 
 
 def test_a_plan_that_lacks_layers_of_the_adapter_is_refused(small):

@@ -28,7 +28,7 @@ from evatune.activations.layer_type import TargetModule
 from evatune.activations.layers.targets import TargetRules, find_targets, unwrap
 from evatune.activations.passes import Passes
 from evatune.activations.planning import PlanAhead
-from evatune.activations.positions import DECODER, INPUTS, Given, entries_of
+from evatune.activations.positions import DECODER, INPUTS, BatchPositions, Given, entries_of
 from evatune.activations.preserve import measuring_state, preserved_random_state, uncompiled
 from evatune.activations.processes.exchange import Processes
 from evatune.activations.processes.lockstep import measure_in_lockstep
@@ -99,33 +99,13 @@ def measure(
     processes = Processes() if Processes.present() else None
     base = unwrap(model)
     started = time.perf_counter()
-    bar = tqdm(
-        total=settings.max_batches,
-        unit="batch",
-        desc="measuring",
-        bar_format=BAR,
-        disable=not progress or (processes is not None and processes.number > 0),
-        dynamic_ncols=True,
-    )
     held = ENDS_STEP if sharded else KEEPS if processes is None else ENDS_TOGETHER
     with held_interrupts(held=held) as interrupted:
         # The loader runs inside, so that its shuffling does not advance the caller's generators either.
-        with _ready(model, base, dtype=settings.dtype), bar:
+        with _ready(model, base, dtype=settings.dtype), _bar(settings, processes, shown=progress) as bar:
             run = _new_run(targets, settings, new_pca, alone=processes is None)
-            # Autocast, ours or the caller's, is for the model only; sums and checks stay in full precision.
-            shared = SharedInputs(torch.autocast(device_of(base).type, enabled=False)(run.take), run.split, run.look)
-            # Outer modules gather the parts of a sharded model, so such a model is called by its outermost module.
-            ours = partial(_call, model if sharded else base, base, keep_labels=is_encoder_decoder(base))
-            with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
-                passes = Passes(
-                    batches if forward is not None else map(partial(with_decoder_inputs, base), batches),
-                    prepare=ours if forward is None else partial(_given_call, forward, model),
-                    read=reader_of(base, use_label_mask=settings.use_label_mask, row_mask=row_mask),
-                    capture=capture,
-                    run=run,
-                    takes=partial(takes_entry, base) if forward is None else lambda name: False,
-                    reserved=reserved_tokens(base),
-                )
+            read = reader_of(base, use_label_mask=settings.use_label_mask, row_mask=row_mask)
+            with _passes(model, batches, targets=targets, run=run, read=read, forward=forward) as passes:
                 go = _measure_alone if processes is None else partial(measure_in_lockstep, processes=processes)
                 learned, stopped = go(
                     passes, run, max_batches=settings.max_batches, bar=bar, together=sharded, interrupted=interrupted
@@ -163,6 +143,46 @@ def _ready(model: nn.Module, base: nn.Module, *, dtype: str | None) -> Iterator[
         sharded_again(model),
     ):
         yield
+
+
+def _bar(settings: Measuring, processes: Processes | None, *, shown: bool) -> Any:
+    """Return the progress bar, which only the first of several processes shows."""
+    return tqdm(
+        total=settings.max_batches,
+        unit="batch",
+        desc="measuring",
+        bar_format=BAR,
+        disable=not shown or (processes is not None and processes.number > 0),
+        dynamic_ncols=True,
+    )
+
+
+@contextmanager
+def _passes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    targets: Sequence[TargetModule],
+    run: Run,
+    read: Callable[[Any], BatchPositions],
+    forward: Forward | None,
+) -> Iterator[Passes]:
+    """Give the passes of batches through a model, whose targets have hooks meanwhile; see `measure`."""
+    base, sharded = unwrap(model), sharding_of(model) is not None
+    # Autocast, ours or the caller's, is for the model only; sums and checks stay in full precision.
+    shared = SharedInputs(torch.autocast(device_of(base).type, enabled=False)(run.take), run.split, run.look)
+    # Outer modules gather the parts of a sharded model, so such a model is called by its outermost module.
+    ours = partial(_call, model if sharded else base, base, keep_labels=is_encoder_decoder(base))
+    with Capture(base, targets, shared, to_the_end=forward is not None, unbroken=sharded) as capture:
+        yield Passes(
+            batches if forward is not None else map(partial(with_decoder_inputs, base), batches),
+            prepare=ours if forward is None else partial(_given_call, forward, model),
+            read=read,
+            capture=capture,
+            run=run,
+            takes=partial(takes_entry, base) if forward is None else lambda name: False,
+            reserved=reserved_tokens(base),
+        )
 
 
 def _new_run(

@@ -30,6 +30,8 @@ class Factors:
 
     saved_as = ("lora_A.weight", "lora_B.weight")
     """What A and B are called in a saved adapter, behind the layer's path."""
+    sizes = ("out_features", "in_features")
+    """Where the module of A notes the rank, and that of B."""
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer = layer
@@ -63,12 +65,13 @@ class Factors:
 
     def write(self, A_rd: Tensor) -> None:
         """Store A, and B = 0 of the same rank; parameters stay the same objects where possible."""
-        rank = len(A_rd)
-        assign(self.down, "weight", A_rd, device=self._device)
-        assign(self.up, "weight", torch.zeros(self.up_weight.shape[0], rank), device=self._device)
+        rank, old_up = len(A_rd), self.up_weight.shape
+        assign(self.down, "weight", A_rd.reshape(rank, *self.down_weight.shape[1:]), device=self._device)
+        assign(self.up, "weight", torch.zeros(old_up[0], rank, *old_up[2:]), device=self._device)
         if self.up.bias is not None:
             assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
-        self.down.out_features = self.up.in_features = rank
+        for module, size in zip((self.down, self.up), self.sizes, strict=True):
+            setattr(module, size, rank)
 
     def padded(self, down: Tensor, up: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return A and B as PEFT stores them, with zeros up to a larger rank and the scale in B."""
@@ -83,20 +86,12 @@ class Factors:
 class ConvolutionFactors(Factors):
     """A is a convolution (r, C, *kernel) like the layer, B is a convolution of size 1."""
 
+    sizes = ("out_channels", "in_channels")
+
     @property
     def width(self) -> int:
         """Channels times kernel size."""
         return prod(self.down_weight.shape[1:])
-
-    def write(self, A_rd: Tensor) -> None:
-        """Store A and B = 0."""
-        rank, kernel = len(A_rd), self.down_weight.shape[1:]
-        ones = (1,) * (self.up_weight.ndim - 2)
-        assign(self.down, "weight", A_rd.reshape(rank, *kernel), device=self._device)
-        assign(self.up, "weight", torch.zeros(self.up_weight.shape[0], rank, *ones), device=self._device)
-        if self.up.bias is not None:
-            assign(self.up, "bias", torch.zeros(self.up.bias.shape), device=self._device)
-        self.down.out_channels = self.up.in_channels = rank
 
     def padded(self, down: Tensor, up: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return A and B as PEFT stores them, with zeros up to a larger rank and the scale in B."""
@@ -246,6 +241,12 @@ def check_form(name: str, layer: LoraLayer) -> None:
             f"{name!r} is stored as (in_features, out_features), and PEFT confuses the two; "
             "name its module in target_modules instead of target_parameters."
         )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a model in place of the one of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def assign(owner: Any, name: str, value: Tensor, *, device: torch.device) -> None:

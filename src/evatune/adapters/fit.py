@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -73,6 +73,24 @@ def fit_spectra(
     return Fit(spectra=replace(spectra, targets=targets), without=tuple(missing))
 
 
+def check_has_no_others(plan: RankPlan, targets: Collection[str], *, plan_name: str = "") -> None:
+    """Check that a plan is of these targets, or of some of them; `plan_name` names its file.
+
+    Raises:
+        EvaError: it has layers that are no targets.
+    """
+    others = [name for name in plan.ranks if name not in targets]
+    if others:
+        raise _of_other_layers(plan_name, "has layers that the adapter has not", others)
+
+
+def _of_other_layers(plan_name: str, what: str, names: Sequence[str]) -> EvaError:
+    return EvaError(
+        f"the plan {plan_name and f'{plan_name} '}{what} ({len(names)}, the first {names[0]!r}); plan again with "
+        "spectra of this model and these target_modules."
+    )
+
+
 def check_plan(plan: RankPlan, spectra: Spectra, *, use_rslora: bool) -> None:
     """Check that a plan that was made before can decide the ranks of an adapter.
 
@@ -84,13 +102,10 @@ def check_plan(plan: RankPlan, spectra: Spectra, *, use_rslora: bool) -> None:
     Raises:
         EvaError: it is of other layers, of another scale, or has more components than were kept.
     """
-    strangers = [name for name in plan.ranks if name not in spectra.targets]
+    check_has_no_others(plan, spectra.targets)
     missing = [name for name in spectra.targets if name not in plan.ranks]
-    for names, what in ((strangers, "has layers that the adapter has not"), (missing, "lacks layers of the adapter")):
-        if names:
-            raise EvaError(
-                f"the plan {what} ({len(names)}, the first {names[0]!r}); plan again with spectra of these targets."
-            )
+    if missing:
+        raise _of_other_layers("", "lacks layers of the adapter", missing)
     if plan.use_rslora != use_rslora:
         raise EvaError(
             f"the plan's alphas are for use_rslora={plan.use_rslora}, the adapter has use_rslora={use_rslora}; plan "

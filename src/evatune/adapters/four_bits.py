@@ -12,6 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from evatune.activations.layers.targets import TargetModule, TargetRules, find_targets
+from evatune.adapters.factors import replace_module
 from evatune.errors import EvaError
 from evatune.settings import Targets, takes
 
@@ -59,7 +60,7 @@ def quantize(model: nn.Module, targets: Sequence[TargetModule], *, device: torch
         quantized.support_avx512bf16_for_cpu = False
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
         quantized.weight = packed.to(device or weight.device)  # this is where bitsandbytes quantizes
-        _put(model, name, quantized.train(module.training))
+        replace_module(model, name, quantized.train(module.training))
     # PEFT reads from the model, not the layer, whether to use its adapter for 4 bits; only that one can be merged.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
@@ -103,10 +104,5 @@ def dequantize_targets(model: nn.Module) -> None:
         plain.bias = packed.bias
         weight: Any = dequantize_module_weight(layer)
         plain.weight = nn.Parameter(weight.detach().to(packed.compute_dtype), requires_grad=False)
-        _put(model, name, plain.train(layer.training))
+        replace_module(model, name, plain.train(layer.training))
     model.is_loaded_in_4bit = False  # type: ignore[assignment]
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from evatune.adapters.factors import assign, check_form, factors_of, layers_of
+from evatune.adapters.factors import assign, check_form, factors_of, layers_of, replace_module
 from evatune.errors import EvaError, near_misses
 from evatune.initialization import random_rows
 
@@ -203,8 +203,7 @@ def remove_layer(model: PeftModel, name: str, adapter_name: str) -> None:
         if isinstance(layer, MultiheadAttention):
             attention: Any = layer.base_layer
             attention.out_proj = attention.out_proj.base_layer
-        parent, _, child = path.rpartition(".")
-        setattr(base.get_submodule(parent), child, layer.base_layer)
+        replace_module(base, path, layer.base_layer)
         for targeted in (tuner.targeted_module_names, getattr(tuner, "targeted_parameter_names", [])):
             if name in targeted:
                 targeted.remove(name)

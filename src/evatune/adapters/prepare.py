@@ -108,15 +108,7 @@ def prepare(
     with all_or_nothing(model) as before, preserved_random_state():
         torch.manual_seed(settings.seed)
         targets, whole = _targets(model, choice, settings, modules_to_save)
-        common = {"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias}
-        with _peft_errors(choice):
-            config = at_home(choice.method.config)(
-                settings.part(Adapter),
-                settings=choice.settings,
-                common=common,
-                total_steps=total_steps,
-                seed=settings.seed,
-            )
+        config = _config(choice, settings, whole=whole, task_type=task_type, total_steps=total_steps)
         originals = copy_weights(model, _changing(choice, targets))
         before.let_go({model.get_parameter(name): copy for name, copy in originals.items()})
         if settings.bias != "none":
@@ -125,34 +117,74 @@ def prepare(
         if choice.in_four_bits:
             quantize(model, targets)
             targets = _without(find_targets(model, settings.part(TargetRules)), whole)
-        finish = None
-        if choice.method.start:
-            preparation = Preparation(
-                model=model,
-                targets=targets,
-                config=config,
-                settings=settings,
-                batches=batches,
-                spectra=spectra,
-                plan=plan,
-                loss=loss,
-                forward=forward,
-                row_mask=row_mask,
-                force=force,
-                progress=progress,
-            )
-            finish = at_home(choice.method.start)(preparation, **choice.method.options)
-        with _peft_errors(choice), _quiet_corrections():
-            peft_model: Any = wrap(model, config, targets)
-        if finish is not None:
-            finish(peft_model)
+        preparation = Preparation(
+            model=model,
+            targets=targets,
+            config=config,
+            settings=settings,
+            batches=batches,
+            spectra=spectra,
+            plan=plan,
+            loss=loss,
+            forward=forward,
+            row_mask=row_mask,
+            force=force,
+            progress=progress,
+        )
+        peft_model = _started(choice, preparation)
         if choice.method.changes_base:
             take_out(peft_model, originals, method=choice.method.name)
         remember(peft_model, originals=originals if keep_base else None, trainable=trainable)
-        if not settings.train_a:
-            freeze_a(peft_model)
-        hold_in(peft_model, settings.adapter_dtype)
+        _set_trained(peft_model, settings)
     return peft_model
+
+
+def _started(choice: Choice, preparation: Preparation) -> Any:
+    """Return the PEFT model, whose adapter starts as the method says."""
+    method = choice.method
+    finish = at_home(method.start)(preparation, **method.options) if method.start else None
+    with _peft_errors(choice), _quiet_corrections():
+        peft_model = wrap(preparation.model, preparation.config, preparation.targets)
+    if finish is not None:
+        finish(peft_model)
+    return peft_model
+
+
+def _config(
+    choice: Choice,
+    settings: Preparing,
+    *,
+    whole: list[str],
+    task_type: str | None,
+    total_steps: int | None,
+    starts: bool = True,
+) -> Any:
+    """Return the PEFT configuration, without targets.
+
+    Args:
+        choice: the method.
+        settings: all options.
+        whole: the modules that are trained whole.
+        task_type: PEFT's task type.
+        total_steps: how many optimizer steps the training will take.
+        starts: whether PEFT is to compute the start, if it is PEFT's.
+    """
+    left_out = () if starts else ("init_lora_weights",)
+    with _peft_errors(choice):
+        return at_home(choice.method.config)(
+            settings.part(Adapter),
+            settings={name: value for name, value in choice.settings.items() if name not in left_out},
+            common={"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias},
+            total_steps=total_steps,
+            seed=settings.seed,
+        )
+
+
+def _set_trained(peft_model: Any, settings: Preparing) -> None:
+    """Freeze `A` and change the dtype of what is trained, if the settings say so."""
+    if not settings.train_a:
+        freeze_a(peft_model)
+    hold_in(peft_model, settings.adapter_dtype)
 
 
 @takes(Preparing)
@@ -184,22 +216,14 @@ def adapter_shapes(
     if not choice.method.has_adapter:
         return model.requires_grad_(True), []
     targets, whole = _targets(model, choice, settings, modules_to_save)
+    config = _config(choice, settings, whole=whole, task_type=task_type, total_steps=total_steps, starts=False)
     with _peft_errors(choice), _quiet_corrections(), preserved_random_state():
-        config = at_home(choice.method.config)(
-            settings.part(Adapter),
-            settings={name: value for name, value in choice.settings.items() if name != "init_lora_weights"},
-            common={"modules_to_save": whole or None, "task_type": task_type, "bias": settings.bias},
-            total_steps=total_steps,
-            seed=settings.seed,
-        )
         peft_model: Any = wrap(model, config, targets)
     for name, parameter in peft_model.named_parameters():
         # PEFT loses that AdaLoRA's count of ranks is not trained where it moves it to another device.
         if ".ranknum." in name:
             parameter.requires_grad_(False)
-    if not settings.train_a:
-        freeze_a(peft_model)
-    hold_in(peft_model, settings.adapter_dtype)
+    _set_trained(peft_model, settings)
     return peft_model, targets
 
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from evatune.adapters.factors import replace_module
 from evatune.errors import EvaError
 
 
@@ -108,8 +109,7 @@ def unload(peft_model: PeftModel) -> Any:
     base: Any = peft_model.get_base_model()
     for name, module in list(base.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.original_module)
+            replace_module(base, name, module.original_module)
     base = peft_model.unload()
     if noted is not None:
         for name, weight in (noted.weights or {}).items():

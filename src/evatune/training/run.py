@@ -213,15 +213,9 @@ class _Run:
         self.say(f"data      {self.task.summary()}")
         if self.zero:
             self.say(f"zero      stage {self.zero.stage}, offload {self.zero.offload!r}")
-        if resume and ((self.folder / INITIAL).is_dir() or self._is_full()):
-            # The adapter's shape differs from layer to layer: build it before its weights are loaded from a checkpoint.
-            adapted = resumed_adapter(recipe, model, self.folder / INITIAL, task=self.task)
-            checkpoint = last_checkpoint(self.folder, say=self.say)
-            if checkpoint:
-                check_resumes(checkpoint, self.zero)
-            self._go_on(checkpoint)
-        else:
-            adapted, checkpoint = self._new_adapter(model), None
+        adapted, checkpoint = self._resumed(model) if resume else (None, None)
+        if adapted is None:
+            adapted = self._new_adapter(model)
         before = self._before(adapted)
         trainer, resumed_from = self._train(adapted, checkpoint=checkpoint)
         if launch.is_first():
@@ -249,14 +243,33 @@ class _Run:
             peak_memory_gib=peak_memory_gib(),
         )
         if launch.is_first():
-            check_still_there(self.folder)
-            if not self._is_full():
-                write_text(self.folder / ADAPTER / "README.md", adapter_card(recipe, record))
-            record.save(self.folder)
-            if not recipe.train.keep_checkpoints:
-                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            self._complete(record)
         self.say(f"saved     {self.folder}")
         return record
+
+    def _complete(self, record: RunRecord) -> None:
+        """Write the record, which shows that the run is complete, and remove what only resuming needs."""
+        check_still_there(self.folder)
+        if not self._is_full():
+            write_text(self.folder / ADAPTER / "README.md", adapter_card(self.recipe, record))
+        record.save(self.folder)
+        if not self.recipe.train.keep_checkpoints:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+
+    def _resumed(self, model: Any) -> tuple[Any, Path | None]:
+        """Return the model with the adapter of a run that was stopped, and the last checkpoint, if there is any.
+
+        The adapter's shape differs from layer to layer, so it is built before weights are loaded from a checkpoint.
+        Both are None if the run was stopped before it had an adapter.
+        """
+        if not (self.folder / INITIAL).is_dir() and not self._is_full():
+            return None, None
+        adapted = resumed_adapter(self.recipe, model, self.folder / INITIAL, task=self.task)
+        checkpoint = last_checkpoint(self.folder, say=self.say)
+        if checkpoint:
+            check_resumes(checkpoint, self.zero)
+        self._go_on(checkpoint)
+        return adapted, checkpoint
 
     def _save(self, adapted: Any) -> None:
         if self._is_full():
@@ -346,20 +359,6 @@ class _Run:
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
         interrupt = InterruptCallback()
-        skip = settings.allow_nonfinite
-        callbacks: list[TrainerCallback] = [
-            ZeroCallback(self.zero, skip=skip) if self.zero else FiniteGradientCallback(skip=skip),
-            JsonLinesCallback(self.folder / LOG),
-            RateCallback(),
-            LastStepCallback(saves=settings.keep_checkpoints > 0),
-            interrupt,
-        ]
-        callbacks += [at_home(home)(resume_from=checkpoint) for home in self.recipe.adapter.choice.method.callbacks]
-        callbacks += [ConsoleCallback()] if self.progress else []
-        if launch.is_first() and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
         trainer = TaskTrainer(
             settings=settings,
             score=partial(self._evaluate, model) if len(task.held_out) else None,
@@ -374,7 +373,7 @@ class _Run:
             train_dataset=task.train,
             eval_dataset=task.held_out,
             data_collator=task.collate,
-            callbacks=callbacks,
+            callbacks=self._callbacks(interrupt, checkpoint),
             make_optimizer=partial(self._optimizer, model),
             counts_tokens=needs.counts_tokens,
         )
@@ -394,6 +393,23 @@ class _Run:
             self.say(f"stopped   at step {trainer.state.global_step}; go on with --resume")
             raise KeyboardInterrupt
         return trainer, step
+
+    def _callbacks(self, interrupt: InterruptCallback, checkpoint: Path | None) -> list[TrainerCallback]:
+        settings, skip = self.recipe.train, self.recipe.train.allow_nonfinite
+        callbacks: list[TrainerCallback] = [
+            ZeroCallback(self.zero, skip=skip) if self.zero else FiniteGradientCallback(skip=skip),
+            JsonLinesCallback(self.folder / LOG),
+            RateCallback(),
+            LastStepCallback(saves=settings.keep_checkpoints > 0),
+            interrupt,
+        ]
+        callbacks += [at_home(home)(resume_from=checkpoint) for home in self.recipe.adapter.choice.method.callbacks]
+        callbacks += [ConsoleCallback()] if self.progress else []
+        if launch.is_first() and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
+        return callbacks
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer | None:
         """Return the optimizer of the method or of layer-wise decay, or None for the Trainer's own."""

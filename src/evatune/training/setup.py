@@ -20,10 +20,10 @@ from evatune.activations.gradients import batch_loss
 from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import initialized_plan, prepare
 from evatune.adapters.attach import load_adapter, quiet_peft
+from evatune.adapters.fit import check_has_no_others
 from evatune.adapters.four_bits import quantize_targets
 from evatune.adapters.prepare import freeze_a, hold_in
 from evatune.allocation import RankPlan
-from evatune.errors import EvaError
 from evatune.hardware import autocast, best_device
 from evatune.pca.products import has_fast_bfloat16
 from evatune.recipe import Recipe, TrainSettings
@@ -108,11 +108,7 @@ def measure_recipe(
     settings = replace(recipe.measuring, exclude_modules=without_adapter(recipe, needs))
     if plan is not None:
         targets = {target.name for target in find_targets(model, settings.part(TargetRules))}
-        if strangers := [name for name in plan.ranks if name not in targets]:
-            raise EvaError(
-                f"the plan {recipe.adapter.plan} has layers that the adapter has not ({len(strangers)}, the first "
-                f"{strangers[0]!r}); plan again with spectra of this model and these target_modules."
-            )
+        check_has_no_others(plan, targets, plan_name=str(recipe.adapter.plan))
     share = range(number, settings.max_batches, n_processes)
     return measure(
         model,

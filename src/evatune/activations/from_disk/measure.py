@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from evatune.activations.batches import reader_of
+from evatune.activations.batches import is_encoder_decoder, reader_of
 from evatune.activations.from_disk.blockwise import BlockwiseRun
 from evatune.activations.from_disk.checkpoint import Checkpoint, StoredWeights
 from evatune.activations.from_disk.empty import empty_model, model_folder, read_config
@@ -89,11 +89,7 @@ def measure_from_disk(
     per batch and block where they wait on disk. Memory: one block, the states of its inputs, what waits, and one
     batch's activations inside a block.
     """
-    for name in _RULES:
-        if name in options:
-            raise EvaError(f"{name} cannot be given to evatune.measure_from_disk: only max_batches ends it.")
-    settings = Measuring.of(options, settings=settings, call="evatune.measure_from_disk")
-    pca_maker(settings)(settings.n_kept)  # raises on invalid settings before anything is read
+    settings = _checked(settings, options)
     if not waiting_gib >= 0:
         raise EvaError(f"waiting_gib must be a number of at least 0, got {waiting_gib!r}; 0 puts everything on disk.")
     started = time.perf_counter()
@@ -103,11 +99,6 @@ def measure_from_disk(
     empty = empty_model(
         config, dtype=weights_dtype or checkpoint.dtype(), head=head, trust_remote_code=trust_remote_code
     )
-    if getattr(empty.config, "is_encoder_decoder", False):
-        raise EvaError(
-            f"{type(empty).__name__} is an encoder-decoder model, every block of its decoder needs the whole encoder; "
-            "load it whole and use `measure`."
-        )
     targets = find_targets(empty, settings.part(TargetRules))
     settings = with_ranks_of(settings, [target.name for target in targets])
     device = torch.device(device)
@@ -156,12 +147,31 @@ def measure_from_disk(
     return spectra
 
 
+def _checked(settings: Measuring | None, options: dict[str, Any]) -> Measuring:
+    """Return the settings, after every check that needs no model.
+
+    Raises:
+        EvaError: an option is unknown, out of range, or only for stopping rules.
+    """
+    for name in _RULES:
+        if name in options:
+            raise EvaError(f"{name} cannot be given to evatune.measure_from_disk: only max_batches ends it.")
+    settings = Measuring.of(options, settings=settings, call="evatune.measure_from_disk")
+    pca_maker(settings)(settings.n_kept)
+    return settings
+
+
 def find_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.Module]:
     """Return the blocks of a model by name: the elements of the one outermost `ModuleList` that holds targets.
 
     Raises:
-        EvaError: no list holds a target, or several do.
+        EvaError: no list holds a target, or several do, or a block needs more than the one before it.
     """
+    if is_encoder_decoder(model):
+        raise EvaError(
+            f"{type(model).__name__} is an encoder-decoder model, every block of its decoder needs the whole encoder; "
+            "load it whole and use `measure`."
+        )
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     holding = [name for name in outermost if any(target.name.startswith(name + ".") for target in targets)]
