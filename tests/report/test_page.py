@@ -94,6 +94,13 @@ def test_a_table_without_titles_has_no_head(tmp_path):
     assert '<thead><tr><td></td><th scope="col" class="number">EVA</th></tr></thead>' in written("", "EVA")
 
 
+def test_a_table_of_many_columns_lies_on_its_side_on_paper(tmp_path):
+    for n_columns, is_broad in ((10, False), (11, True)):
+        table = Table(headers=[f"task{number}" for number in range(n_columns)], rows=[[1] * n_columns])
+        path = write_page(tmp_path / "x.html", title="t", sections=[Section(title="s", content=[table])])
+        assert ('<figure class="broad">' in path.read_text()) is is_broad
+
+
 def test_groups_of_rows_are_bodies_that_links_lead_to(tmp_path):
     groups = [Group(name="a 1", title="A & one", n_rows=2), Group(name="b", title="B", n_rows=1)]
     rows = [["a0", 1], ["a1", linked(2, "#runs-b")], ["b0", 3]]

@@ -289,13 +289,17 @@ pre { background: var(--shade); padding: .9rem 1rem; border-radius: 6px; overflo
   h2 { margin-top: 1.5rem; }
   .filter, nav, details:not([open]) { display: none; }
   .wide { overflow: visible; }
-  .broad { page: broad; }
   table { line-height: 1.3; }
   th, td { padding: .2rem .6rem .2rem 0; }
+  th button { display: contents; }
+  .broad, h3:has(+ .broad) { page: broad; }
+  .broad thead th { writing-mode: vertical-rl; text-align: left; }
+  .broad table { font-size: .62rem; }
+  .broad th, .broad td { padding-right: .3rem; }
   td.number { white-space: normal; }
   a, td a, tbody th a, summary { color: inherit; text-decoration: none; }
   tr:target, tbody:target { background: none; outline: 0; }
-  h2, h3, summary, tr.group { break-after: avoid; }
+  h2, h3, summary, tr.group, p:has(+ figure > img) { break-after: avoid; }
   figcaption { break-before: avoid; }
   thead, tr, img, pre, figure:has(img) { break-inside: avoid; }
   img { max-height: 21cm; width: auto; }
