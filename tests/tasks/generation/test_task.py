@@ -92,7 +92,10 @@ def test_nothing_is_longer_than_the_model_can_read(tiny_model, tmp_path):
     assert (scores.counts["shortened"], scores.counts["answers"]) == (1, 2)
     greedy = opened(tiny_model, eval=(str(path),), scoring="generated", max_new_tokens=600)
     with pytest.raises(EvaError, match=r"data\.max_new_tokens is 600, but the model reads 512 tokens in all"):
-        greedy.evaluate(greedy.load_model(), progress=False)
+        _ = greedy.held_out  # read before any training
+    path.write_text('{"text": "red"}\n')
+    with pytest.raises(EvaError, match=r"no written answer can be judged; set data\.scoring to likelihood"):
+        _ = opened(tiny_model, eval=(str(path),), scoring="both").held_out
 
 
 def test_a_tokenizer_without_padding_token(tiny_model, tiny_data):

@@ -83,8 +83,13 @@ def check_judges(examples: Sequence[Example], *, allow_code_execution: bool) -> 
         allow_code_execution: whether programs of the model may be run.
 
     Raises:
-        EvaError: programs may not be run, or a package is missing.
+        EvaError: no example says what is right, programs may not be run, or a package is missing.
     """
+    if not any(example.judge for example in examples):
+        raise EvaError(
+            "none of the held-out examples says what a right answer is, so no written answer can be judged; set "
+            "data.scoring to likelihood."
+        )
     if any(example.program for example in examples) and not allow_code_execution:
         raise EvaError(
             "the held-out examples are programming problems, whose score needs programs of the model to be run on this "

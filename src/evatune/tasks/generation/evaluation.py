@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from evatune.errors import EvaError
-from evatune.tasks.generation.answers import JUDGES
+from evatune.tasks.generation.answers import JUDGES, check_judges
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.likelihood import Likelihood, score
 from evatune.tasks.generation.outcomes import Outcomes
@@ -62,16 +61,13 @@ def evaluate(
         `generated`, of programs `pass@1` and so on; with several tasks also for each of them, and their mean.
 
     Raises:
-        EvaError: answers are to be written, and no example says how one is judged.
+        EvaError: answers are to be written that cannot be judged here.
     """
     started = time.perf_counter()
     journal = journal or Journal()
     written = [index for index, example in enumerate(examples) if example.judge]
-    if scoring != "likelihood" and not written:
-        raise EvaError(
-            "none of the held-out examples says what a right answer is, so no written answer can be judged; set "
-            "data.scoring to likelihood."
-        )
+    if scoring != "likelihood":
+        check_judges(examples, allow_code_execution=True)  # who calls this has asked for permission
     if scoring != "likelihood" and any(examples[index].program for index in written):
         report()  # if no program can run here, that is known before any is written
     batching: dict[str, Any] = {"batch_tokens": batch_tokens, "bf16": bf16}

@@ -71,9 +71,7 @@ def evaluate(
     """
     try:
         import lm_eval
-        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaError(
             f"scoring with lm-eval needs the package lm-eval ({error}); run: pip install 'evatune[lm-eval]'."
@@ -82,38 +80,57 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are not for users of this program
     notes = _notes_on_programs(names, allowed=task.data.allow_code_execution)
     with evaluating(model), _definitions(names, copies=task.data.folder, runs_programs=bool(notes)) as folder:
-        ours = all(name.startswith(_PREFIX) for name in names)  # the index of all others takes a while
-        manager = TaskManager(include_path=str(folder), include_defaults=not ours)
-        for name in names:
-            if name not in manager.all_tasks:
-                raise EvaError(f"lm-eval has no task {name!r}{near_misses(name, sorted(manager.all_tasks))}.")
+        manager = _manager(names, folder)
         language_model = HFLM(
             pretrained=model,
             tokenizer=task.tokenizer,
             batch_size=batch_size,
             mixed_precision_dtype="bfloat16" if bf16 else None,
         )
-        evaluator.get_git_commit_hash = lambda: None  # git complains on the console where there is no repository
-        try:
-            found = lm_eval.simple_evaluate(
-                model=language_model,
-                tasks=list(names),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=1000,
-            )
-        except EvaError:
-            raise
-        except Exception as error:  # data sets of a hub fail in any way
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            if "confirm_run_unsafe_code" in reason:
-                reason = "one of them runs programs without limits; evatune_humaneval and evatune_mbpp have some"
-            raise EvaError(f"lm-eval cannot score {', '.join(names)}: {reason.rstrip('.')}.") from error
-    assert found is not None
+        found = _found(language_model, names, manager, limit=limit, num_fewshot=num_fewshot)
     wanted = ("results", "groups", "versions", "n-samples", "samples")
     content = {name.replace("-", "_"): found[name] for name in wanted if name in found}
     return content | {"notes": notes, "seconds": time.perf_counter() - started, "lm_eval": lm_eval.__version__}
+
+
+def _manager(names: Sequence[str], folder: Path) -> Any:
+    """Return what finds tasks: our definitions in a folder, and lm-eval's own where one of them is asked for."""
+    from lm_eval.tasks import TaskManager
+
+    ours = all(name.startswith(_PREFIX) for name in names)  # the index of all others takes a while
+    manager = TaskManager(include_path=str(folder), include_defaults=not ours)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise EvaError(f"lm-eval has no task {name!r}{near_misses(name, sorted(manager.all_tasks))}.")
+    return manager
+
+
+def _found(
+    language_model: Any, names: Sequence[str], manager: Any, *, limit: int | None, num_fewshot: int | None
+) -> dict[str, Any]:
+    """Return what lm-eval finds; what it cannot do is one sentence."""
+    import lm_eval
+    from lm_eval import evaluator
+
+    evaluator.get_git_commit_hash = lambda: None  # git complains on the console where there is no repository
+    try:
+        found = lm_eval.simple_evaluate(
+            model=language_model,
+            tasks=list(names),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+    except EvaError:
+        raise
+    except Exception as error:  # data sets of a hub fail in any way
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "confirm_run_unsafe_code" in reason:
+            reason = "one of them runs programs without limits; evatune_humaneval and evatune_mbpp have some"
+        raise EvaError(f"lm-eval cannot score {', '.join(names)}: {reason.rstrip('.')}.") from error
+    assert found is not None
+    return found
 
 
 @contextlib.contextmanager

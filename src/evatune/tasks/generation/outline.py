@@ -84,7 +84,7 @@ def _held_out_notes(task: Generation, *, has_tokenizer: bool, noted: Sequence[st
         read = _read(task, has_tokenizer=has_tokenizer, found=[], held_out=True)
         examples = [example for example in read if isinstance(example, Example)]
         programs = any(example.program for example in examples)
-        if data.scoring != "likelihood":
+        if data.scoring != "likelihood" and len(examples) == len(read):
             check_judges(examples, allow_code_execution=True)
     notes = rows_away([name for name in away if name not in noted])
     if programs and data.scoring != "likelihood" and not data.allow_code_execution:

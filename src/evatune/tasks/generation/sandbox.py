@@ -112,12 +112,15 @@ def _run(program: str, limits: Limits) -> Ran:
         with os.fdopen(reading, "rb") as report:
             os.set_blocking(report.fileno(), False)  # a child that lives on must not be waited for
             content = report.read() or b""
-    if not in_time:
-        return Ran(passed=False, reason="time is over")
+    return _ended(content, secret) if in_time else Ran(passed=False, reason="time is over")
+
+
+def _ended(content: bytes, secret: str) -> Ran:
+    """Return how a program ended by what was reported; what it may have reported itself lacks the secret."""
     try:
         found = json.loads(content)
     except ValueError:
-        return Ran(passed=False, reason="ended early")
+        found = None
     if not isinstance(found, dict) or found.get("secret") != secret:
         return Ran(passed=False, reason="ended early")
     return Ran(passed=not found["reason"], reason=found["reason"])

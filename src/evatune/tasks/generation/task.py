@@ -107,6 +107,7 @@ class Generation:
             return Examples()
         if data.scoring != "likelihood":
             check_judges(examples, allow_code_execution=data.allow_code_execution)
+            self._max_prompt()  # answers have room, or this is told before any training
         return examples
 
     def kinds(self) -> list[str]:
