@@ -34,6 +34,7 @@ from evatune.analyses.curvature import curvature
 from evatune.compare.results import Results
 from evatune.compare.runs import Run, cells, points, runs_of
 from evatune.compare.sweep import Sweep
+from evatune.errors import EvaError
 from evatune.files import write_json
 from evatune.hardware import describe_machine
 from evatune.methods import at_home
@@ -72,7 +73,11 @@ def main() -> None:
         label = cell.label
         if (options.methods is None or label in options.methods) and label not in found:
             run = runs_of(cell, "validation", points(cell.contender.grid)[0])[0]
-            found[label] = facts = one_method(run, options, spectra)
+            try:
+                found[label] = facts = one_method(run, options, spectra)
+            except EvaError as error:  # the task refuses the method
+                print(f"{label}: {error}", flush=True)
+                continue
             print(f"{label}: {facts['eigenvalue']:.3g} in {facts['seconds']:.1f} s", flush=True)
         content = {
             "settings": settings,
