@@ -27,7 +27,7 @@ def test_the_type_of_the_weights_makes_no_other_model(dtype):
 def test_weights_are_kept_as_they_are_whatever_their_types():
     mixed = model(0, n_layers=4)
     for layer, dtype in zip(mixed, (torch.float64, torch.float32, torch.bfloat16, torch.float64), strict=False):
-        layer.to(dtype)
+        nn.init.normal_(layer.to(dtype).weight)  # with all digits of float64
     found = kept(mixed)
     assert list(found) == ["0", "1", "2", "3"]
     for name, values in found.items():
