@@ -35,8 +35,7 @@ def test_the_files_of_the_package_are_what_the_task_reads(module, tmp_path, monk
         for row in rows:
             for text, begin in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
                 assert row["context"][begin : begin + len(text)] == text
-        kind = QuestionAnswering(data=UnderstandingData())
-        read = gather(path, kind.converter)
+        read = gather(path, lambda first, _, file: QuestionAnswering(data=UnderstandingData()).converter(first, file))
         assert sorted(asked.question for asked in read) == sorted(row["question"] for row in rows)
     assert all(not learned & scored for learned, scored in zip(seen["train"], seen["dev"], strict=True))
 

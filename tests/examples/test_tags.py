@@ -34,7 +34,11 @@ def test_the_files_have_the_split_of_the_package(module, tmp_path, monkeypatch, 
     told = capsys.readouterr().out
     kind = TokenClassification(data=UnderstandingData())
     folder = tmp_path / "out" / "treebank"
-    read = {name: list(gather(folder / f"{name}.jsonl", kind.converter)) for name in ("train", "dev", "test")}
+
+    def converter(row, source, file):
+        return kind.converter(row, file)
+
+    read = {name: list(gather(folder / f"{name}.jsonl", converter)) for name in ("train", "dev", "test")}
     assert {name: len(rows) for name, rows in read.items()} == {"train": 24, "dev": 3, "test": 2}
     assert f"{folder}/train.jsonl: 24 sentences, 48 parts of words" in told
     assert {tagged.words for tagged in read["test"]} == {("Git9", "!"), ("Git19", "!")}

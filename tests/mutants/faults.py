@@ -300,8 +300,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         ),
         [
             (".transpose(0, 1) * n_experts**0.5", ".transpose(0, 1)"),
-            ("self.down.out_channels = self.up.in_channels = rank", "pass"),
-            ("self.down.out_features = self.up.in_features = rank", "pass"),
+            ("            setattr(module, size, rank)", "            pass"),
             (
                 "return _grown(down_erd, 1, rank).flatten(0, 1), _grown(up * scale",
                 "return _grown(down_erd, 1, rank).flatten(0, 1), _grown(up",
