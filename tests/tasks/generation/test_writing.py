@@ -89,6 +89,19 @@ def test_a_cache_of_other_states(tokenizer):
     assert found == {0: [expected[: expected.index(stop)]], 1: [expected]}
 
 
+@pytest.mark.parametrize("longest", [3, 5, 8])
+def test_a_generate_of_the_model_s_own_writes_what_it_wants(longest, tokenizer):
+    """It may return the tokens alone, fewer than it might, or more."""
+    words = tokenizer("red blue red blue one")["input_ids"][-5:]
+
+    class Own(torch.nn.Linear):
+        def generate(self, *, input_ids, **rest):
+            return torch.cat([input_ids, torch.tensor([words] * len(input_ids))], dim=1)
+
+    found = answers(Own(1, 1), tokenizer, asked(*PROMPTS), sampling={"max_new_tokens": longest})
+    assert found == {place: [tokenizer.decode(words, skip_special_tokens=True)] for place in range(len(PROMPTS))}
+
+
 def test_samples_depend_on_the_seed_alone(model, tokenizer):
     options = {"sampling": {"samples": 3, "temperature": 1.5, "seed": 4}}
     torch.manual_seed(1)

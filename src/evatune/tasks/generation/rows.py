@@ -81,7 +81,7 @@ class Rows:
         """
         left = self.max_new_tokens - max(self._written)
         ended = self._generate(left if n_tokens is None else min(n_tokens, left))
-        over = [end or n == self.max_new_tokens for end, n in zip(ended, self._written, strict=True)]
+        over = [end or n >= self.max_new_tokens for end, n in zip(ended, self._written, strict=True)]
         answers = [self._answer(row) for row in range(len(self)) if over[row]]
         if answers:
             self._keep([row for row in range(len(self)) if not over[row]])
