@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from evatune.activations.positions import DECODER, INPUTS, LABELS, BatchPositions, Given, entries_of, read_positions
 from evatune.activations.variants import with_entries
 from evatune.errors import EvaError, near_misses
+from evatune.pca.moving import moved
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -44,7 +45,7 @@ def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tup
         batch = batch[0]
     device = device_of(model)
     if isinstance(batch, Tensor):
-        return (batch.to(device, non_blocking=True),), {}
+        return (moved(batch, device),), {}
     if not isinstance(batch, Mapping):
         raise EvaError(
             f"a batch must be a mapping, a tensor or a tuple that starts with one, got {type(batch).__name__}; "
@@ -57,7 +58,7 @@ def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tup
         is_text = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str))
         if is_text or not (takes_any or name in parameters) or (name == "labels" and not keep_labels):
             continue
-        arguments[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        arguments[name] = moved(value, device) if isinstance(value, Tensor) else value
     if not arguments:
         raise EvaError(
             f"the batch has {', '.join(map(repr, batch)) or 'no entries'}, but the model's forward takes "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from evatune.pca.moving import moved
+
 
 def select(activation: Tensor, *masks: Tensor | None) -> Tensor:
     """Return the rows of an activation that count.
@@ -27,4 +29,4 @@ def select(activation: Tensor, *masks: Tensor | None) -> Tensor:
         counted = counted & mask.to(counted.device)
     # Positions are found on the device of the mask, which for the batch of a loader is the CPU.
     kept_n = counted.reshape(-1).nonzero().squeeze(1)
-    return rows_nd.index_select(0, kept_n.to(rows_nd.device, non_blocking=True))
+    return rows_nd.index_select(0, moved(kept_n, rows_nd.device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from evatune.activations.layer_type import LayerType, Rows, described
 from evatune.errors import EvaError
+from evatune.pca.moving import moved
 
 MAX_ELEMENTS = 1 << 24
 """Patches are unfolded in pieces of at most about this many numbers (64 MiB in float32)."""
@@ -50,7 +51,7 @@ class ConvolutionType(LayerType):
         (activation,) = self.activations(module, entering)
         entering, counted_bo = activation.movedim(-1, 1), None
         if masks[0] is not None:
-            mask_b1t = masks[0].unsqueeze(1).to(entering.device, torch.uint8, non_blocking=True)
+            mask_b1t = moved(masks[0].unsqueeze(1), entering.device, torch.uint8)
             patches = _unfold(F.pad(mask_b1t, _padding(module)), module)
             counted_bo = patches.flatten(len(module.kernel_size) + 1).bool().any(dim=-1)
         padded = F.pad(entering, _padding(module), mode=_PAD_MODES[module.padding_mode])

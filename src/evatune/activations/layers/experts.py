@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from evatune.activations.layer_type import LayerType, Rows, running_autocast, whole_shape
 from evatune.errors import EvaError
 from evatune.pca import StreamingPCA
+from evatune.pca.moving import moved
 from evatune.pca.stacked import StackedPCA
 
 
@@ -167,7 +168,7 @@ def _counted(
     hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if hidden is None or mask is None:
         return args, kwargs
-    kept_n = mask.reshape(-1).nonzero().squeeze(1).to(hidden.device, non_blocking=True)
+    kept_n = moved(mask.reshape(-1).nonzero().squeeze(1), hidden.device)
     leading, n_positions = hidden.shape[:-1], mask.numel()
 
     def cut(value: Any) -> Any:
