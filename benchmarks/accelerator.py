@@ -50,6 +50,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a hub; a slip would wa
 
 import torch
 from device_tests import read_tests, run_tests
+from starts import STARTS, begin
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,7 +70,6 @@ SHAPES = {
     "tiny": {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 4},
 }
-RIVALS = ("evatune", "peft-eva", "pissa", "olora", "corda", "lora-ga")
 NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 UNMET_RULES: dict[str, Any] = {"tau": 1 - 1e-9, "min_gain": 1e-9, "progress": False}
 """Both rules are applied, and no input meets them."""
@@ -174,26 +174,6 @@ def step(model: Any, batch: dict[str, torch.Tensor], device: torch.device, *, mi
     model.zero_grad()
 
 
-def rival(name: str, model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]], *, rank: int) -> None:
-    """Start an adapter by evatune, by another method, or by PEFT's EVA."""
-    if name == "evatune":
-        evatune.prepare(model, method="eva", rank=rank, rho=2.0, batches=batches, keep_base=False, **NO_RULES)
-        return
-    if name != "peft-eva":
-        needs = {"batches": batches} if name in ("corda", "lora-ga") else {}
-        evatune.prepare(model, method=name, rank=rank, gradient_batches=len(batches), keep_base=False, **needs)
-        return
-    from peft import EvaConfig, LoraConfig
-    from peft.tuners.lora import eva
-
-    from initialization import CappedLoader, CapReachedError
-
-    config = LoraConfig(r=rank, init_lora_weights="eva", target_modules="all-linear", eva_config=EvaConfig(rho=2.0))
-    there = [{key: value.to(model.device) for key, value in batch.items() if key != "labels"} for batch in batches]
-    with suppress(CapReachedError):
-        eva.get_eva_state_dict(model, CappedLoader(there, endless=False), config, show_progress_bar=False)
-
-
 class Parts:
     """What is measured; every part writes into the results."""
 
@@ -213,7 +193,7 @@ class Parts:
         """Yield name and action of every part, the most wanted first."""
         first, *others = self.args.sizes
         rank = min(128, SHAPES[self.args.shape]["hidden_size"] // 4)
-        rivals = [(f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)) for name in RIVALS]
+        rivals = [(f"{name} on {self.args.rival_layers} layers", partial(self.beside, name)) for name in STARTS]
         yield "the model", self.model
         yield "PEFT", partial(import_module, "peft")  # which takes a while the first time
         yield f"{first}: bare", partial(self.bare_and_step, first)
@@ -325,9 +305,16 @@ class Parts:
         n_layers = min(self.args.rival_layers, n_all)
         # PEFT passes batches through the head as well, which would count for each layer in the estimate.
         model = model_of(self.args.shape, self.device, num_hidden_layers=n_layers, vocab_size=128)
-        batches = batches_of(model, size=self.args.sizes[0], length=self.args.length, n=self.args.batches)
-        found = measured(lambda: rival(name, model, batches, rank=16), self.device)
-        self.results["beside"][name] = found | {"whole": found["seconds"] * n_all / n_layers}
+        batches = batches_of(model, size=self.args.sizes[0], length=self.args.length, n=self.args.rival_batches)
+        found: dict[str, float] = {"passes": 0}
+        self.results["beside"][name] = found
+
+        def count(module: nn.Module, args: Any) -> None:
+            found["passes"] += 1
+
+        model.register_forward_pre_hook(count)
+        found |= measured(lambda: begin(name, model, batches, rank=16), self.device)
+        found["whole"] = found["seconds"] * n_all / n_layers
 
     def factorizations(self) -> None:
         """Time the eigendecompositions that a group of sketches needs, by the device and by the threads of the host."""
@@ -440,10 +427,11 @@ def show(results: dict[str, Any]) -> None:
     beside = results.get("beside", {})
     if beside:
         rows = [
-            [name, f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
+            [name, one["passes"], f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
             for name, one in beside.items()
+            if "seconds" in one
         ]
-        print(text_table(["start", "time", "all layers (estimate)", "peak above model"], rows))
+        print(text_table(["start", "passes", "time", "all layers (estimate)", "peak above model"], rows))
     tests = {name: value for name, value in results.get("tests", {}).items() if name != "output"}
     for name, found in {"tests": tests, **{name: results.get(name) for name in SHOWN}}.items():
         if found:
@@ -460,6 +448,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--micro", type=int, default=4, help="sequences that train at a time")
     parser.add_argument("--rival-layers", type=int, default=1)
+    parser.add_argument("--rival-batches", type=int, default=4)
     parser.add_argument("--train-examples", type=int, default=395_000, help="examples of the epoch: MetaMathQA")
     parser.add_argument("--minutes", type=float, default=7.5, help="from the start of the program")
     parser.add_argument("--part-seconds", type=float, default=60.0, help="what a part other than the tests may take")
