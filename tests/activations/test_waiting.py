@@ -163,7 +163,8 @@ def test_inputs_are_judged_group_by_group(device, monkeypatch, backend, rules):
     known.clear()
     monkeypatch.setattr(many, "ACCELERATOR_BYTES", 0)
     by_one = measure(model, batches(7))
-    assert max(known) == (1 if backend == "sketch" else 0) and len(known) >= 8 * 7
+    assert max(known) == (1 if backend == "sketch" else 0)
+    assert len(known) >= 8 * 5, "batches 1, 2, 3, 4 and 6 leave work for each of 8 inputs"
     assert [entry["mean_gain"] for entry in by_one.history] == pytest.approx(
         [entry["mean_gain"] for entry in at_once.history], abs=1e-6
     )

@@ -6,7 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import fake_device
+from tests.on_device import TEST_DEVICE
 
+from evatune import StreamingPCA
 from evatune.pca.moments import Moments
 
 PLENTY = settings(max_examples=25, deadline=None, derandomize=True)
@@ -16,7 +19,7 @@ seeds = st.integers(0, 2**31 - 1)
 def moments_of(rows, shift):
     moments = Moments.around(shift)
     for batch in rows.split(17):
-        moments.update(batch - shift)
+        moments = moments.with_rows(batch - shift)
     return moments
 
 
@@ -83,6 +86,80 @@ def test_sums_of_many_float32_rows_keep_their_digits():
     moments = Moments.around(torch.zeros(1))
     batch = torch.ones(1000, 1)
     for _ in range(30_000):
-        moments.update(batch)
+        moments = moments.with_rows(batch)
     assert moments.sum_d.dtype == torch.float64
-    assert float(moments.sum_d) == float(moments.squares_d) == moments.n_rows == 30_000_000
+    assert float(moments.sum_d) == moments.n_rows == 30_000_000
+    assert float(moments.squares_d) == pytest.approx(30_000_000, rel=1e-6)  # an accelerator squares a norm
+
+
+@pytest.fixture(params=["cpu", "fake"])
+def device(request):
+    """Return a device: accelerators sum rows in another way than the CPU."""
+    if TEST_DEVICE != "cpu" or request.param == "cpu":
+        yield torch.device(TEST_DEVICE)
+    else:
+        with fake_device.fake_device() as found:
+            yield found
+
+
+def half_rows(seed, n=200, mean=30.0):
+    rows = random_rows(seed, n=n, d=300, mean=mean)
+    return rows.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 37, 5000])
+def test_sums_are_as_precise_as_the_rows_whatever_their_dtype(device, dtype, n):
+    rows = random_rows(3, n=n, d=7, mean=2.0).to(dtype)
+    moments = Moments.around(torch.zeros(7, dtype=torch.promote_types(dtype, torch.float32), device=device))
+    moments = moments.with_rows(rows.to(device))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    wide = rows.double()
+    torch.testing.assert_close(moments.sum_d.cpu(), wide.sum(dim=0), rtol=tolerance, atol=tolerance * n)
+    torch.testing.assert_close(moments.squares_d.cpu(), wide.square().sum(dim=0), rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_rows_in_bfloat16_are_shifted_without_a_wider_copy(device, center):
+    """The numbers are those of a wider difference that is rounded."""
+    rows = half_rows(0).to(device)
+    moments = Moments.about(rows[:20], center=center)
+    narrow, wide = (moments.shifted(rows, wanted=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(narrow.cpu(), wide.to(torch.bfloat16).cpu())
+    assert bool(moments.shift_d.cpu().any()) == center
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_rows_about_a_shift_with_more_digits_are_not_shifted_in_bfloat16(dtype):
+    rows = half_rows(0)
+    moments = Moments.about(rows[:20].to(dtype) * 1.001, center=True)
+    wide = moments.shifted(rows, wanted=torch.bfloat16)
+    assert wide.dtype == moments.shift_d.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(wide.double(), rows.double() - moments.shift_d.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0])
+def test_mean_and_variance_of_rows_in_bfloat16_are_as_precise_as_their_entries(device, mean):
+    """All entries of a feature may be rounded in the same direction when the shift is subtracted."""
+    rows = half_rows(1, n=4000, mean=mean).to(device)
+    pca = StreamingPCA(4, backend="sketch", product_dtype=torch.bfloat16, tolerance=None)
+    for batch in rows.split(500):
+        pca.partial_fit(batch)
+    wide = rows.cpu().double()
+    distance = (pca.mean_.cpu().double() - wide.mean(dim=0)).abs()
+    assert bool((distance <= 2.0**-9 * (wide - wide.mean(dim=0)).abs().amax(dim=0)).all())
+    assert float((distance / wide.std(dim=0)).median()) < 2.0**-9
+    torch.testing.assert_close(pca.var_.cpu().double(), wide.var(dim=0), rtol=2.0**-9, atol=0.0)
+
+
+def test_a_loaded_state_goes_on_bit_for_bit_with_rows_in_bfloat16(device):
+    rows = half_rows(2).to(device)
+    made = [StreamingPCA(4, backend="sketch", product_dtype=torch.bfloat16, tolerance=None) for _ in range(2)]
+    whole = made[0].partial_fit(rows[:50])
+    loaded = made[1].load_state_dict(whole.state_dict())
+    for batch in rows[50:].split(50):
+        whole.partial_fit(batch)
+        loaded.partial_fit(batch)
+    for name in ("components_", "mean_", "var_"):
+        assert torch.equal(getattr(whole, name).cpu(), getattr(loaded, name).cpu())

@@ -19,13 +19,16 @@ from evatune.pca.moving import moved
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model: that of its first parameter with values."""
-    return devices_of(model)[0]
+    return next(_devices_of_parameters(model), torch.device("cpu"))
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
     """Return the devices on which a model has parameters with values, in their order; the CPU if it has none."""
-    found = dict.fromkeys(p.device for p in model.parameters() if p.device.type != "meta")
-    return list(found) or [torch.device("cpu")]
+    return list(dict.fromkeys(_devices_of_parameters(model))) or [torch.device("cpu")]
+
+
+def _devices_of_parameters(model: nn.Module) -> Iterator[torch.device]:
+    return (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
 
 
 def forward_arguments(model: nn.Module, batch: Any, *, keep_labels: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

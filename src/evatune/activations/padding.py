@@ -128,6 +128,7 @@ class CountedRows:
     def begin_batch(self, positions: BatchPositions, *, parted: bool = False) -> None:
         """Prepare for a batch, or for a part of one from which padding was removed."""
         self._positions, self._parted, self._takes_all = positions, parted, set[str]()
+        self._may_be_filled_up: dict[torch.Size, bool] = {}
         self._begin_evidence(positions)
         self.open = set()
         for name in set(positions.unread) - self._unread:
@@ -245,7 +246,10 @@ class CountedRows:
 
     def _is_strange(self, place: Place, tensor: Tensor) -> bool:
         """Tell whether there are more rows than positions; the model may have padded to a length of its own."""
-        return place not in self._unfilled and may_be_filled_up(self._positions, tensor.shape[:-1])
+        leading = tensor.shape[:-1]
+        if leading not in self._may_be_filled_up:
+            self._may_be_filled_up[leading] = may_be_filled_up(self._positions, leading)
+        return self._may_be_filled_up[leading] and place not in self._unfilled
 
     def look_at(self, key: str, number: int, tensors: Sequence[Tensor]) -> None:
         """Note one call, and learn from it if that is possible."""

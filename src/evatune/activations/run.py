@@ -22,6 +22,7 @@ from evatune.activations.stopping import Finding, begin, decide, find, is_check,
 from evatune.errors import EvaError
 from evatune.pca import AnyPCA, StreamingPCA, groups_of, make_room, settle_all, snapshot_all
 from evatune.pca.threads import on_one_thread_each
+from evatune.pca.together import Task
 from evatune.settings import Reason, Stopping
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ class Run:
         self._n_batches += 1
         if self._alone and is_check(self._n_batches, per_doubling=self._per_doubling):
             self.conclude(self.findings())
-        else:
+        elif any(state.pca.works(Task.SETTLE) for state in self._fitted()):
             for group in self._groups():
                 settle_all(state.pca for state in group)
 

@@ -62,6 +62,8 @@ class State(ABC):
     """Whether it can return any number of components, even more than were asked for."""
     turns_into: ClassVar[tuple[str, ...]] = ()
     """The backends that may replace it during a run."""
+    needs_full_precision: bool = True
+    """Whether rounding to bfloat16 would hide too much of the next rows."""
 
     def __init__(self, wanted: Wanted, moments: Moments) -> None:
         self.wanted = wanted
@@ -77,7 +79,8 @@ class State(ABC):
         """Add shifted rows, (n, d), by matrix products; any more expensive work is left for `settle`.
 
         Args:
-            shifted_nd: the rows, in the dtype of the shift; `moments` include them already.
+            shifted_nd: the rows; `moments` include them already. They are in the dtype of the shift, or in that of the
+                products if the state does not need full precision.
             product_dtype: dtype in which they may be multiplied.
         """
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.pca.backend import Pairs, State, Wanted
+from evatune.pca.backend import WORKING_COPIES, Pairs, State, Wanted
 from evatune.pca.cost import FLOAT, Cost, components_bytes, moments_bytes
 from evatune.pca.eigen import OVERSAMPLING, leading_eigenpairs
 from evatune.pca.leading import LeadingState
@@ -200,6 +200,11 @@ class ExactState(State):
             tensor[:n_pairs].to(self.second_moment_dd) for tensor in (vectors_dp.T, values_p.sqrt())
         )
         return LeadingState.of(self.wanted, self.moments, components_pd, values_p)
+
+    @property
+    def working_bytes(self) -> int:
+        """About how many bytes of working memory a factorization needs."""
+        return WORKING_COPIES * self.second_moment_dd.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors."""

@@ -10,18 +10,33 @@ plain sums, which merge by addition.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 SLICE = 2048
-"""Rows are squared this many at a time, so that the squares of a large batch do not take as much memory as it does."""
+"""A CPU squares this many rows at a time, so that the squares of a large batch take less memory than it does."""
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for sums of vectors: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rounded(shift_d: Tensor) -> Tensor:
+    """Return a shift without the digits that bfloat16 has not, in its dtype."""
+    return shift_d.to(torch.bfloat16).to(shift_d.dtype)
+
+
+def _sums(rows_nd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of rows and of their squares, each (d,), summed in float32 at least."""
+    dtype = torch.promote_types(rows_nd.dtype, torch.float32)
+    if rows_nd.device.type == "cpu":
+        wide_nd = rows_nd.to(dtype)
+        return wide_nd.sum(dim=0), wide_nd.square().sum(dim=0)
+    # An accelerator would take longest for reading and writing copies of the rows; a norm makes none.
+    return rows_nd.sum(dim=0, dtype=dtype), torch.linalg.vector_norm(rows_nd, dim=0, dtype=dtype).square()
 
 
 @dataclass
@@ -40,19 +55,48 @@ class Moments:
     """Sum of the squared shifted rows, (d,)."""
     n_rows: int = 0
     """How many rows were added."""
+    is_rounded: bool = False
+    """Whether the shift is known to have no more digits than bfloat16."""
 
     @classmethod
-    def around(cls, shift_d: Tensor) -> Moments:
+    def around(cls, shift_d: Tensor, *, is_rounded: bool = False) -> Moments:
         """Return empty moments about a shift of shape (d,)."""
         zeros = torch.zeros_like(shift_d, dtype=accumulator_dtype(shift_d.device))
-        return cls(shift_d=shift_d, sum_d=zeros, squares_d=zeros.clone())
+        return cls(shift_d=shift_d, sum_d=zeros, squares_d=zeros.clone(), is_rounded=is_rounded)
 
-    def update(self, shifted_nd: Tensor) -> None:
-        """Add rows that are shifted already, (n, d). Cost O(n d)."""
-        self.n_rows += shifted_nd.shape[0]
-        self.sum_d += shifted_nd.sum(dim=0)
-        for slice_nd in shifted_nd.split(SLICE):
-            self.squares_d += slice_nd.square().sum(dim=0)
+    @classmethod
+    def about(cls, first_nd: Tensor, *, center: bool) -> Moments:
+        """Return empty moments for rows of which these are the first, (n, d); they choose the dtype of all sums.
+
+        The shift is the mean of these rows, or zero if `center` is false. For rows in bfloat16 it is rounded to
+        bfloat16, so that `shifted` can stay in bfloat16.
+        """
+        wide_nd = first_nd.to(torch.promote_types(first_nd.dtype, torch.float32))
+        shift_d = wide_nd.mean(dim=0) if center else torch.zeros_like(wide_nd[0])
+        is_half = first_nd.dtype == torch.bfloat16
+        return cls.around(rounded(shift_d) if is_half else shift_d, is_rounded=is_half)
+
+    def shifted(self, rows_nd: Tensor, *, wanted: torch.dtype) -> Tensor:
+        """Return rows minus the shift, (n, d), with all digits, or in bfloat16 where that is wanted and enough.
+
+        A difference in bfloat16 is what the wider one would be rounded to for its product. All entries of a feature may
+        be rounded in one direction, so the mean is as precise as they are, to 2⁻⁹ of the largest.
+        """
+        shift_d = self.shift_d.to(rows_nd.device)
+        if self.is_rounded and rows_nd.dtype == wanted == torch.bfloat16:
+            return rows_nd - shift_d.to(wanted)
+        # Rows in half precision become wider by the subtraction, without a wider copy of them before it.
+        is_half = rows_nd.dtype in (torch.float16, torch.bfloat16)
+        return (rows_nd if is_half else rows_nd.to(shift_d.dtype)) - shift_d
+
+    def with_rows(self, shifted_nd: Tensor) -> Moments:
+        """Return the moments with further rows, which are shifted already, (n, d). Cost O(n d)."""
+        n_rows, sum_d, squares_d = self.n_rows + len(shifted_nd), self.sum_d, self.squares_d
+        is_long = len(shifted_nd) > SLICE and shifted_nd.device.type == "cpu"
+        for slice_nd in shifted_nd.split(SLICE) if is_long else (shifted_nd,):
+            more_d, more_squares_d = _sums(slice_nd)
+            sum_d, squares_d = sum_d + more_d, squares_d + more_squares_d
+        return Moments(self.shift_d, sum_d, squares_d, n_rows, is_rounded=self.is_rounded)
 
     @property
     def offset_d(self) -> Tensor:
@@ -79,18 +123,11 @@ class Moments:
             n_rows=self.n_rows,
         )
 
-    def plus(self, other: Moments) -> Moments:
-        """Return the moments of both sets of rows, which must be about the same shift."""
-        return Moments(
-            shift_d=self.shift_d,
-            sum_d=self.sum_d + other.sum_d,
-            squares_d=self.squares_d + other.squares_d,
-            n_rows=self.n_rows + other.n_rows,
-        )
-
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets of rows, about this one's shift."""
-        return self.plus(other.rebased(self.shift_d))
+        theirs = other.rebased(self.shift_d)
+        sum_d, squares_d = self.sum_d + theirs.sum_d, self.squares_d + theirs.squares_d
+        return replace(self, sum_d=sum_d, squares_d=squares_d, n_rows=self.n_rows + theirs.n_rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the moments as tensors that share their memory."""
@@ -100,5 +137,11 @@ class Moments:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
         """Return the moments that `tensors` describes."""
-        n_rows = int(tensors["n_samples_seen"])
-        return cls(shift_d=tensors["shift"], sum_d=tensors["sum"], squares_d=tensors["squares"], n_rows=n_rows)
+        shift_d = tensors["shift"]
+        return cls(
+            shift_d=shift_d,
+            sum_d=tensors["sum"],
+            squares_d=tensors["squares"],
+            n_rows=int(tensors["n_samples_seen"]),
+            is_rounded=torch.equal(rounded(shift_d), shift_d),
+        )

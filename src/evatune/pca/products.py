@@ -32,7 +32,8 @@ def unrounded(*devices: torch.device) -> Iterator[None]:
     """Keep products from being rounded: operands by autocast on these devices, and to TF32, and sums to bfloat16."""
     with ExitStack() as stack:
         for device_type in {device.type for device in devices}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(_ALL_DIGITS)
         yield
 

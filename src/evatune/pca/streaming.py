@@ -146,26 +146,18 @@ class StreamingPCA(AnyPCA):
         check_rows(rows, n_features=None if self._state is None else self._state.n_features)
         if rows.shape[0] == 0:
             return self
-        state = self._state
-        # The first rows choose the dtype of all sums; rows of another dtype may follow.
         rows = rows.detach()
-        if state is not None:
-            shift_d = state.moments.shift_d.to(rows.device)
-        else:
-            first_nd = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-            shift_d = first_nd.mean(dim=0) if self.center else torch.zeros_like(first_nd[0])
-            del first_nd
-        # Rows in half precision become wider by the subtraction, without a wider copy of them before it.
-        is_half = rows.dtype in (torch.float16, torch.bfloat16)
-        shifted_nd = (rows if is_half else rows.to(shift_d.dtype)) - shift_d
-        batch = Moments.around(shift_d)
-        batch.update(shifted_nd)
-        if rows.device.type == "cpu":
-            refuse_non_finite(rows, batch.squares_d)
         product_dtype = choose_product_dtype(rows, self.product_dtype, n_components=self.n_components)
+        state = self._state
+        moments = Moments.about(rows, center=self.center) if state is None else state.moments
+        needs_all_digits = state is None or state.needs_full_precision
+        shifted_nd = moments.shifted(rows, wanted=moments.shift_d.dtype if needs_all_digits else product_dtype)
+        moments = moments.with_rows(shifted_nd)
+        if rows.device.type == "cpu":
+            refuse_non_finite(rows, moments.squares_d)
         if state is None:
-            state = self._state = self._start(Moments.around(shift_d))
-        state.moments = state.moments.plus(batch)
+            state = self._state = self._start(moments)
+        state.moments = moments
         with unrounded(rows.device):
             state.update(shifted_nd, product_dtype=product_dtype)
         self._forget()
