@@ -17,7 +17,7 @@ import torch
 
 from evatune.tasks.generation.example import Example
 from evatune.tasks.generation.likelihood import shares_prompts
-from evatune.tasks.generation.rows import Prompt, Rows
+from evatune.tasks.generation.unfinished import Prompt, Unfinished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,41 +70,42 @@ def write_answers(
     """
     wanted = {index: example for index, example in enumerate(examples) if index not in skip}
     waiting = deque(sorted(_prompts(wanted, tokenizer, max_length=max_length), key=lambda prompt: -len(prompt.ids)))
-    make = partial(Rows, model, tokenizer, max_new_tokens=sampling.max_new_tokens, bf16=bf16)
+    make = partial(Unfinished, model, tokenizer, max_new_tokens=sampling.max_new_tokens, bf16=bf16)
     write = _in_batches if sampling.temperature or not shares_prompts(model) else _refilled
     yield from write(waiting, make, sampling=sampling, batch_tokens=batch_tokens)
 
 
 @torch.inference_mode()
 def _refilled(
-    waiting: deque[Prompt], make: Callable[..., Rows], *, sampling: Sampling, batch_tokens: int
+    waiting: deque[Prompt], make: Callable[..., Unfinished], *, sampling: Sampling, batch_tokens: int
 ) -> Iterator[list[tuple[int, list[str]]]]:
     """Write the most probable answers; where some have ended, the next prompts take their place."""
-    rows = None
-    while waiting or rows:
-        batch = _taken(waiting, rows.prompts if rows else [], batch_tokens, sampling)
-        if rows and not batch:
-            answers = rows.write(_PIECE)
+    unfinished = None
+    while waiting or unfinished:
+        batch = _taken(waiting, unfinished.prompts if unfinished else [], batch_tokens, sampling)
+        if unfinished and not batch:
+            answers = unfinished.write(_PIECE)
         else:
             new = make(prompts=batch, choice=_choice(sampling))
             answers = new.write(1)
-            if rows and new:
-                rows.join(new)
-            rows = rows or new
+            if unfinished and new:
+                unfinished.join(new)
+            unfinished = unfinished or new
         yield [(prompt.index, [text] * sampling.samples) for prompt, text in answers]
 
 
 @torch.inference_mode()
 def _in_batches(
-    waiting: deque[Prompt], make: Callable[..., Rows], *, sampling: Sampling, batch_tokens: int
+    waiting: deque[Prompt], make: Callable[..., Unfinished], *, sampling: Sampling, batch_tokens: int
 ) -> Iterator[list[tuple[int, list[str]]]]:
     """Write batch by batch, so that what is sampled depends on the batch and the seed alone."""
     while waiting:
         batch = _taken(waiting, [], batch_tokens // sampling.samples, sampling)
-        rows = make(prompts=[prompt for prompt in batch for _ in range(sampling.samples)], choice=_choice(sampling))
-        with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
+        repeated = [prompt for prompt in batch for _ in range(sampling.samples)]
+        unfinished = make(prompts=repeated, choice=_choice(sampling))
+        with torch.random.fork_rng(devices=[unfinished.device] if unfinished.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed + batch[0].index)  # also where batches before this one are left out
-            answers = iter(rows.write())
+            answers = iter(unfinished.write())
         yield [(prompt.index, [text for _, text in islice(answers, sampling.samples)]) for prompt in batch]
 
 

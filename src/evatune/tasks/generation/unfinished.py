@@ -37,7 +37,7 @@ class Prompt:
     """Strings that end the answer."""
 
 
-class Rows:
+class Unfinished:
     """Answers that are being written, one a row.
 
     Args:
@@ -125,7 +125,7 @@ class Rows:
         ends = torch.tensor(self._ends, dtype=new.dtype)
         return (stops.ended | torch.isin(new.cpu(), ends).any(1)).tolist()
 
-    def join(self, others: Rows) -> None:
+    def join(self, others: Unfinished) -> None:
         """Take the rows of others, of the same model; at least one token of all of them is written."""
         self._cache = _cache_of(
             (_stacked(keys, more_keys, dim=-2), _stacked(values, more_values, dim=-2))
