@@ -133,7 +133,9 @@ def test_rows_in_bfloat16_are_shifted_without_a_wider_copy(device, center):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_rows_about_a_shift_with_more_digits_are_not_shifted_in_bfloat16(dtype):
     rows = half_rows(0)
-    moments = Moments.about(rows[:20].to(dtype) * 1.001, center=True)
+    first = rows[:20].to(dtype) * 1.001
+    moments = Moments.about(first, center=True)
+    moments = moments.with_rows(moments.shifted(first, wanted=dtype))
     wide = moments.shifted(rows, wanted=torch.bfloat16)
     assert wide.dtype == moments.shift_d.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(wide.double(), rows.double() - moments.shift_d.double(), rtol=1e-6, atol=1e-5)
@@ -154,11 +156,11 @@ def test_mean_and_variance_of_rows_in_bfloat16_are_as_precise_as_their_entries(d
 
 
 def test_a_loaded_state_goes_on_bit_for_bit_with_rows_in_bfloat16(device):
-    rows = half_rows(2).to(device)
+    rows = half_rows(2, n=500, mean=0.0).to(device)
     made = [StreamingPCA(4, backend="sketch", product_dtype=torch.bfloat16, tolerance=None) for _ in range(2)]
-    whole = made[0].partial_fit(rows[:50])
+    whole = made[0].partial_fit(rows[:200])
     loaded = made[1].load_state_dict(whole.state_dict())
-    for batch in rows[50:].split(50):
+    for batch in rows[200:].split(50):
         whole.partial_fit(batch)
         loaded.partial_fit(batch)
     for name in ("components_", "mean_", "var_"):
