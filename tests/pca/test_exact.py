@@ -14,25 +14,27 @@ D, K = 320, 16
 def in_half_precision(batches, **settings):
     pca = StreamingPCA(K, backend="exact", product_dtype=torch.bfloat16, **settings)
     for batch in batches:
-        pca.partial_fit(batch.float())
+        pca.partial_fit(batch)
     return pca
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_products_in_bfloat16_are_good_enough_where_no_direction_dominates(known_rows, oracle, seed):
-    known = known_rows(2000, np.arange(1, D + 1) ** -0.5, mean=3.0, seed=seed)
-    truth = oracle(known.rows.float())
-    pca = in_half_precision(known.batches(250))
+def test_products_in_bfloat16_are_good_enough_where_no_direction_dominates(known_rows, oracle, seed, dtype):
+    rows = known_rows(2000, np.arange(1, D + 1) ** -0.5, mean=3.0, seed=seed).rows.to(dtype)
+    truth = oracle(rows)
+    pca = in_half_precision(rows.split(250))
     assert not pca._state.needs_full_precision
     assert truth.captured_by(pca.components_, K) > 1 - 2e-5
     torch.testing.assert_close(pca.explained_variance_.double(), truth.eigenvalues[:K], rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_products_stay_in_full_precision_where_massive_activations_own_the_variance(known_rows, oracle, seed):
-    known = known_rows(2000, np.concatenate([[300.0], np.arange(1, D) ** -0.5]), mean=3.0, seed=seed)
-    truth = oracle(known.rows.float())
-    pca = in_half_precision(known.batches(250))
+def test_products_stay_in_full_precision_where_massive_activations_own_the_variance(known_rows, oracle, seed, dtype):
+    rows = known_rows(2000, np.concatenate([[300.0], np.arange(1, D) ** -0.5]), mean=3.0, seed=seed).rows.to(dtype)
+    truth = oracle(rows)
+    pca = in_half_precision(rows.split(250))
     assert pca._state.needs_full_precision
     rest = (pca.components_[1:].double() @ truth.components[1:].T).square() @ truth.eigenvalues[1:]
     assert float(rest.sum() / truth.eigenvalues[1:K].sum()) > 1 - 1e-4
@@ -42,7 +44,7 @@ def test_rows_become_massive_later(known_rows, oracle):
     """What the first batch allowed is decided again whenever the rows have doubled."""
     flat = known_rows(1000, np.arange(1, D + 1) ** -0.5, seed=0)
     massive = known_rows(4000, np.concatenate([[300.0], np.arange(1, D) ** -0.5]), seed=1)
-    pca = in_half_precision([*flat.batches(250), *massive.batches(500)])
+    pca = in_half_precision(batch.float() for batch in [*flat.batches(250), *massive.batches(500)])
     assert pca._state.needs_full_precision
 
 
