@@ -13,7 +13,8 @@ counted from its start; evatune need not be installed):
    over `--train-examples` examples, whose seconds a step are measured in this very run with plain LoRA, `--micro`
    sequences at a time.
 2. Eigendecompositions of stacks by the device and by the threads of the host, alone and in a whole measurement: which
-   of them evatune asks depends on the version of torch (`evatune.pca.together.ONE_BY_ONE`).
+   of them evatune asks depends on the version of torch (`evatune.pca.together.ONE_BY_ONE`). The single operations that
+   adding rows and a refresh are made of, and some that they could be made of.
 3. How often the host waits for the device in one run, and a profile of the operations of the device and of the host.
 4. PEFT's EVA and other starts, and evatune beside them, on the first `--rival-layers` layers with a small vocabulary,
    since decomposing every weight of 7B takes long; `whole` is the time by the number of layers, an estimate.
@@ -46,23 +47,23 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this evatune, not one that is installed
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a hub; a slip would wait for a network
 
 import torch
+from accelerator_tables import show
 from device_tests import read_tests, run_tests
+from operations import of_rows, of_stack, times
 from starts import STARTS, begin
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this evatune, not one that is installed
 
 import evatune
 from evatune.files import write_json
 from evatune.hardware import best_device, describe_machine, versions_of
 from evatune.pca.together import Eigh
 from evatune.pca.widths import sketch_width, widest_sketch
-from evatune.tables import text_table
 
 SHAPES = {
     "llama-2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -74,7 +75,6 @@ NO_RULES: dict[str, Any] = {"tau": None, "min_gain": None, "progress": False}
 UNMET_RULES: dict[str, Any] = {"tau": 1 - 1e-9, "min_gain": 1e-9, "progress": False}
 """Both rules are applied, and no input meets them."""
 
-SHOWN = ("factorizations", "waits", "failed", "left_out")
 N_STACKED = 12
 """How many sketches of Llama-2-7B an accelerator refreshes at once, about."""
 LEAST_SECONDS = 5.0
@@ -142,6 +142,12 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def measured(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return seconds and peak memory of a run, in GB above what was there before; memory on a CPU is not measured."""
     gc.collect()
@@ -202,9 +208,10 @@ class Parts:
         yield self.measuring(first, "auto, rules", **UNMET_RULES)
         yield self.measuring(first, "auto, widest", tolerance=1e-9)
         yield "factorizations", self.factorizations
+        yield "operations", self.operations
         yield f"{first}: auto, decomposed elsewhere", partial(self.elsewhere, first)
         yield "waits", self.waits
-        yield "profile", self.operations
+        yield "profile", self.profile
         yield self.measuring(first, "exact", backend="exact")
         yield from rivals[:2]
         for size in others:
@@ -328,6 +335,15 @@ class Parts:
                     one = measured(lambda requests=requests: list(Eigh.answers(requests)), self.device)
                 self.results["factorizations"][f"{N_STACKED} x {size} x {size}, {place}"] = one["seconds"]
 
+    def operations(self) -> None:
+        """Time the operations that adding rows and a refresh are made of."""
+        shape, n_rows = SHAPES[self.args.shape], self.args.sizes[0] * self.args.length
+        wait, found = partial(synchronize, self.device), self.results["operations"]
+        for width in (shape["hidden_size"], shape["intermediate_size"]):
+            found[f"rows, {n_rows} x {width}"] = times(of_rows(n_rows, width, self.device), wait)
+        size = sketch_width(32, shape["hidden_size"])
+        found[f"{N_STACKED} x {size} x {size}"] = times(of_stack(N_STACKED, size, self.device), wait)
+
     def elsewhere(self, size: int) -> None:
         """Time a measurement whose eigendecompositions are made where evatune would not have them made."""
         place = "device" if Eigh.is_for_host(self.device.type, 128) else "host"
@@ -351,7 +367,7 @@ class Parts:
         found = {"batches": self.args.batches, "all": len(synchronizing), "places": dict(places.most_common(12))}
         self.results["waits"] = found
 
-    def operations(self) -> None:
+    def profile(self) -> None:
         """Take a profile of a measurement."""
         batches, is_cuda = self.batches(self.args.sizes[0])[:8], self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as recorded:
@@ -405,39 +421,6 @@ def installed(*names: str) -> dict[str, str]:
     return found
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the tables."""
-    rows = []
-    for size, found in results.get("passes", {}).items():
-        for name, one in found.items():
-            over, share = one.get("over_bare"), one.get("share_of_epoch")
-            rows.append(
-                [
-                    f"{size} x {results['settings']['length']}",
-                    name,
-                    f"{one['seconds']:.2f} s",
-                    "" if over is None else f"{over:.2f} x",
-                    "" if share is None else f"{share:.3%}",
-                    f"{one['peak_gb']:.2f} GB" if "peak_gb" in one else "",
-                    f"{one['peak_gb_above_bare']:.2f} GB" if "peak_gb_above_bare" in one else "",
-                ]
-            )
-    if rows:
-        print(text_table(["tokens", "run", "time", "over bare", "of an epoch", "peak above model", "above bare"], rows))
-    beside = results.get("beside", {})
-    if beside:
-        rows = [
-            [name, one["passes"], f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
-            for name, one in beside.items()
-            if "seconds" in one
-        ]
-        print(text_table(["start", "passes", "time", "all layers (estimate)", "peak above model"], rows))
-    tests = {name: value for name, value in results.get("tests", {}).items() if name != "output"}
-    for name, found in {"tests": tests, **{name: results.get(name) for name in SHOWN}}.items():
-        if found:
-            print(f"{name}: {found}")
-
-
 def main() -> None:
     """Run all parts that fit into the time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -464,6 +447,7 @@ def main() -> None:
         "versions": installed("torch", "transformers", "peft", "evatune"),
         "passes": {},
         "factorizations": {},
+        "operations": {},
         "beside": {},
         "seconds": {},
         "failed": {},

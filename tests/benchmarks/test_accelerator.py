@@ -33,6 +33,9 @@ def test_every_part_runs(benchmark_script, monkeypatch, tmp_path, capsys):
     names = {"bare", "lora step", "auto", "exact", "sketch", "auto, rank 16", "auto, rules", "auto, widest"}
     assert set(found) == names | {"auto, decomposed by the host"}
     assert set(results["factorizations"]) == {"12 x 64 x 64, device", "12 x 64 x 64, host"}
+    assert set(results["operations"]) == {"rows, 64 x 64", "rows, 64 x 160", "12 x 64 x 64"}
+    of_rows = results["operations"]["rows, 64 x 160"]
+    assert of_rows["add"]["seconds"] > of_rows["shift"]["seconds"] > 0 and "Error" in of_rows["project, wider"]
     assert all(one["seconds"] > 0 for one in found.values()) and found["sketch"]["over_bare"] > 0
     assert set(results["beside"]) == set(STARTS)
     # PEFT passes the first batch once more before it measures, and then all of them if it measures anything.

@@ -1,0 +1,54 @@
+"""The tables that `benchmarks/accelerator.py` prints of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evatune.tables import text_table
+
+SHOWN = ("factorizations", "waits", "failed", "left_out")
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the tables."""
+    rows = []
+    for size, found in results.get("passes", {}).items():
+        for name, one in found.items():
+            over, share = one.get("over_bare"), one.get("share_of_epoch")
+            rows.append(
+                [
+                    f"{size} x {results['settings']['length']}",
+                    name,
+                    f"{one['seconds']:.2f} s",
+                    "" if over is None else f"{over:.2f} x",
+                    "" if share is None else f"{share:.3%}",
+                    f"{one['peak_gb']:.2f} GB" if "peak_gb" in one else "",
+                    f"{one['peak_gb_above_bare']:.2f} GB" if "peak_gb_above_bare" in one else "",
+                ]
+            )
+    if rows:
+        print(text_table(["tokens", "run", "time", "over bare", "of an epoch", "peak above model", "above bare"], rows))
+    beside = results.get("beside", {})
+    if beside:
+        rows = [
+            [name, one["passes"], f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
+            for name, one in beside.items()
+            if "seconds" in one
+        ]
+        print(text_table(["start", "passes", "time", "all layers (estimate)", "peak above model"], rows))
+    operations = [
+        [of, name, *_times(one)] for of, found in results["operations"].items() for name, one in found.items()
+    ]
+    if operations:
+        print(text_table(["on", "operation", "time", "until the host goes on"], operations))
+    tests = {name: value for name, value in results.get("tests", {}).items() if name != "output"}
+    for name, found in {"tests": tests, **{name: results.get(name) for name in SHOWN}}.items():
+        if found:
+            print(f"{name}: {found}")
+
+
+def _times(one: dict[str, float] | str) -> list[str]:
+    """Return what an operation took, and after how long the host went on."""
+    return (
+        ["failed", ""] if isinstance(one, str) else [f"{one[key] * 1e6:.0f} us" for key in ("seconds", "host_seconds")]
+    )
