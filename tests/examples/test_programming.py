@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from tests.on_device import IN_INFERENCE_MODE
+
 
 def problem(number: int) -> dict:
     return {
@@ -14,6 +17,7 @@ def problem(number: int) -> dict:
     }
 
 
+@pytest.mark.on_hardware(IN_INFERENCE_MODE)
 def test_files_and_scores(example, tmp_path, monkeypatch):
     module = example("programming")
     monkeypatch.setattr(module, "packaged", lambda name: [problem(number) for number in range(404)])

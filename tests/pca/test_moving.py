@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.on_cpu("it counts copies, and another device makes its own")
 def test_the_host_waits_for_copies_to_itself_alone():
     with Copies() as copies:
         moved(torch.ones(2), torch.device("cpu"), torch.float64)

@@ -85,9 +85,9 @@ def test_bars_show_the_mean_rank_of_each_matrix():
 def test_explained_variance_is_cumulative_and_grouped_by_the_matrices_that_share_an_input():
     def spectrum(*singular_values: float, total: float) -> Spectrum:
         return Spectrum(
-            components=torch.eye(3)[: len(singular_values)],
-            singular_values=torch.tensor(singular_values),
-            mean=torch.zeros(3),
+            components=torch.eye(3, device="cpu")[: len(singular_values)],
+            singular_values=torch.tensor(singular_values, device="cpu"),
+            mean=torch.zeros(3, device="cpu"),
             total_variance=total,
             n_rows=2,
             n_batches=1,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.on_device import TRAINED_BY_TRAINER
 
 from evatune.adapters.attach import load_adapter
 from evatune.errors import EvaError
@@ -62,6 +63,7 @@ def test_the_learning_rate_of_new_steps_is_that_of_the_new_length(recipe, capsys
     assert RunRecord.load(folder) == extended == finetune(of("parts", 6), resume=True, progress=False)
 
 
+@pytest.mark.on_hardware(TRAINED_BY_TRAINER)
 def test_epochs_extend_too_and_the_scores_before_training_are_kept(recipe):
     settings = {"data": {"max_length": 64, "max_eval_examples": 4}, "measure": {"max_batches": 1}}
     short = {"steps": None, "batch_size": 32}

@@ -18,6 +18,9 @@ from torch import Tensor
 SLICE = 2048
 """A CPU squares this many rows at a time, so that the squares of a large batch take less memory than it does."""
 
+ROUNDINGS = 8
+"""A sum of squares may be wrong by this many times the machine epsilon of the rows, as a share of itself."""
+
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for sums of vectors: float64 where the device has it."""
@@ -109,9 +112,16 @@ class Moments:
         return self.shift_d + self.offset_d
 
     def variance_d(self, *, center: bool) -> Tensor:
-        """Variance of each feature, (d,), with n - 1 in the denominator; about zero if `center` is false."""
-        squares_d = self.squares_d - self.n_rows * self.offset_d.square() if center else self.squares_d
-        return squares_d.clamp_min(0.0) / max(self.n_rows - 1, 1)
+        """Variance of each feature, (d,), with n - 1 in the denominator; about zero if `center` is false.
+
+        A difference of sums that is no more than their rounding errors (`ROUNDINGS`) is no variance.
+        """
+        squares_d = self.squares_d
+        if center:
+            rounding_d = ROUNDINGS * torch.finfo(self.shift_d.dtype).eps * squares_d
+            squares_d = squares_d - self.n_rows * self.offset_d.square()
+            squares_d = torch.where(squares_d < rounding_d, 0.0, squares_d)
+        return squares_d / max(self.n_rows - 1, 1)
 
     def rebased(self, shift_d: Tensor) -> Moments:
         """Return the same moments about another shift, (d,)."""
