@@ -16,6 +16,16 @@ PLENTY = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
 
 
+@pytest.fixture(params=["cpu", "fake"])
+def device(request):
+    """Return a device: accelerators sum rows in another way than the CPU."""
+    if TEST_DEVICE != "cpu" or request.param == "cpu":
+        yield torch.device(TEST_DEVICE)
+    else:
+        with fake_device.fake_device() as found:
+            yield found
+
+
 def moments_of(rows, shift):
     moments = Moments.around(shift)
     for batch in rows.split(17):
@@ -81,6 +91,17 @@ def test_less_than_two_rows_do_not_vary(n):
     assert torch.isfinite(moments.mean_d).all() and float(moments.variance_d(center=True).max()) < 1e-10
 
 
+@pytest.mark.parametrize("value", [0.1, -1e4 / 7, 12345.678])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_that_never_vary_have_no_variance(device, value, dtype):
+    """Sums round, and on an accelerator in another way."""
+    row = (value * torch.linspace(0.3, 1.7, 100, dtype=torch.float64)).to(dtype).to(device)
+    moments = Moments.about(row.expand(50, 100), center=True)
+    for n in (50, 333, 1000):
+        moments = moments.with_rows(moments.shifted(row.expand(n, 100), wanted=dtype))
+    assert not moments.variance_d(center=True).cpu().any()
+
+
 def test_sums_of_many_float32_rows_keep_their_digits():
     """10⁷ rows added one batch at a time: a float32 sum would stop growing at 2²⁴."""
     moments = Moments.around(torch.zeros(1))
@@ -90,16 +111,6 @@ def test_sums_of_many_float32_rows_keep_their_digits():
     assert moments.sum_d.dtype == torch.float64
     assert float(moments.sum_d) == moments.n_rows == 30_000_000
     assert float(moments.squares_d) == pytest.approx(30_000_000, rel=1e-6)  # an accelerator squares a norm
-
-
-@pytest.fixture(params=["cpu", "fake"])
-def device(request):
-    """Return a device: accelerators sum rows in another way than the CPU."""
-    if TEST_DEVICE != "cpu" or request.param == "cpu":
-        yield torch.device(TEST_DEVICE)
-    else:
-        with fake_device.fake_device() as found:
-            yield found
 
 
 def half_rows(seed, n=200, mean=30.0):
