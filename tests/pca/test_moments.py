@@ -97,7 +97,7 @@ def test_rows_that_never_vary_have_no_variance(device, value, dtype):
     """Sums round, and on an accelerator in another way."""
     row = (value * torch.linspace(0.3, 1.7, 100, dtype=torch.float64)).to(dtype).to(device)
     moments = Moments.about(row.expand(333, 100), center=True)
-    for n in (333, 50, 1000):
+    for n in (333, 50, 7):
         moments = moments.with_rows(moments.shifted(row.expand(n, 100), wanted=dtype))
     assert not moments.variance_d(center=True).cpu().any()
 
