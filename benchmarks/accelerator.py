@@ -318,8 +318,10 @@ class Parts:
 
         def count(module: nn.Module, args: Any) -> None:
             found["passes"] += 1
+            found["until_last_pass"] = time.perf_counter() - began
 
         model.register_forward_pre_hook(count)
+        began = time.perf_counter()
         found |= measured(lambda: begin(name, model, batches, rank=16), self.device)
         found["whole"] = found["seconds"] * n_all / n_layers
 

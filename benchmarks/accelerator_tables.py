@@ -28,14 +28,9 @@ def show(results: dict[str, Any]) -> None:
             )
     if rows:
         print(text_table(["tokens", "run", "time", "over bare", "of an epoch", "peak above model", "above bare"], rows))
-    beside = results.get("beside", {})
+    beside = [_start(name, one) for name, one in results.get("beside", {}).items()]
     if beside:
-        rows = [
-            [name, one["passes"], f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
-            for name, one in beside.items()
-            if "seconds" in one
-        ]
-        print(text_table(["start", "passes", "time", "all layers (estimate)", "peak above model"], rows))
+        print(text_table(["start", "passes", "time", "all layers (estimate)", "peak above model"], beside))
     operations = [
         [of, name, *_times(one)] for of, found in results["operations"].items() for name, one in found.items()
     ]
@@ -45,6 +40,14 @@ def show(results: dict[str, Any]) -> None:
     for name, found in {"tests": tests, **{name: results.get(name) for name in SHOWN}}.items():
         if found:
             print(f"{name}: {found}")
+
+
+def _start(name: str, one: dict[str, float]) -> list[str]:
+    """Return how long a start took, or how far it came until it was ended."""
+    passes = f"{one['passes']}"
+    if "seconds" not in one:
+        return [name, passes, f"not in {one.get('until_last_pass', 0):.1f} s", "", ""]
+    return [name, passes, f"{one['seconds']:.2f} s", f"{one['whole']:.1f} s", f"{one.get('peak_gb', 0):.2f} GB"]
 
 
 def _times(one: dict[str, float] | str) -> list[str]:

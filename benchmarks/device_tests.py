@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,9 @@ def run_tests(device: str, *, seconds: float, output: Path) -> str:
     if is_spread := n_workers > 1 and find_spec("xdist") is not None:
         command += ["-n", str(n_workers)]
     until = time.perf_counter() + seconds
-    with output.open("w") as file:
+    # Folders of its own, so that none of earlier runs are cleaned up in this time.
+    with output.open("w") as file, TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command.append(f"--basetemp={folder}/tests")
         running = subprocess.Popen(
             [*command, *TESTS], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
         )
