@@ -1,6 +1,7 @@
 """Leading eigenpairs of a symmetric positive matrix from a thin sketch of it.
 
 Shapes: d features, l columns of the sketch, m of them that see any variance, r columns of a factor, p eigenpairs.
+Functions for `batched` take tensors with more dimensions in front.
 
 References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation;
 Demmel and Veselić (1992) for why a scaled matrix tells its small eigenvalues from its large ones.
@@ -11,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evatune.pca.backend import Pairs
 from evatune.pca.subspace import ZERO, solver_copy
-from evatune.pca.together import Eigh, Host, InverseRoot, Orthonormal, Steps
+from evatune.pca.together import Eigh, Host, InverseRoot, Orthonormal, Steps, batched
 
 SPREAD = 1e6
 """Products of a sketch are made in float64 if the variances along its columns differ by more than this factor."""
@@ -23,7 +25,7 @@ COLUMN_NOISE = 1e-3
 rounding errors only. Chosen, not measured."""
 
 
-def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[Pairs]:
     """Return eigenpairs of the Nyström approximation Y (QᵀY)⁺ Yᵀ of a matrix S that is known through Y = S Q.
 
     Products of tall matrices are made in the dtype of the sketch: more precision would not help, since the sketch is
@@ -38,37 +40,71 @@ def nystrom_eigenpairs(test_dl: Tensor, sketch_dl: Tensor) -> Steps[tuple[Tensor
         Orthonormal eigenvectors in columns (d, p) and eigenvalues (p,), descending; p <= l leaves out directions in
         which S is zero. Cost O(d l² + l³).
     """
-    n_features, width = test_dl.shape
-    rounding = torch.finfo(sketch_dl.dtype).eps
-    energy_l = solver_copy((test_dl * sketch_dl).sum(dim=0))
-    # A column that sees no variance holds rounding errors; the formula would divide rounding errors by rounding errors.
-    noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=0)) * (COLUMN_NOISE / n_features**0.5)
-    alive_l = energy_l > torch.maximum(noise_l, energy_l.sum() * rounding**2)
-    alive_energy_l = torch.where(alive_l, energy_l, -torch.inf)
-    order_l = alive_energy_l.argsort(descending=True, stable=True)
-    largest, least = alive_energy_l.max(), torch.where(alive_l, energy_l, torch.inf).min()
-    n_alive, is_spread = yield Host(torch.stack([alive_l.sum().to(least), (largest > SPREAD * least).to(least)]))
+    order_l, seen = yield batched(_seen, test_dl, sketch_dl)
+    n_alive, is_spread = yield Host(seen)
     if not n_alive:
         return test_dl[:, :0], sketch_dl[0, :0]
     order_m = order_l[: int(n_alive)]
     wide_dl = sketch_dl
     if is_spread:
         test_dl, wide_dl = solver_copy(test_dl), solver_copy(sketch_dl)
-    # Massive activations make the core span many orders of magnitude. With a unit diagonal, the cut-off is relative
-    # to each direction and not to the largest one.
-    core_mm = solver_copy(test_dl.T @ wide_dl)[order_m][:, order_m]
-    scale_m = core_mm.diagonal().rsqrt()
-    core_mm = (core_mm + core_mm.T) / 2 * scale_m * scale_m[:, None]
-    root_mr = yield from _inverse_root(core_mm, cutoff=width * rounding)
-    weights_lr = root_mr.new_zeros(width, root_mr.shape[1])
-    weights_lr[order_m] = scale_m[:, None] * root_mr
-    factor_dr = wide_dl @ weights_lr.to(wide_dl)
-    values_r, vectors_rr = yield Eigh(solver_copy(factor_dr.T @ factor_dr))
-    values_r, vectors_rr = values_r.flip(0), vectors_rr.flip(1)
-    (n_pairs,) = yield Host((values_r > values_r[0].clamp_min(0.0) * ZERO).sum())
-    values_p = values_r[: int(n_pairs)]
-    vectors_dp = factor_dr @ (vectors_rr[:, : int(n_pairs)] / values_p.sqrt()).to(factor_dr)
-    return vectors_dp.to(sketch_dl), values_p.to(sketch_dl)
+    core_mm, scale_m = yield batched(_core, test_dl, wide_dl, order_m)
+    root_mr = yield from _inverse_root(core_mm, cutoff=test_dl.shape[1] * torch.finfo(sketch_dl.dtype).eps)
+    factor_dr, gram_rr = yield batched(_factor, wide_dl, root_mr, scale_m, order_m)
+    values_r, vectors_rr = yield Eigh(gram_rr)
+    values_r, vectors_rr, n_positive = yield batched(_descending, values_r, vectors_rr)
+    (n_pairs,) = yield Host(n_positive)
+    values_p, vectors_rp = values_r[: int(n_pairs)], vectors_rr[:, : int(n_pairs)]
+    pairs: Pairs = yield batched(_pairs, factor_dr, vectors_rp, values_p, dtype=sketch_dl.dtype)
+    return pairs
+
+
+def _seen(test_dl: Tensor, sketch_dl: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of the columns by falling variance, (l,), and (2,): how many see any, and whether it is spread.
+
+    A column that sees no variance holds rounding errors; the formula would divide rounding errors by rounding errors.
+    """
+    rounding, n_features = torch.finfo(sketch_dl.dtype).eps, test_dl.shape[-2]
+    energy_l = solver_copy((test_dl * sketch_dl).sum(dim=-2))
+    noise_l = solver_copy(torch.linalg.vector_norm(sketch_dl, dim=-2)) * (COLUMN_NOISE / n_features**0.5)
+    alive_l = energy_l > torch.maximum(noise_l, energy_l.sum(dim=-1, keepdim=True) * rounding**2)
+    alive_energy_l = torch.where(alive_l, energy_l, -torch.inf)
+    order_l = alive_energy_l.argsort(dim=-1, descending=True, stable=True)
+    largest, least = alive_energy_l.amax(dim=-1), torch.where(alive_l, energy_l, torch.inf).amin(dim=-1)
+    return order_l, torch.stack([alive_l.sum(dim=-1).to(least), (largest > SPREAD * least).to(least)], dim=-1)
+
+
+def _core(test_dl: Tensor, sketch_dl: Tensor, order_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Return QᵀY of the columns that see any variance, scaled to a unit diagonal, (m, m), and the scale, (m,).
+
+    Massive activations make it span many orders of magnitude. With a unit diagonal, the cut-off is relative to each
+    direction and not to the largest one.
+    """
+    core_ll = solver_copy(test_dl.mT @ sketch_dl)
+    core_mm = core_ll.take_along_dim(order_m[..., None], -2).take_along_dim(order_m[..., None, :], -1)
+    scale_m = core_mm.diagonal(dim1=-2, dim2=-1).rsqrt()
+    return (core_mm + core_mm.mT) / 2 * scale_m[..., None, :] * scale_m[..., None], scale_m
+
+
+def _factor(sketch_dl: Tensor, root_mr: Tensor, scale_m: Tensor, order_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Return F, (d, r), with F Fᵀ the Nyström approximation, and FᵀF, (r, r)."""
+    weights_lr = root_mr.new_zeros(*root_mr.shape[:-2], sketch_dl.shape[-1], root_mr.shape[-1])
+    weights_lr.scatter_(-2, order_m[..., None].expand_as(root_mr), scale_m[..., None] * root_mr)
+    factor_dr = sketch_dl @ weights_lr.to(sketch_dl)
+    return factor_dr, solver_copy(factor_dr.mT @ factor_dr)
+
+
+def _descending(values_r: Tensor, vectors_rr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors in falling order, and how many eigenvalues are above rounding errors."""
+    values_r = values_r.flip(-1)
+    n_positive = (values_r > values_r[..., :1].clamp_min(0.0) * ZERO).sum(dim=-1)
+    return values_r, vectors_rr.flip(-1), n_positive
+
+
+def _pairs(factor_dr: Tensor, vectors_rp: Tensor, values_p: Tensor, *, dtype: torch.dtype) -> Pairs:
+    """Return the eigenpairs of F Fᵀ from those of FᵀF."""
+    vectors_dp = factor_dr @ (vectors_rp / values_p.sqrt()[..., None, :]).to(factor_dr)
+    return vectors_dp.to(dtype), values_p.to(vectors_dp.device, dtype)
 
 
 def _inverse_root(core_mm: Tensor, *, cutoff: float) -> Steps[Tensor]:

@@ -2,25 +2,28 @@
 
 Shapes: m rows and columns of a small matrix, d rows of a tall one.
 
-On an accelerator, factorizing a small matrix takes as long as thousands of products, and reading one number stalls the
-device. So an algorithm that does either is written as a generator: it reads as if it were alone, and where it needs a
-matrix factorized or a number on the host, it yields a request and continues with the answer. `together` runs many
-of them and answers the requests of one kind and shape at once, in one stack. On the CPU it is the same code: there the
-algorithms are spread over the threads, and each thread runs a few of them side by side.
+On an accelerator, factorizing a small matrix takes as long as thousands of products, reading one number stalls the
+device, and each operation takes some microseconds of the host. So an algorithm with any of these is written as a
+generator: it reads as if it were alone, and where it needs a matrix factorized, a number on the host, or a function of
+its tensors, it yields a request and continues with the answer. `together` runs many of them and answers the requests
+of one kind and shape at once, in one stack. On the CPU it is the same code: there the algorithms are spread over the
+threads, and each thread runs a few of them side by side.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from evatune.pca.parking import OWN_MEMORY
 from evatune.pca.products import unrounded
 from evatune.pca.threads import on_one_thread_each, one_thread
 
@@ -48,12 +51,10 @@ ON_HOST_UP_TO = 512
 class Request(ABC):
     """What an algorithm asks for."""
 
-    tensor: Tensor
-
     @property
+    @abstractmethod
     def key(self) -> Hashable:
         """Requests with equal keys are answered at once."""
-        return type(self), self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     @classmethod
     @abstractmethod
@@ -84,9 +85,45 @@ class Host(Request):
             start += len(tensor)
 
 
+@dataclass(frozen=True, eq=False)
+class Batched(Request):
+    """What a function returns for these tensors, a tuple of tensors; made by `batched`.
+
+    An accelerator gets it for a stack: the function must take tensors with one more dimension in front.
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    tensors: tuple[Tensor, ...]
+    settings: tuple[tuple[str, Hashable], ...]
+
+    @property
+    def key(self) -> Hashable:
+        """Requests with equal keys are answered at once."""
+        return self.function, self.settings, *((one.shape, one.dtype, one.device) for one in self.tensors)
+
+    @classmethod
+    def answers(cls, requests: Sequence[Self]) -> Iterable[tuple[Tensor, ...]]:
+        """Call the function once for all; on a CPU, where stacking would only be a copy, once for each."""
+        function = partial(requests[0].function, **dict(requests[0].settings))
+        if len(requests) == 1 or requests[0].tensors[0].device.type in OWN_MEMORY:
+            return [function(*request.tensors) for request in requests]
+        found = function(*(torch.stack(alike) for alike in zip(*(one.tensors for one in requests), strict=True)))
+        return zip(*(stack.unbind() for stack in found), strict=True)
+
+
+def batched(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, **settings: Hashable) -> Batched:
+    """Return the request for a function of tensors; only those of equal settings are answered at once."""
+    return Batched(function, tensors, tuple(settings.items()))
+
+
 @dataclass(frozen=True)
 class _Factorization(Request):
     tensor: Tensor
+
+    @property
+    def key(self) -> Hashable:
+        """Requests with equal keys are answered at once."""
+        return type(self), self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     @classmethod
     def answers(cls, requests: Sequence[Self]) -> Iterable[Any]:
