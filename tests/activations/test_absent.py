@@ -52,6 +52,8 @@ def test_shapes_dtypes_and_strides_are_those_of_the_operation(run):
         lambda x: [1 for _ in range(10) if x.norm() > 3],
         lambda x: REAL.clone().add_(x),
         lambda x: torch.zeros(2, 3, 8).copy_(x),
+        lambda x: x.data_ptr(),
+        lambda x: (2 * x).transpose(0, 1).data_ptr(),
     ],
 )
 def test_whatever_asks_for_a_value_is_an_error(ask):

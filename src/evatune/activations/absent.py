@@ -14,7 +14,8 @@ class AbsentTensor(Tensor):
 
     All operations on it run on the meta device. Reading a value raises an error, as on the meta device. So does writing
     it into a tensor with values, because that tensor would keep its old ones: a `NotImplementedError`, as torch raises
-    for copying out of a meta tensor.
+    for copying out of a meta tensor. So does asking for its address, as kernels do that are no operations of torch
+    (Triton, extensions in C++): it is zero, and reading there would end all further use of an accelerator.
     """
 
     @staticmethod
@@ -23,6 +24,7 @@ class AbsentTensor(Tensor):
         made: AbsentTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
