@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import evatune
 from evatune.activations.layers.targets import TargetRules, find_targets
 from evatune.adapters import save_adapter
 from evatune.adapters.lora import find_adapter
-from evatune.errors import EvaError
+from evatune.errors import EvaError, EvaWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -365,3 +367,53 @@ def test_methods_of_linear_layers_name_the_experts(method):
         EvaError, match=r"works on linear layers, and '.*(experts.gate_up_proj|gate.weight)' is a param"
     ):
         evatune.prepare(FAMILIES["mixtral"][0](), method=method, rank=2, total_steps=10)
+
+
+def shared_head():
+    return of("LlamaForCausalLM", "LlamaConfig", TEXT | {"tie_word_embeddings": True})()
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, "lm_head"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens"),
+        ({"target_modules": ["lm_head", "embed_tokens"]}, "model.embed_tokens"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}, "model.embed_tokens"),
+    ],
+    ids=str,
+)
+def test_one_sentence_tells_that_a_weight_of_what_is_trained_is_shared(settings, trained):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        evatune.prepare(shared_head(), method="lora", **settings)
+    assert [warning.category for warning in told] == [EvaWarning]
+    other = {"lm_head": "model.embed_tokens"}.get(trained, "lm_head")
+    assert str(told[0].message).startswith(f"{trained!r} is trained and shares its weight with {other!r}, which does")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]}]
+)
+def test_nothing_is_told_where_what_is_trained_shares_no_weight(settings):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        evatune.prepare(shared_head(), method="lora", **settings)
+    assert not told
+
+
+def test_a_weight_that_is_shared_inside_of_what_is_trained_whole_stays_shared():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=Head()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EvaWarning)
+        evatune.prepare(model, method="lora", target_modules=["body"], modules_to_save=["head"], rank=4)

@@ -279,6 +279,19 @@ def test_what_does_not_fit_is_said(tiny_model, tiny_data):
     assert "does not fit on l4-24gb" in told.text()
 
 
+@pytest.mark.filterwarnings("default::evatune.EvaWarning")
+def test_a_shared_weight_is_told_in_a_line_and_not_changed(tiny_model, tiny_data, capsys):
+    command = ["finetune", "--dry-run", "--model", str(tiny_model), "--data", str(tiny_data / "train.jsonl")]
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err.lower()
+    command += ["--target-modules", "lm_head", "--rank", "4"]
+    assert main(command) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+    assert len(told) == 1 and told[0].startswith("warning   'lm_head' is trained and shares its weight with 'model.em")
+    assert main([*command, "--method", "pissa"]) == 1
+    assert "'lm_head' shares its weight with 'model.embed_tokens', so it cannot be changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("glue", ["cola", "stsb"])
 @pytest.mark.parametrize("kind", ["auto", "token-classification", "question-answering"])
 def test_every_kind_of_understanding(kind, glue):

@@ -89,10 +89,11 @@ def without_card(model: PeftModel) -> Iterator[None]:
 def quiet_peft() -> Iterator[None]:
     """Silence useless warnings of PEFT.
 
-    They tell of its own deprecated calls, that `package:` models are on no hub, and that its AdaLoRA keeps the ranks
-    that were found in a place where other adapters have none.
+    They tell of its own deprecated calls, that `package:` models are on no hub, that its AdaLoRA keeps the ranks that
+    were found in a place where other adapters have none, and of shared weights, of which `evatune.adapters.wrap` tells.
     """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part of")
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in package:")
         warnings.filterwarnings("ignore", message=r"The following rank_pattern keys did not match any .*\.lora_E'")

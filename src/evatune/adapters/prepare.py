@@ -23,7 +23,13 @@ from evatune.adapters.factors import COMPUTED, factors_of, is_computed
 from evatune.adapters.four_bits import quantize
 from evatune.adapters.lora import find_adapter
 from evatune.adapters.preparation import Preparation
-from evatune.adapters.unloading import copy_biases, copy_weights, remember, trained_names
+from evatune.adapters.unloading import (
+    check_not_shared,
+    copy_biases,
+    copy_weights,
+    remember,
+    trained_names,
+)
 from evatune.adapters.wrap import wrap
 from evatune.allocation import RankPlan
 from evatune.errors import EvaError
@@ -301,6 +307,7 @@ def _targets(
     whole = [*dict.fromkeys([*(modules_to_save or ()), *_new_heads(model, rules, targets)])]
     targets = _without(targets, whole)
     _check_targets(choice, targets, settings)
+    check_not_shared(model, _changing(choice, targets))
     return targets, whole
 
 

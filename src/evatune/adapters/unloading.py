@@ -30,7 +30,12 @@ class BaseState:
 
 
 def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return copies in main memory of these parameters.
+    """Return copies in main memory of these parameters."""
+    return {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+
+
+def check_not_shared(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that these parameters can be changed.
 
     Raises:
         EvaError: one of them is shared with another module, which would change too.
@@ -38,17 +43,13 @@ def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    copies = {}
     for name in names:
-        parameter = model.get_parameter(name)
-        others = [other for other in owners[id(parameter)] if other != name]
+        others = [other for other in owners[id(model.get_parameter(name))] if other != name]
         if others:
             raise EvaError(
                 f"{name.removesuffix('.weight')!r} shares its weight with {others[0].removesuffix('.weight')!r}, so it "
                 "cannot be changed; leave it out with exclude_modules."
             )
-        copies[name] = parameter.detach().to("cpu", copy=True)
-    return copies
 
 
 def copy_biases(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from evatune.activations.layers.targets import TargetModule
 from evatune.adapters.attach import quiet_peft
 from evatune.adapters.lora import base_name
-from evatune.errors import EvaError
+from evatune.errors import EvaError, EvaWarning
 
 
 def wrap(model: Any, config: Any, targets: Sequence[TargetModule]) -> PeftModel:
@@ -33,8 +34,12 @@ def wrap(model: Any, config: Any, targets: Sequence[TargetModule]) -> PeftModel:
 
     Raises:
         EvaError: PEFT would adapt, or has adapted, other modules.
+
+    Warns:
+        EvaWarning: what is trained shares a weight with another module.
     """
     _write_names(config, model, targets)
+    tied = _tied(model, targets, whole=config.modules_to_save or ())
     with quiet_peft():
         peft_model: Any = get_peft_model(model, config)
     found = [
@@ -49,7 +54,38 @@ def wrap(model: Any, config: Any, targets: Sequence[TargetModule]) -> PeftModel:
                 f"PEFT {what} {other[0]!r} against the settings ({len(other)} modules in all); "
                 f"{'it is trained whole, or ' if what == 'left out' else ''}name it in exclude_modules."
             )
+    if tied:
+        trained, other = tied
+        warnings.warn(
+            f"{trained!r} is trained and shares its weight with {other!r}, which does not change with it: use the "
+            "adapter without merging it, since a merged model has one weight for both, or leave the module out.",
+            EvaWarning,
+            stacklevel=2,
+        )
     return peft_model
+
+
+def _tied(model: nn.Module, targets: Sequence[TargetModule], *, whole: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first module that is trained and another module with the same weight, where there are such.
+
+    Args:
+        model: the base model.
+        targets: what is adapted.
+        whole: names of what is trained whole, as PEFT reads them.
+    """
+    adapted = {id(target.module) for target in targets}
+    copied = re.compile(rf"(.*?\.)?({'|'.join(map(re.escape, whole)) or '(?!)'})(?=\.|$)")
+    holders: dict[int, list[tuple[str, str | None]]] = {}
+    for name, module in model.named_modules():
+        copy_of = copied.match(name)
+        trained_as = name if id(module) in adapted else copy_of and copy_of[0]
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((name, trained_as))
+    for modules in holders.values():
+        first = next((name for name, trained_as in modules if trained_as is not None), None)
+        if first is not None and len({trained_as for _, trained_as in modules}) > 1:
+            return first, next(name for name, _ in modules if name != first)
+    return None
 
 
 def _write_names(config: Any, model: nn.Module, targets: Sequence[TargetModule]) -> None:
