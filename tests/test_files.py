@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from evatune import EvaError, files
-from evatune.files import check_writable, replace_folder, write_text
+from evatune.files import check_takes_files, check_writable, replace_folder, write_text
 
 
 def listing(folder):
@@ -132,6 +132,19 @@ def test_a_parent_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaError, match=r"cannot write .*deeper: .*file is not a writable folder"):
         check_writable(tmp_path / "file" / "deeper")
+
+
+def test_files_can_be_added_to_a_folder_that_is_there_or_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "new" / "deeper"):
+        check_takes_files(folder)
+    assert listing(tmp_path) == ["file"]
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(EvaError, match=rf"cannot write {folder}: {tmp_path}/file is not a writable folder; choose"):
+            check_takes_files(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(EvaError, match=rf"cannot write {tmp_path}: {tmp_path} is not a writable folder"):
+        check_takes_files(tmp_path)
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):

@@ -43,12 +43,26 @@ def check_writable(path: str | Path, *, overwrite: bool = False, holds: str | No
         raise EvaError(f"{path} exists already; choose another output or allow overwriting (--overwrite).")
     if holds and path.is_dir() and any(path.iterdir()) and not (path / holds).is_file():
         raise EvaError(f"{path} holds no {holds}, so it is something else and not overwritten; choose another output.")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK) or not _takes_files(parent):
-        raise EvaError(f"cannot write {path}: {parent} is not a writable folder; choose another output.")
+    _check_nearest(path, path.parent)
     return path
+
+
+def check_takes_files(folder: str | Path) -> None:
+    """Check that files can be added to a folder, which may be there already, before any long work is done for them.
+
+    Raises:
+        EvaError: it is a file, or the nearest folder that exists cannot be written.
+    """
+    folder = Path(folder).expanduser().absolute()
+    _check_nearest(folder, folder)
+
+
+def _check_nearest(path: Path, folder: Path) -> None:
+    """Check that the nearest existing parent of a folder, or the folder itself, takes what `path` will be."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or not _takes_files(folder):
+        raise EvaError(f"cannot write {path}: {folder} is not a writable folder; choose another output.")
 
 
 def _takes_files(folder: Path) -> bool:

@@ -208,6 +208,14 @@ def test_two_processes_do_not_write_into_one_folder(sweep, fake_engine):
         compare(sweep(), fake_engine(best_in_the_middle))
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_a_run(sweep, fake_engine, tmp_path):
+    (tmp_path / "file").write_text("")
+    engine = fake_engine(best_in_the_middle)
+    with pytest.raises(EvaError, match=r"cannot write .*file/results: .*file is not a writable folder; choose another"):
+        compare(sweep(output=str(tmp_path / "file" / "results")), engine)
+    assert not engine.started
+
+
 def test_choices_are_written_also_if_the_sweep_is_interrupted(sweep, fake_engine):
     def interrupted(run):
         if run.name == "task/lora/lr0.01-seed1":

@@ -120,6 +120,14 @@ def test_adapters_that_a_sweep_kept_are_compared(results, tmp_path, capsys):
         assert main(["figure", name, str(folder), "--save", str(tmp_path / f"{name}.png")]) == 0
 
 
+def test_a_folder_that_takes_no_page_is_told_before_anything_is_drawn(results, monkeypatch, capsys):
+    folder = results()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("evatune.exhibits.every.write_results_page", lambda *a: pytest.fail("drawn"))
+    assert main(["report", str(folder)]) == 1
+    assert f"cannot write {folder}: {folder} is not a writable folder" in capsys.readouterr().err
+
+
 def test_one_command_writes_the_page_and_every_table_and_figure(results, tmp_path, capsys):
     folder = results()
     assert main(["report", str(folder), "--files", "--json"]) == 0

@@ -13,7 +13,7 @@ import transformers
 from evatune.errors import EvaError
 from evatune.recipe import Recipe, all_settings, load_recipe
 from evatune.settings import field_docs
-from evatune.tasks import DOMAINS, find_domain, open_task
+from evatune.tasks import DOMAINS, collect, collecting_domains, find_domain, open_task
 from evatune.tasks.generation.settings import GenerationData
 from evatune.tasks.settings import DataSettings, ModelSettings
 from evatune.tasks.understanding.classification import Classification
@@ -108,3 +108,11 @@ def test_unknown_tasks_and_wrong_sections():
         Recipe(data=DataSettings())
     with pytest.raises(EvaError, match="no model folder"):
         _ = open_task("generation", Recipe().data, model=ModelSettings(name="./nowhere"), seed=0).train
+
+
+@pytest.mark.parametrize("name", collecting_domains())
+def test_a_folder_that_cannot_be_written_is_told_before_data_are_made(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(f"{DOMAINS[name].home}.collect", lambda *a, **o: pytest.fail("data were made"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaError, match=r"cannot write .*file: .*file is not a writable folder; choose another output"):
+        collect(name, DOMAINS[name].settings(), folder=tmp_path / "file")

@@ -55,9 +55,9 @@ def wrap(model: Any, config: Any, targets: Sequence[TargetModule]) -> PeftModel:
                 f"{'it is trained whole, or ' if what == 'left out' else ''}name it in exclude_modules."
             )
     if tied:
-        trained, other = tied
+        trained, twin = tied
         warnings.warn(
-            f"{trained!r} is trained and shares its weight with {other!r}, which does not change with it: use the "
+            f"{trained!r} is trained and shares its weight with {twin!r}, which does not change with it: use the "
             "adapter without merging it, since a merged model has one weight for both, or leave the module out.",
             EvaWarning,
             stacklevel=2,

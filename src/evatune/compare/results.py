@@ -20,7 +20,7 @@ from typing import Any
 from evatune.compare.packing import Packer
 from evatune.compare.runs import Run
 from evatune.errors import EvaError
-from evatune.files import user_cache, write_json, write_text
+from evatune.files import check_takes_files, user_cache, write_json, write_text
 from evatune.recipe import Recipe
 from evatune.training.folder import changed_settings
 from evatune.training.record import library_versions
@@ -119,7 +119,8 @@ class Results:
             force: add to the results of another version of evatune.
 
         Raises:
-            EvaError: another process writes there, or the results are those of another version.
+            EvaError: another process writes there, the results are those of another version, or the folder cannot be
+                written.
         """
         version = library_versions()["evatune"]
         others = {record["versions"].get("evatune", version) for record in self.records.values()} - {version}
@@ -128,6 +129,7 @@ class Results:
                 f"{self.folder} holds runs of evatune {', '.join(sorted(others))}, and this is {version}; choose "
                 "another output, or --force to add to them."
             )
+        check_takes_files(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("w") as lock:
             _take(lock, self.folder)

@@ -11,7 +11,7 @@ from evatune.errors import EvaError
 from evatune.exhibits import FIGURES, SPECTRA, TABLES, Exhibit, make
 from evatune.exhibits.page import write_results_page
 from evatune.exhibits.view import View
-from evatune.files import check_writable, write_text
+from evatune.files import check_takes_files, check_writable, write_text
 from evatune.report.style import save
 
 TABLE_FORMATS = {"md": "markdown", "csv": "csv", "tex": "latex"}
@@ -77,7 +77,8 @@ def write_reports(
         against: the method that others are compared with; by default plain LoRA.
 
     Raises:
-        EvaError: a folder holds no results, the page exists, or `save` is given for several folders.
+        EvaError: a folder holds no results, the page exists or cannot be written, or `save` is given for several
+            folders.
     """
     if save and len(folders) > 1:
         raise EvaError(f"--save names one page, and {len(folders)} folders were given; leave it out.")
@@ -85,6 +86,8 @@ def write_reports(
     for folder in folders:
         view = View(folders=(folder,), score=score, against=against)
         page = check_writable(save, overwrite=overwrite) if save else Path(folder) / "report.html"
+        if page.parent.is_dir():
+            check_takes_files(page.parent)
         write_results_page(view, page)
         written.append(write_every_exhibit(view, page) if files else Written(page=page))
     return Reports(written=written)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evatune.errors import EvaError, near_misses
+from evatune.files import check_takes_files
 from evatune.settings import Section
 from evatune.tasks.control.settings import ControlData
 from evatune.tasks.generation.settings import GenerationData
@@ -173,10 +174,11 @@ def collect(
         What was made, as text and as plain values.
 
     Raises:
-        EvaError: there is no such domain, it makes no data, or making them failed.
+        EvaError: there is no such domain, it makes no data, the folder cannot be written, or making them failed.
     """
     domain = find_domain(name)
     if not domain.collects:
         able = ", ".join(collecting_domains())
         raise EvaError(f"task {name!r} reads its training data and cannot make them; tasks that can: {able}.")
+    check_takes_files(folder)
     return importlib.import_module(domain.home).collect(data, folder=folder, processes=processes, say=say)
