@@ -31,6 +31,7 @@ def test_the_first_blocks_see_what_they_see_in_the_whole_model(processes):
         processes.first_blocks(processes.tiny_model(), 3)
 
 
+@pytest.mark.on_cpu("it starts processes")
 def test_a_tiny_run_of_processes(processes, monkeypatch, tmp_path, capsys):
     def run(size, parts, args):
         processes.work(0, 1, parts, str(tmp_path), args)

@@ -28,9 +28,9 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             ("is_rounded=torch.equal(rounded(shift_d), shift_d)", "is_rounded=False"),
             ("self.sum_d / max(self.n_rows, 1)", "self.sum_d / max(self.n_rows - 1, 1)"),
             ("return self.shift_d + self.offset_d", "return self.shift_d - self.offset_d"),
-            ("squares_d - self.n_rows * self.offset_d.square()", "squares_d"),
-            ("torch.where(squares_d < rounding_d, 0.0, squares_d)", "squares_d.clamp_min(0.0)"),
-            ("return squares_d / max(self.n_rows - 1, 1)", "return squares_d / max(self.n_rows, 1)"),
+            ("squares_d - n_rows * (sum_d / max(n_rows, 1)).square()", "squares_d"),
+            ("torch.where(spread_d < rounding_d, 0.0, spread_d)", "spread_d.clamp_min(0.0)"),
+            ("return spread_d / max(n_rows - 1, 1)", "return spread_d / max(n_rows, 1)"),
             ("+ 2 * move_d * self.sum_d", "+ move_d * self.sum_d"),
             ("sum_d=self.sum_d + self.n_rows * move_d", "sum_d=self.sum_d + move_d"),
             ("n_rows=self.n_rows + theirs.n_rows", "n_rows=self.n_rows"),
@@ -87,12 +87,39 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
         [
             ("            images_ds += moments.n_rows * torch.outer(offset_d, offset_d @ probes_ds)\n", ""),
             ("            images_ds += weight * torch.outer(difference_d, difference_d @ probes_ds)\n", ""),
-            ("images_ds += solver_copy(other._scatter_of(slice(other.width, None)))", "images_ds += 0"),
+            ("images_ds += solver_copy(alone(other._about_mean(slice(other.width, None)))[1])", "images_ds += 0"),
             ("wider = self if self.width >= other.width else other", "wider = self"),
-            ("offset_d @ test_dl, alpha=moments.n_rows)", "offset_d @ test_dl)"),
+            ("row_times(offset_d, test_dl), weight=n_rows)", "row_times(offset_d, test_dl), weight=1)"),
+            ("row_times(offset_d, columns_dm), weight=-n_rows)", "row_times(offset_d, columns_dm), weight=0)"),
+            ("few = SETTLED * self.n_components**2 / self.moments.n_rows if", "few = 0.0 if"),
+            ("leading_dk -= leading_dk @", "leading_dk -= 0 * leading_dk @"),
             ("return self.moments.n_rows >= 2 * self.n_rows_refreshed", "return False"),
             ("pairs, missed=missed)", "pairs, missed=0.0)"),
-            ("n_half = (len(missed_k) + 1) // 2", "n_half = len(missed_k)"),
+        ],
+    ),
+    "pca/together.py": (
+        (
+            "tests/pca/test_together.py",
+            "tests/pca/test_many.py",
+        ),
+        [
+            ("return self.function, self.settings, *(", "return self.function, *("),
+            ("if waiting[numbers[0]].makes_wait and not must_wait:", "if False:"),
+            ("if len(requests) == 1 or requests[0].tensors[0].device.type in OWN_MEMORY:", "if True:"),
+        ],
+    ),
+    "pca/probes.py": (
+        (
+            "tests/pca/test_sketch.py",
+            "tests/pca/test_probes.py",
+            "tests/activations/test_waiting.py",
+        ),
+        [
+            ("n_half = (missed_k.shape[-1] + 1) // 2", "n_half = missed_k.shape[-1]"),
+            ("if n_pairs < width:", "if False:"),
+            ("values_k[..., None] * (vectors_dk.mT @ probes_ds)", "values_k[..., None] * probes_ds[:1]"),
+            ("noise > RESIDUAL_NOISE * smallest", "noise > smallest"),
+            ("(values_p[..., 0] > MASSIVE_RATIO * values_p[..., -1])", "False"),
         ],
     ),
     "pca/eigen.py": (
@@ -112,7 +139,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             "tests/pca/test_oracle.py",
         ),
         [
-            ("argmax(dim=1, keepdim=True)", "argmin(dim=1, keepdim=True)"),
+            ("argmax(dim=-1, keepdim=True)", "argmin(dim=-1, keepdim=True)"),
             ("random = random - basis_dl @ (basis_dl.T @ random)", "random = random * 1.0"),
             ("(new_kd * old_kd).sum(dim=1).abs()", "(new_kd * old_kd).sum(dim=1)"),
         ],
@@ -123,7 +150,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             "tests/pca/test_sketch.py",
         ),
         [
-            ("/ 2 * scale_m * scale_m[:, None]", "/ 2"),
+            ("/ 2 * scale_m[..., None, :] * scale_m[..., None]", "/ 2"),
             ("    if is_spread:\n", "    if False:\n"),
         ],
     ),

@@ -7,6 +7,7 @@ from threading import get_ident
 
 import pytest
 import torch
+from tests import fake_device
 
 from evatune import EvaError, StreamingPCA
 from evatune.pca import learn_all, settle_all, snapshot_all, together
@@ -66,6 +67,50 @@ def test_factors_of_a_stack_are_those_of_each_matrix(n_threads):
         torch.testing.assert_close(root @ root.T, torch.linalg.inv(matrix))
         assert torch.equal(root, root.triu()) and (is_definite, no_pivot) == (1.0, 0.0)
         assert all(torch.equal(*pair) for pair in zip(found[:5], alone(one(matrix))[:5], strict=True))
+
+
+def test_a_function_of_many_is_called_once_for_a_stack_of_each_shape_on_an_accelerator():
+    calls = []
+
+    def halves(matrix, vector, *, weight):
+        calls.append(tuple(matrix.shape))
+        return matrix / 2, (matrix @ vector[..., None])[..., 0] * weight
+
+    def one(matrix, vector, weight):
+        half, product = yield together.batched(halves, matrix, vector, weight=weight)
+        (least,) = yield Host(product.min())
+        return half, product, least
+
+    given = [(spd(n, seed=seed), torch.arange(n).double(), weight) for seed, (n, weight) in enumerate(FOUR)]
+    expected = [alone(one(*arguments)) for arguments in given]
+    assert calls == [(n, n) for n, _ in FOUR], "a CPU calls it for each"
+    calls.clear()
+    with fake_device.fake_device() as device:
+        there = [(matrix.to(device), vector.to(device), weight) for matrix, vector, weight in given]
+        found = together.together([Work(one(*arguments), device=device) for arguments in there])
+        assert sorted(calls) == [(2, 3, 3), (3, 3), (4, 4)]
+        for (half, product, least), (expected_half, expected_product, expected_least) in zip(
+            found, expected, strict=True
+        ):
+            torch.testing.assert_close(half.cpu(), expected_half)
+            torch.testing.assert_close(product.cpu(), expected_product)
+            assert least == pytest.approx(expected_least)
+
+
+FOUR = ((3, 1.0), (3, 2.0), (4, 1.0), (3, 1.0))
+"""Sizes and settings: two of them can be answered together."""
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_numbers_are_read_when_as_many_as_possible_want_some(answered, is_late):
+    def one(matrix, n_before):
+        for _ in range(n_before):
+            matrix, _ = yield InverseRoot(matrix @ matrix.T)
+        (trace,) = yield Host(matrix.trace())
+        return trace
+
+    together.together(Work(one(spd(3, seed=seed), seed if is_late else 1)) for seed in range(3))
+    assert [kind for kind, _ in answered].count("Host") == 1 and answered[-1] == ("Host", 3)
 
 
 def test_where_matrices_are_factorized(monkeypatch):

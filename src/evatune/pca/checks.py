@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import EvaError
+from evatune.pca.together import Host, Steps, batched
 
 
 def check_rows(rows: Tensor, *, n_features: int | None) -> None:
@@ -41,3 +42,18 @@ def refuse_non_finite(rows_nd: Tensor, squares_d: Tensor) -> None:
             "Check the model's activations, or its dtype: float16 overflows where bfloat16 and float32 do not."
         )
     raise EvaError("the squares of the rows overflow; pass the rows as float64.")
+
+
+def check_finite(squares_d: Tensor) -> Steps[None]:
+    """Refuse sums of squares, (d,), of rows that were added without a look at them.
+
+    Raises:
+        EvaError: they show that a row holds NaN or infinite values.
+    """
+    (is_finite,) = yield batched(_are_finite, squares_d)
+    if not (yield Host(is_finite))[0]:
+        raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
+
+
+def _are_finite(squares_d: Tensor) -> tuple[Tensor]:
+    return (torch.isfinite(squares_d).all(dim=-1),)

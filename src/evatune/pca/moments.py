@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,32 @@ def _sums(rows_nd: Tensor) -> tuple[Tensor, Tensor]:
         return wide_nd.sum(dim=0), wide_nd.square().sum(dim=0)
     # An accelerator would take longest for reading and writing copies of the rows; a norm makes none.
     return rows_nd.sum(dim=0, dtype=dtype), torch.linalg.vector_norm(rows_nd, dim=0, dtype=dtype).square()
+
+
+def variances(sum_d: Tensor, squares_d: Tensor, *, n_rows: int, dtype: torch.dtype, center: bool) -> Tensor:
+    """Return the variance of each feature, (d,), or of a stack; see `Moments.variance_d`.
+
+    A difference of sums that is no more than their rounding errors (`ROUNDINGS`) is no variance.
+
+    Args:
+        sum_d: sum of the shifted rows.
+        squares_d: sum of their squares.
+        n_rows: how many there are.
+        dtype: the dtype that the rows were squared in.
+        center: whether the variance is about the mean, or about the shift.
+    """
+    spread_d = squares_d
+    if center:
+        spread_d = squares_d - n_rows * (sum_d / max(n_rows, 1)).square()
+        rounding_d = ROUNDINGS * torch.finfo(dtype).eps * squares_d
+        spread_d = torch.where(spread_d < rounding_d, 0.0, spread_d)
+    return spread_d / max(n_rows - 1, 1)
+
+
+def with_total_variance(numbers_k: Tensor, sum_d: Tensor, squares_d: Tensor, **facts: Any) -> tuple[Tensor]:
+    """Return numbers and after them the sum of `variances`, (k + 1,), or those of a stack."""
+    total = variances(sum_d, squares_d, **facts).sum(dim=-1, keepdim=True)
+    return (torch.cat([numbers_k.to(total), total], dim=-1),)
 
 
 @dataclass
@@ -112,16 +139,13 @@ class Moments:
         return self.shift_d + self.offset_d
 
     def variance_d(self, *, center: bool) -> Tensor:
-        """Variance of each feature, (d,), with n - 1 in the denominator; about zero if `center` is false.
+        """Variance of each feature, (d,), with n - 1 in the denominator; about zero if `center` is false."""
+        return variances(self.sum_d, self.squares_d, **self.facts, center=center)
 
-        A difference of sums that is no more than their rounding errors (`ROUNDINGS`) is no variance.
-        """
-        squares_d = self.squares_d
-        if center:
-            rounding_d = ROUNDINGS * torch.finfo(self.shift_d.dtype).eps * squares_d
-            squares_d = squares_d - self.n_rows * self.offset_d.square()
-            squares_d = torch.where(squares_d < rounding_d, 0.0, squares_d)
-        return squares_d / max(self.n_rows - 1, 1)
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `variances` needs to know beside the sums."""
+        return {"n_rows": self.n_rows, "dtype": self.shift_d.dtype}
 
     def rebased(self, shift_d: Tensor) -> Moments:
         """Return the same moments about another shift, (d,)."""

@@ -114,9 +114,9 @@ def _inverse_root(core_mm: Tensor, *, cutoff: float) -> Steps[Tensor]:
         core_mm: C, with a unit diagonal, in float64.
         cutoff: eigenvalues below this share of the largest one count as zero.
     """
-    root_mm, pivot = yield InverseRoot(core_mm)
-    (is_definite,) = yield Host(pivot > cutoff)
-    if is_definite:
+    root_mm, least = yield InverseRoot(core_mm)
+    (pivot,) = yield Host(least)
+    if pivot > cutoff:
         return root_mm
     values_m, vectors_mm = yield Eigh(core_mm)
     (n_kept,) = yield Host((values_m > values_m[-1] * cutoff).sum())

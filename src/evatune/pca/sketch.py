@@ -9,19 +9,18 @@ restarts from what that approximation knows of the past. So the test matrix take
 each doubling of the data. A refresh costs five products of O(d l²); their number grows with the logarithm of the data.
 
 A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. They
-still lose the part of past rows that lies outside of the sketch. Probes estimate this loss: a few random columns Ω
-never change and take no part in the approximation, but W = S Ω is accumulated over all rows. For an eigenpair (v, λ) of
-the approximation, vᵀW - λ vᵀΩ has mean square ‖S v - λ v‖², the squared residual of the pair in the true matrix. If the
-components seem to miss more than the tolerance, the sketch gets wider, or the exact second moment replaces it.
+still lose the part of past rows that lies outside of the sketch. A few more columns, the probes, estimate this loss
+(`evatune.pca.probes`). If the components seem to miss more than the tolerance, the sketch gets wider, or the exact
+second moment replaces it.
 
 References: Gittens and Mahoney (2013) and Tropp, Yurtsever, Udell and Cevher (2017) for the Nyström approximation with
-a shift; Levy and Lindenbaum (2000) for sequential bases; Tropp, Yurtsever, Udell and Cevher (2019) for estimates of
-errors from random probes.
+a shift; Levy and Lindenbaum (2000) for sequential bases.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Self
@@ -29,33 +28,20 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from evatune.pca import probes
 from evatune.pca.backend import WORKING_COPIES, Pairs, State, Wanted, between_means, merge_eigenpairs
 from evatune.pca.cost import DOUBLE, FLOAT, HALF, Cost, components_bytes, moments_bytes
-from evatune.pca.eigen import missed_variance
 from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
 from evatune.pca.parking import Parkable
-from evatune.pca.products import BFLOAT16_ROUNDING, accumulate_product
-from evatune.pca.subspace import complete_basis, solver_copy, told_apart
-from evatune.pca.together import Host, Steps, alone
+from evatune.pca.products import accumulate_product
+from evatune.pca.subspace import complete_basis, own, plus_outer, row_times, solver_copy, told_apart
+from evatune.pca.together import Host, Steps, alone, batched
 from evatune.pca.widths import N_PROBES, is_narrow, sketch_width, wider_sketch, widest_sketch
 
 FIRST_BATCH_ITERATIONS = 2
 """Subspace iterations on the first batch, which starts from a random test matrix."""
-
-RESIDUAL_NOISE = 1e-2
-"""Largest residual, relative to the k-th eigenvalue, that rounding to bfloat16 may cause by estimate (`_is_massive`).
-
-The missed variance is about its square: measured on 4,096 features with variances 1/i, 3e-7 (`benchmarks/scaling.py`).
-"""
-
-MASSIVE_RATIO = 1e5
-"""If the largest eigenvalue of a sketch exceeds its smallest by this factor, bfloat16 errors hide the smallest."""
-
-HALF_MARGIN = 10
-"""The first half of the components may miss only the tolerance divided by this. Chosen, not measured: with rho 2, a
-target uses on average half of the components that are kept."""
 
 SAFETY = 4
 """A sketch is widened as soon as it seems to miss more than the tolerance divided by this: what it has missed so far is
@@ -168,8 +154,8 @@ class SketchState(State):
         pairs = yield from self._eigenpairs()
         first, self._first = self._first, None
         width = self.width
-        asked = self._excess(*pairs)
-        excess, is_massive = yield Host(torch.stack([asked, self._is_massive(pairs[1]).to(asked)]))
+        share, is_massive = yield from self._judged(*pairs)
+        excess = share / self._allowed
         if excess > 1:
             if width < widest_sketch(self.n_components, self.n_features):
                 width = wider_sketch(width, excess=excess, n_components=self.n_components, n_features=self.n_features)
@@ -179,15 +165,15 @@ class SketchState(State):
                 state = ExactState.start(self.wanted, self.moments)  # nothing is lost: all rows are in memory
                 state.update(first[0], product_dtype=first[1])
                 return (yield from state.settle()) if state.is_due else state
-        self._restart(pairs, width=width, needs_full_precision=bool(is_massive))
+        yield from self._restart(pairs, width=width, needs_full_precision=is_massive)
         return self
 
     def refresh(self) -> Steps[None]:
         """Make the leading eigenvectors of the rows so far the test matrix."""
         if not self._is_refreshed:
             pairs = yield from self._eigenpairs()
-            (is_massive,) = yield Host(self._is_massive(pairs[1]))
-            self._restart(pairs, width=self.width, needs_full_precision=bool(is_massive))
+            is_massive = yield from self._massive(pairs[1])
+            yield from self._restart(pairs, width=self.width, needs_full_precision=is_massive)
 
     @property
     def _is_refreshed(self) -> bool:
@@ -205,79 +191,72 @@ class SketchState(State):
     def missed(self) -> Steps[float]:
         """Estimate from the probes how much variance the components miss, not divided by the number of rows."""
         pairs = yield from self._eigenpairs()
-        (missed,) = yield Host(self._missed(*pairs).sum())
+        missed_k = yield from self._missed(*pairs)
+        (missed,) = yield Host(missed_k.sum())
         return missed
 
-    def _excess(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
-        """Return the estimate of what the sketch misses, divided by what it may miss, a scalar tensor."""
+    @property
+    def _allowed(self) -> float:
+        """What the components may miss before the sketch gets wider, as a share of what they capture."""
+        if self.wanted.tolerance is None:
+            return math.inf
+        few = SETTLED * self.n_components**2 / self.moments.n_rows if self.n_rows_refreshed else 0.0
+        return self.wanted.tolerance / SAFETY * max(1.0, few)
+
+    def _judged(self, vectors_dp: Tensor, values_p: Tensor) -> Steps[tuple[float, bool]]:
+        """Return the share that the components seem to miss, zero if nobody asks, and `needs_full_precision`."""
         if self.wanted.tolerance is None or not len(values_p):
-            return vectors_dp.new_zeros(())
-        missed_k = self._missed(vectors_dp, values_p)
-        n_half = (len(missed_k) + 1) // 2
-        share = missed_k.sum() / values_p[: len(missed_k)].sum()
-        share_of_half = missed_k[:n_half].sum() / values_p[:n_half].sum()
-        allowed = self.wanted.tolerance / SAFETY
-        if self.n_rows_refreshed:
-            allowed *= max(1.0, SETTLED * self.n_components**2 / self.moments.n_rows)
-        return torch.maximum(share, HALF_MARGIN * share_of_half) / allowed
+            return 0.0, (yield from self._massive(values_p))
+        missed_k = yield from self._missed(vectors_dp, values_p)
+        (found,) = yield batched(probes.judged, values_p, missed_k, **self._sizes)
+        share, is_massive = yield Host(found)
+        return share, bool(is_massive)
 
-    def _missed(self, vectors_dp: Tensor, values_p: Tensor) -> Tensor:
-        """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues.
+    def _massive(self, values_p: Tensor) -> Steps[bool]:
+        (is_massive,) = yield Host(probes.is_massive(values_p, **self._sizes))
+        return bool(is_massive)
 
-        By second-order perturbation, an eigenpair (v, λ) with residual ρ misses ρ² / (λ - μ) to directions of smaller
-        eigenvalues μ, and at most ρ. Outside of the sketch, μ is at most about its last eigenvalue.
-        """
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"n_components": self.n_components, "n_features": self.n_features, "width": self.width}
+
+    def _missed(self, vectors_dp: Tensor, values_p: Tensor) -> Steps[Tensor]:
+        """Estimate what each of the first k components misses, (k,), in the units of the eigenvalues."""
         if not len(values_p):
             return values_p
-        components_dk, values_k = (solver_copy(pairs[..., : self.n_components]) for pairs in (vectors_dp, values_p))
-        probes_ds = solver_copy(self.columns_dm[:, self.width :])
-        images_ds = solver_copy(self._scatter_of(slice(self.width, None)))
-        residuals_ks = components_dk.T @ images_ds - values_k[:, None] * (components_dk.T @ probes_ds)
-        residuals_k = residuals_ks.square().mean(dim=1).sqrt()
-        return missed_variance(residuals_k, values_k, solver_copy(values_p[-1]))
+        k = self.n_components
+        probes_ds, images_ds = yield from self._about_mean(slice(self.width, None))
+        (missed_k,) = yield batched(
+            probes.missed_by, vectors_dp[:, :k], values_p[:k], values_p[-1:], probes_ds, images_ds
+        )
+        return missed_k  # type: ignore[no-any-return]
 
-    def _restart(self, pairs: Pairs, *, width: int, needs_full_precision: bool) -> None:
+    def _restart(self, pairs: Pairs, *, width: int, needs_full_precision: bool) -> Steps[None]:
         """Continue with `width` columns from known eigenpairs of the scatter matrix."""
-        vectors_dp, values_p = pairs
-        moments = self.moments
         # Saving rounds in the same way, so that a loaded state continues with exactly these numbers.
-        vectors_dp = vectors_dp[:, :width].to(self.sums_dm).contiguous()
-        values_p = values_p[:width].to(self.sums_dm)
+        vectors_dp = pairs[0][:, :width].to(self.sums_dm).contiguous()
+        values_p = pairs[1][:width].to(self.sums_dm)
         test_dl = vectors_dp
         if len(values_p) < width:
-            test_dl = complete_basis(vectors_dp, width, seed=self.wanted.seed + moments.n_rows)
-        test_dl = _rounded(test_dl)
-        # The sketch as it would be if S were V Λ Vᵀ (+ n o oᵀ about the shift) and Q had always been this test matrix.
-        sketch_dl = vectors_dp @ (values_p[:, None] * (vectors_dp.T @ test_dl))
-        if self.center:
-            offset_d = moments.offset_d.to(test_dl)
-            sketch_dl.addr_(offset_d, offset_d @ test_dl, alpha=moments.n_rows)
-        old_width = self.width
-        self._columns.put(torch.cat([test_dl.to(self.columns_dm), self.columns_dm[:, old_width:]], dim=1))
-        self._sums.put(torch.cat([sketch_dl, self.sums_dm[:, old_width:]], dim=1))
-        self.n_rows_refreshed = moments.n_rows
+            test_dl = complete_basis(vectors_dp, width, seed=self.wanted.seed + self.moments.n_rows)
+        past = (self.columns_dm[:, self.width :], self.sums_dm[:, self.width :], self.moments.sum_d)
+        n_rows = self.moments.n_rows
+        columns_dm, sums_dm = yield batched(
+            _restarted, vectors_dp, values_p, test_dl, *past, n_rows=n_rows if self.center else 0
+        )
+        self._columns.put(own(columns_dm))
+        self._sums.put(own(sums_dm))
+        self.n_rows_refreshed = n_rows
         self._known = vectors_dp, values_p
         self.needs_full_precision = needs_full_precision
 
-    def _is_massive(self, values_p: Tensor) -> Tensor:
-        """Tell, by a scalar tensor, whether a few directions are so large that bfloat16 errors would hide the others.
-
-        Each entry of a probe's product is rounded by a relative 2⁻⁹, and is of the order of λ₁ / √d. If the rows so far
-        span fewer directions than there are columns, the other columns would see nothing but these errors.
-        """
-        if len(values_p) < self.width:
-            return self.sums_dm.new_ones(())
-        smallest = values_p[min(self.n_components, len(values_p)) - 1]
-        noise = BFLOAT16_ROUNDING * values_p[0] / self.n_features**0.5
-        return ((noise > RESIDUAL_NOISE * smallest) | (values_p[0] > MASSIVE_RATIO * values_p[-1])).to(values_p)
-
-    def _scatter_of(self, part: slice) -> Tensor:
-        """Return the products of the scatter matrix with some of the columns, (d, at most m)."""
-        sums_dm = self.sums_dm[:, part]
+    def _about_mean(self, part: slice) -> Steps[tuple[Tensor, Tensor]]:
+        """Return some of the columns, and their products with the scatter matrix, each (d, at most m)."""
+        columns_dm, sums_dm = self.columns_dm[:, part], self.sums_dm[:, part]
         if not self.center:
-            return sums_dm
-        offset_d = self.moments.offset_d.to(sums_dm)
-        return sums_dm.addr(offset_d, offset_d @ self.columns_dm[:, part].to(sums_dm), alpha=-self.moments.n_rows)
+            return columns_dm.to(sums_dm), sums_dm
+        of_rows = (self.moments.sum_d, columns_dm, sums_dm)
+        return (yield batched(_about_mean, *of_rows, n_rows=self.moments.n_rows))
 
     def eigenpairs(self, n_pairs: int, *, rough: bool = False) -> Steps[Pairs]:
         """Return approximate eigenpairs of the scatter matrix in float64, at most one for each column.
@@ -285,26 +264,20 @@ class SketchState(State):
         The first k are orthonormal up to the rounding of float64.
         """
         found = yield from self._eigenpairs()
-        vectors_dp, values_p = (solver_copy(tensor) for tensor in found)
-        leading_dk = vectors_dp[:, : self.n_components]  # orthonormal up to rounding in float32; corrected next
-        eye_kk = torch.eye(leading_dk.shape[1], dtype=leading_dk.dtype, device=leading_dk.device)
-        leading_dk -= leading_dk @ (leading_dk.T @ leading_dk - eye_kk) / 2
-        return vectors_dp, values_p
+        return (yield batched(_straightened, *found, n_components=self.n_components))
 
     def _eigenpairs(self) -> Steps[Pairs]:
         """Return the eigenpairs in the dtype of the sums; they are stored until rows are added."""
         if self._known is None:
-            sketch_dl = self._scatter_of(slice(self.width))
-            test_dl = self.columns_dm[:, : self.width].to(sketch_dl)
+            test_dl, sketch_dl = yield from self._about_mean(slice(self.width))
             self._known = yield from nystrom_eigenpairs(test_dl, sketch_dl)
         return self._known
 
     def merged(self, other: Self) -> Self:
         """Return the state of both sets of rows, from the eigenpairs of both states. Cost O(d l²)."""
         moments = self.moments.merged(other.moments)
-        images_ds = solver_copy(self._scatter_of(slice(self.width, None)))
-        images_ds += solver_copy(other._scatter_of(slice(other.width, None)))
-        probes_ds = solver_copy(self.columns_dm[:, self.width :])
+        probes_ds, images_ds = map(solver_copy, alone(self._about_mean(slice(self.width, None))))
+        images_ds += solver_copy(alone(other._about_mean(slice(other.width, None)))[1])
         if self.center:
             weight, difference_d = between_means(self.moments, other.moments)
             difference_d, offset_d = difference_d.to(images_ds), moments.offset_d.to(images_ds)
@@ -314,8 +287,8 @@ class SketchState(State):
         sums_dm = torch.cat([wider.sums_dm[:, : wider.width].to(self.sums_dm), images_ds.to(self.sums_dm)], dim=1)
         state = type(self)(self.wanted, moments, wider.columns_dm, sums_dm)
         vectors_dp, values_p = merge_eigenpairs(self, other)
-        is_massive = bool(state._is_massive(values_p[: wider.width].to(sums_dm)))
-        state._restart((vectors_dp, values_p), width=wider.width, needs_full_precision=is_massive)
+        is_massive = alone(state._massive(values_p[: wider.width].to(sums_dm)))
+        alone(state._restart((vectors_dp, values_p), width=wider.width, needs_full_precision=is_massive))
         return state
 
     def condensed(self) -> State:
@@ -368,7 +341,8 @@ class SketchState(State):
         columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds.device, copy=True)
         sums_dm = torch.cat([probed_ds.new_zeros(len(probed_ds), width), probed_ds], dim=1)
         state = cls(wanted, moments, columns_dm, sums_dm)
-        state._restart((tensors["vectors"], tensors["values"]), width=width, needs_full_precision=bool(full))
+        pairs = (tensors["vectors"], tensors["values"])
+        alone(state._restart(pairs, width=width, needs_full_precision=bool(full)))
         return state
 
     @classmethod
@@ -400,6 +374,43 @@ def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
     generator.manual_seed(seed)
     test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator, device="cpu")
     return torch.cat([test_dl, probes_ds], dim=1).to(torch.bfloat16)
+
+
+def _about_mean(sum_d: Tensor, columns_dm: Tensor, sums_dm: Tensor, *, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Return columns Q and (S - n o oᵀ) Q from S Q, with o the offset of the mean from the shift, each (d, m)."""
+    offset_d, columns_dm = (sum_d / n_rows).to(sums_dm), columns_dm.to(sums_dm)
+    return columns_dm, plus_outer(sums_dm, offset_d, row_times(offset_d, columns_dm), weight=-n_rows)
+
+
+def _restarted(
+    vectors_dp: Tensor,
+    values_p: Tensor,
+    test_dl: Tensor,
+    probes_ds: Tensor,
+    images_ds: Tensor,
+    sum_d: Tensor,
+    *,
+    n_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Return columns and sums as they would be if S were V Λ Vᵀ and Q had always been this test matrix, each (d, m).
+
+    With `n_rows`, S is V Λ Vᵀ + n o oᵀ: the offset o of the mean from the shift counts.
+    """
+    test_dl = _rounded(test_dl)
+    sketch_dl = vectors_dp @ (values_p[..., None] * (vectors_dp.mT @ test_dl))
+    if n_rows:
+        offset_d = (sum_d / n_rows).to(test_dl)
+        sketch_dl = plus_outer(sketch_dl, offset_d, row_times(offset_d, test_dl), weight=n_rows)
+    return torch.cat([test_dl.to(probes_ds), probes_ds], dim=-1), torch.cat([sketch_dl, images_ds], dim=-1)
+
+
+def _straightened(vectors_dp: Tensor, values_p: Tensor, *, n_components: int) -> Pairs:
+    """Return eigenpairs in float64; the first k, orthonormal up to rounding in float32, are corrected."""
+    vectors_dp = solver_copy(vectors_dp)
+    leading_dk = vectors_dp[..., :n_components]
+    eye_kk = torch.eye(leading_dk.shape[-1], dtype=leading_dk.dtype, device=leading_dk.device)
+    leading_dk -= leading_dk @ (leading_dk.mT @ leading_dk - eye_kk) / 2
+    return vectors_dp, solver_copy(values_p)
 
 
 def _rounded(columns_dm: Tensor) -> Tensor:

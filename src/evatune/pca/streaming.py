@@ -11,18 +11,19 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evatune.errors import EvaError, EvaWarning, near_misses
 from evatune.pca.backend import State, Wanted
 from evatune.pca.backends import AUTO, BACKENDS, STATES, choose_backend
-from evatune.pca.checks import check_rows, refuse_non_finite
+from evatune.pca.checks import check_finite, check_rows, refuse_non_finite
 from evatune.pca.contract import AnyPCA, NotFittedError, Snapshot, name_tensor, read_name
 from evatune.pca.cost import Cost
-from evatune.pca.moments import Moments
+from evatune.pca.moments import Moments, with_total_variance
 from evatune.pca.parking import Parkable
 from evatune.pca.products import PRODUCT_DTYPES, choose_product_dtype, unrounded
-from evatune.pca.subspace import complete_basis, fix_signs
-from evatune.pca.together import Host, Steps, Task, Work, alone, together
+from evatune.pca.subspace import complete_basis, own, signed_components
+from evatune.pca.together import Host, Steps, Task, Work, alone, batched, together
 
 
 class _Found(NamedTuple):
@@ -335,7 +336,7 @@ class StreamingPCA(AnyPCA):
         state = self.refresh()._fitted()
         if self.backend != AUTO:
             return self
-        alone(_check_finite(state))
+        alone(check_finite(state.moments.squares_d))
         with unrounded(state.moments.shift_d.device):
             return self._of(state.condensed())
 
@@ -358,7 +359,7 @@ class StreamingPCA(AnyPCA):
                 than this object asks for. Nothing is loaded then.
         """
         try:
-            self._state = self._read(state, device)
+            self._state = self._loaded(state, device)
         except KeyError as error:
             raise EvaError(f"this is not a state of StreamingPCA: {error.args[0]} missing.") from None
         self._forget()
@@ -394,7 +395,7 @@ class StreamingPCA(AnyPCA):
         state = choose_backend(self.backend, min(self.n_components, n_features), n_features)
         return state.start(self._wanted(), moments)
 
-    def _read(self, saved: Mapping[str, Tensor], device: torch.device | str | None) -> State:
+    def _loaded(self, saved: Mapping[str, Tensor], device: torch.device | str | None) -> State:
         """Return the state that `saved` describes, a copy of it."""
         kind, backend = read_name(saved["kind"]), read_name(saved["backend"])
         center, n_kept = bool(saved["center"]), int(saved["n_components"])
@@ -451,41 +452,38 @@ class StreamingPCA(AnyPCA):
 
     def _take_snapshot(self) -> Steps[None]:
         components_kd, singular_values_k = yield from self._factorized(rough=True)
-        total = self._fitted().moments.variance_d(center=self.center).sum()
-        *values, total_variance = yield Host(torch.cat([singular_values_k.to(total), total[None]]))
+        *values, total_variance = yield from self._read(singular_values_k)
         self._snapshot = Snapshot(
-            components=components_kd,
+            components=own(components_kd),
             singular_values=torch.tensor(values, dtype=singular_values_k.dtype, device="cpu"),
             total_variance=total_variance,
             n_samples_seen=self.n_samples_seen_,
         )
 
     def _learn(self) -> Steps[None]:
-        state = self._fitted()
         components_kd, singular_values_k = yield from self._factorized(rough=False)
-        missed = yield from state.missed()
-        total = state.moments.variance_d(center=self.center).sum()
-        total_variance, captured = yield Host(torch.stack([total, singular_values_k.square().sum().to(total)]))
-        error = missed
+        error = missed = yield from self._fitted().missed()
+        captured, total_variance = yield from self._read(singular_values_k.square().sum(dim=0, keepdim=True))
         if missed > 0:  # not NaN
             error = min(missed / captured, 1.0) if captured > 0 else 0.0
-        self._found = _Found(components_kd, singular_values_k, total_variance, error)
+        self._found = _Found(own(components_kd), own(singular_values_k), total_variance, error)
+
+    def _read(self, numbers_k: Tensor) -> Steps[list[float]]:
+        """Return numbers, (k,), and the total variance after them."""
+        moments = self._fitted().moments
+        sums = (moments.sum_d, moments.squares_d)
+        (found,) = yield batched(with_total_variance, numbers_k, *sums, **moments.facts, center=self.center)
+        return (yield Host(found))
 
     def _factorized(self, *, rough: bool) -> Steps[tuple[Tensor, Tensor]]:
         """Return the components (k, d) and singular values (k,)."""
         state = self._fitted()
-        yield from _check_finite(state)
+        yield from check_finite(state.moments.squares_d)
         k, like_d = state.n_components, state.moments.shift_d
         vectors_dp, values_p = yield from state.eigenpairs(k, rough=rough)
         # If the rows span fewer directions than asked for, the rest are orthonormal vectors with singular value zero.
         n_known = min(k, len(values_p))
         basis_dk = complete_basis(vectors_dp[:, :n_known], k, seed=self.seed)
-        values_k = torch.zeros(k, dtype=values_p.dtype, device=values_p.device)
-        values_k[:n_known] = values_p[:n_known].sqrt()
-        return fix_signs(basis_dk.T).contiguous().to(like_d), values_k.to(like_d)
-
-
-def _check_finite(state: State) -> Steps[None]:
-    (is_finite,) = yield Host(torch.isfinite(state.moments.squares_d).all())
-    if not is_finite:
-        raise EvaError("the rows seen so far hold NaN or infinite values; check the model's activations.")
+        values_k = values_p[:k] if n_known == k else pad(values_p, (0, k - n_known))
+        components_kd, singular_values_k = yield batched(signed_components, basis_dk, values_k, dtype=like_d.dtype)
+        return components_kd.to(like_d), singular_values_k.to(like_d)

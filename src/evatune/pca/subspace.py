@@ -23,6 +23,23 @@ def solver_copy(matrix: Tensor) -> Tensor:
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64, copy=True)
 
 
+def own(matrix: Tensor) -> Tensor:
+    """Return a matrix that is no part of a stack, whose memory would be kept as long as any part of it."""
+    return matrix.clone() if matrix._is_view() else matrix
+
+
+def row_times(row_d: Tensor, matrix_dm: Tensor) -> Tensor:
+    """Return the product of a row with a matrix, (m,), or those of a stack."""
+    return row_d @ matrix_dm if row_d.ndim == 1 else (row_d[..., None, :] @ matrix_dm)[..., 0, :]
+
+
+def plus_outer(matrix_dm: Tensor, left_d: Tensor, right_m: Tensor, *, weight: float) -> Tensor:
+    """Return a matrix plus the weighted outer product of two vectors, (d, m), or those of a stack."""
+    if matrix_dm.ndim == 2:
+        return matrix_dm.addr(left_d, right_m, alpha=weight)
+    return torch.baddbmm(matrix_dm, left_d[..., None], right_m[..., None, :], alpha=weight)
+
+
 def orthonormal(columns_dl: Tensor) -> Tensor:
     """Return orthonormal columns with the same span, (d, l), by a QR decomposition on one thread. Cost O(d l²)."""
     on_solver_dl = columns_dl.cpu() if columns_dl.device.type == "mps" else columns_dl
@@ -49,14 +66,19 @@ def fix_signs(components_kd: Tensor) -> Tensor:
     """Flip each component so that its largest entry in magnitude is positive; equal data give equal signs.
 
     Args:
-        components_kd: components in rows, (k, d).
+        components_kd: components in rows, (k, d), or those of a stack.
 
     Returns:
         A new tensor, (k, d).
     """
-    largest_k1 = components_kd.abs().argmax(dim=1, keepdim=True)
-    signs_k1 = torch.sign(components_kd.gather(1, largest_k1))
+    largest_k1 = components_kd.abs().argmax(dim=-1, keepdim=True)
+    signs_k1 = torch.sign(components_kd.gather(-1, largest_k1))
     return components_kd * torch.where(signs_k1 == 0, torch.ones_like(signs_k1), signs_k1)
+
+
+def signed_components(basis_dk: Tensor, values_k: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return components (k, d) and singular values (k,) from eigenvectors in columns and eigenvalues, or of a stack."""
+    return fix_signs(basis_dk.mT).contiguous().to(dtype), values_k.sqrt().to(dtype)
 
 
 def complete_basis(basis_dl: Tensor, n_columns: int, *, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, S
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ ON_HOST_UP_TO = 512
 class Request(ABC):
     """What an algorithm asks for."""
 
+    makes_wait: ClassVar[bool] = False
+    """Whether the host waits for the answer on an accelerator."""
+
     @property
     @abstractmethod
     def key(self) -> Hashable:
@@ -67,6 +70,7 @@ class Host(Request):
     """The entries of a small tensor as a list of floats."""
 
     tensor: Tensor
+    makes_wait = True
 
     @property
     def key(self) -> Hashable:
@@ -77,8 +81,8 @@ class Host(Request):
     def answers(cls, requests: Sequence[Self]) -> Iterable[list[float]]:
         """Return the entries."""
         wide = torch.float32 if requests[0].tensor.device.type == "mps" else torch.float64
-        flat = [request.tensor.reshape(-1).to(wide) for request in requests]
-        numbers = torch.cat(flat).tolist()
+        flat = [request.tensor.reshape(-1) for request in requests]
+        numbers = torch.cat(flat).to(wide).tolist()
         start = 0
         for tensor in flat:
             yield numbers[start : start + len(tensor)]
@@ -265,7 +269,11 @@ def _run(works: Sequence[Work]) -> list[Any]:
             groups: dict[Hashable, list[int]] = {}
             for number, request in waiting.items():
                 groups.setdefault(request.key, []).append(number)
+            # The host waits last, when as many algorithms as possible want it to.
+            must_wait = all(request.makes_wait for request in waiting.values())
             for numbers in groups.values():
+                if waiting[numbers[0]].makes_wait and not must_wait:
+                    continue
                 requests = [waiting[number] for number in numbers]
                 for number, answer in zip(numbers, list(type(requests[0]).answers(requests)), strict=True):
                     advance(number, answer)
