@@ -82,7 +82,7 @@ def test_an_interrupted_sweep_goes_on(tiny_sweep):
 
 
 def test_numbers_of_workers_that_make_no_sense_are_refused(tiny_sweep):
-    with pytest.raises(EvaError, match="--workers is 0, but must be at least 1"):
+    with pytest.raises(EvaError, match=r"^workers is 0, but must be at least 1"):
         open_engine(Sweep.load(tiny_sweep()), workers=0, threads=None)
 
 
@@ -112,7 +112,7 @@ def test_each_process_of_a_run_has_a_gpu_of_its_own(tiny_sweep, monkeypatch):
         open_engine(sweep, gpus=2, processes=4)
     with pytest.raises(EvaError, match="--gpus is 2 and --processes 1"):
         open_engine(sweep, engine="ray", gpus=2)
-    with pytest.raises(EvaError, match="--processes is 0, but must be at least 1"):
+    with pytest.raises(EvaError, match=r"^processes is 0, but must be at least 1"):
         open_engine(sweep, processes=0)
 
 

@@ -10,22 +10,20 @@ from typing import Any
 from evatune.compare.engine import Job, Outcome
 from evatune.compare.worker import attempt
 from evatune.errors import EvaError
+from evatune.settings import EngineSettings
 
 
 class RayEngine:
     """Tasks of a Ray cluster; see `evatune.compare.engine.Engine`.
 
     Args:
-        workers: runs at a time; by default as many as the cluster has room for.
-        threads: processors of each process.
-        gpus: accelerators of each run: none, or one for each process.
-        processes: processes of each run, all on one machine.
+        settings: how runs are done; the processes of a run are all on one machine.
 
     Raises:
         EvaError: Ray is not installed, or the cluster has no room for a single run.
     """
 
-    def __init__(self, *, workers: int | None, threads: int, gpus: int = 0, processes: int = 1) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         try:
             import ray
         except ImportError:
@@ -34,7 +32,8 @@ class RayEngine:
         self._is_ours = not ray.is_initialized()
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         resources = ray.cluster_resources()
-        processors = threads * processes
+        threads, gpus = settings.threads or 1, settings.gpus
+        processors = threads * settings.processes
         room = int(resources.get("CPU", 0) // processors)
         if gpus:
             room = min(room, int(resources.get("GPU", 0) // gpus))
@@ -44,7 +43,7 @@ class RayEngine:
                 f"the Ray cluster has {has}, and a run needs {processors} and {gpus}; give fewer --threads, or start "
                 "more nodes."
             )
-        self.slots, self.threads, self._processes = min(workers or room, room), threads, processes
+        self.slots, self.threads, self._processes = min(settings.workers or room, room), threads, settings.processes
         # A task that dies is started again by the sweep, which counts how often.
         self._task: Any = ray.remote(num_cpus=processors, num_gpus=gpus, max_retries=0)(attempt)
         self._running: dict[Any, Job] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from evatune.compare.engine import Job, Outcome
 from evatune.compare.worker import work
 from evatune.errors import EvaError
+from evatune.settings import EngineSettings
 
 PATIENCE = 60.0
 """Seconds that a run has to save a checkpoint when the sweep is interrupted."""
@@ -50,18 +51,24 @@ def gpus_of(worker: int, names: Sequence[str], processes: int) -> Sequence[str]:
 class LocalEngine:
     """Worker processes on this machine; see `evatune.compare.engine.Engine`.
 
+    Each worker is a process that does one run at a time. It uses as many GPUs as a run has processes, and workers share
+    GPUs where they are few.
+
     Args:
-        workers: processes, each of which does one run at a time.
-        threads: processor threads of each.
-        logs: folder of what they print.
-        gpus: accelerators; each worker uses as many as it has processes, and workers share them where they are few.
-        processes: processes of each run.
+        settings: how runs are done.
+        logs: folder of what the workers print.
+
+    Raises:
+        EvaError: CUDA_VISIBLE_DEVICES names fewer GPUs.
     """
 
-    def __init__(self, *, workers: int, threads: int, logs: Path, gpus: int = 0, processes: int = 1) -> None:
-        self.slots, self.threads, self.logs, self.gpus, self.processes = workers, threads, logs, gpus, processes
+    def __init__(self, settings: EngineSettings, *, logs: Path) -> None:
+        gpu_names(settings.gpus)
+        self.slots, self.logs = settings.workers_here, logs
+        self.gpus, self.processes = settings.gpus, settings.processes
+        self.threads = settings.threads or max(1, (os.cpu_count() or 1) // (self.slots * self.processes))
         self._context = multiprocessing.get_context("spawn")
-        self._free = list(range(workers))
+        self._free = list(range(self.slots))
         self._workers: dict[int, tuple[Any, Connection]] = {}
         self._busy: dict[Connection, tuple[int, Job]] = {}
 

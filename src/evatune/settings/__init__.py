@@ -5,6 +5,7 @@ nothing but the standard library and `evatune.errors`, so that `evatune --help` 
 """
 
 from evatune.settings.adapter import Adapter, Gradients, Preparing
+from evatune.settings.engine import EngineSettings
 from evatune.settings.measuring import (
     IGNORED_LABEL,
     Decomposition,
@@ -25,6 +26,7 @@ __all__ = [
     "IGNORED_LABEL",
     "Adapter",
     "Decomposition",
+    "EngineSettings",
     "Gradients",
     "Measuring",
     "Planning",
