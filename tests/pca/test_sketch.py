@@ -228,6 +228,15 @@ def test_components_of_few_rows_are_orthonormal_to_float32():
     torch.testing.assert_close(pca.components_ @ pca.components_.T, torch.eye(32), rtol=0, atol=1e-6)
 
 
+def test_the_leading_eigenvectors_are_orthonormal_to_float64():
+    """They come from a refresh in float32, and are corrected."""
+    pca = fitted([batch.float() for batch in drifting(4, 600, decay=0.5, seed=0)])
+    vectors, _ = alone(pca._state.eigenpairs(K))
+    leading = vectors[:, :K]
+    assert vectors.dtype == torch.float64
+    assert float((leading.T @ leading - torch.eye(K, dtype=torch.float64)).abs().max()) < 1e-11
+
+
 def test_a_refresh_without_new_rows_is_no_work(monkeypatch):
     pca = fitted(drifting(4, 700, decay=1.0, seed=0), tolerance=None)
     pca.refresh()
