@@ -137,9 +137,8 @@ class FakeTensor(torch.Tensor):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
     is_here = any(isinstance(leaf, FakeTensor) for leaf in leaves)
-    others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)]
     name, device = func.overloadpacket.__name__, kwargs.get("device")
-    if is_here and name not in ("copy_", "index", "index_put_") and any(tensor.ndim for tensor in others):
+    if is_here and name != "copy_" and _are_mixed(name, args, leaves):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got tensors of two.")
     if (is_here and name in READS) or _is_blocking_copy(name, args, kwargs):
         _wait()
@@ -157,11 +156,22 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, pytree.tree_map(_wrapped, out))
 
 
+def _are_mixed(name: str, args: Any, leaves: list[Any]) -> bool:
+    """Tell whether an operation of the device gets what is in main memory: numbers, and places in a tensor, may be."""
+    if name in ("index", "index_put_"):
+        leaves = [args[0], *args[2:3]] if isinstance(args[0], FakeTensor) else args[:3]
+    tensors = [leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, torch.Tensor)]
+    return any(tensor.ndim and not isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
 def _is_blocking_copy(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """Tell whether an operation copies from main memory to the device, or back into it, and waits until it is done."""
-    if name in ("index", "index_put_"):  # by numbers that are in main memory
+    if name in ("index", "index_put_"):  # by numbers that are in main memory, or by a mask
         places = [place for place in args[1] if isinstance(place, torch.Tensor)]
-        return isinstance(args[0], FakeTensor) and any(not isinstance(place, FakeTensor) for place in places)
+        is_filled = name == "index_put_" and not args[2].ndim  # with one number, which needs no places
+        is_masked = any(place.dtype == torch.bool for place in places) and not is_filled
+        there = any(not isinstance(place, FakeTensor) for place in places)
+        return isinstance(args[0], FakeTensor) and (is_masked or there)
     if name == "_to_copy":
         device = kwargs.get("device")
         is_there = device is not None and torch.device(device).type == NAME
