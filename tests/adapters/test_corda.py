@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import fake_device
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
@@ -123,6 +124,25 @@ def test_what_no_row_reaches_is_named_before_anything_changes():
     assert [type(module) for module in base.children()] == [nn.Linear, nn.Linear]
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), weights, strict=True))
     evatune.prepare(base, method="corda", rank=2, batches=[torch.randn(5, 8)], exclude_modules=["second"])
+
+
+@pytest.mark.on_cpu("it brings a device of its own, on which it counts")
+def test_the_host_waits_for_no_single_example():
+    waits = []
+    with fake_device.fake_device() as device:
+        for n in (1, 4):
+            fake_device.waits.clear()
+            batches = [torch.randn(5, 8, device="cpu") for _ in range(n)]
+            evatune.prepare(
+                Branches().to(device),
+                method="corda",
+                rank=2,
+                batches=batches,
+                exclude_modules=["second"],
+                max_batches=n,
+            )
+            waits.append(sum(count for place, count in fake_device.waits.items() if "adapters/corda" in place))
+    assert waits == [1, 1]
 
 
 def test_examples_are_cut_by_the_mask_of_their_side():

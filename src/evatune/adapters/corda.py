@@ -52,6 +52,7 @@ def corda(p: Preparation) -> None:
 def _covariances(p: Preparation) -> dict[str, Tensor]:
     """Return the mean over all calls of X^T X / max(X)^2 for the rows X of each target, (d, d)."""
     sums: dict[str, Tensor] = {}
+    finite: dict[str, Tensor] = {}
     counts = dict.fromkeys((target.name for target in p.targets), 0)
 
     def watch(name: str) -> Callable[..., None]:
@@ -60,10 +61,10 @@ def _covariances(p: Preparation) -> dict[str, Tensor]:
             rows_td = rows_td.reshape(-1, rows_td.shape[-1])
             if not rows_td.numel():
                 return
-            if not rows_td.isfinite().all():
-                raise EvaError(f"what enters {name!r} is not finite; check the batches and the model.")
-            largest = rows_td.max().abs()
-            rows_td = rows_td / (largest if largest > 0 else rows_td.abs().max().clamp(min=1e-30))
+            # Read at the end only: for every number that the host reads, it waits for the device.
+            is_finite, largest = rows_td.isfinite().all(), rows_td.max().abs()
+            finite[name] = finite[name] & is_finite if name in finite else is_finite
+            rows_td = rows_td / torch.where(largest > 0, largest, rows_td.abs().max().clamp(min=1e-30))
             sums[name] = sums.get(name, 0) + rows_td.T @ rows_td
             counts[name] += 1
 
@@ -80,6 +81,8 @@ def _covariances(p: Preparation) -> dict[str, Tensor]:
             for example in examples(batch, encoder_decoder=encoder_decoder):
                 args, kwargs = forward_arguments(p.model, example, keep_labels=encoder_decoder)
                 p.model(*args, **kwargs)
+    if wrong := [name for name, is_finite in finite.items() if not is_finite]:
+        raise EvaError(f"what enters {wrong[0]!r} is not finite; check the batches and the model.")
     if unreached := [name for name, count in counts.items() if not count]:
         raise EvaError(
             f"no row of the batches reaches {unreached[0]!r}, so corda has nothing to start it from "
