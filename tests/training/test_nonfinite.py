@@ -55,15 +55,16 @@ class Poison:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch):
-    def poison(*, steps: set[int], where: str) -> None:
-        original = Generation.load_model
+    def poison(*, steps: set[int], where: str) -> Poison:
+        original, made = Generation.load_model, Poison(steps=steps, where=where)
 
         def load(self):
             model = original(self)
-            model.register_forward_hook(Poison(steps=steps, where=where))
+            model.register_forward_hook(made)
             return model
 
         monkeypatch.setattr(Generation, "load_model", load)
+        return made
 
     return poison
 
@@ -83,6 +84,14 @@ def test_the_step_is_named_and_the_run_ends(recipe, poisoned, where, message, ma
         finetune(wanted, progress=False)
     assert not (Path(wanted.output) / "run.json").exists()
     assert not (Path(wanted.output) / "adapter").exists()
+
+
+def test_losses_are_read_once_a_step(recipe, poisoned):
+    """For every number that the host reads, it waits for the device."""
+    poison = poisoned(steps={5}, where="loss")
+    with pytest.raises(EvaError, match="the loss of step 3 is nan"):
+        finetune(recipe(gradient_accumulation=2), progress=False)
+    assert poison.n_passes == 6
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

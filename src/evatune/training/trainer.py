@@ -38,6 +38,7 @@ class TaskTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.settings, self.score, self.make_optimizer = settings, score, make_optimizer
+        self._losses: list[Tensor] = []  # of this step
         super().__init__(**options)
         if not counts_tokens:  # transformers trusts all models whose `forward` takes any keyword
             self.model_accepts_loss_kwargs = False
@@ -81,11 +82,16 @@ class TaskTrainer(Trainer):
         """Compute loss and gradients of a batch.
 
         Raises:
-            EvaError: the loss is not finite, and such steps are not to be skipped.
+            EvaError: the loss of a batch of this step is not finite, and such steps are not to be skipped. Losses are
+                read with the last batch of a step: for every number that the host reads, it waits for the device.
         """
         loss = super().training_step(model, *args, **kwargs)
-        if not self.settings.allow_nonfinite and not torch.isfinite(loss):
-            raise EvaError(_not_finite("loss", float(loss), step=self.state.global_step + 1))
+        if not self.settings.allow_nonfinite:
+            self._losses.append(loss)
+            if self.accelerator.sync_gradients:
+                losses, self._losses = torch.stack(self._losses).tolist(), []
+                if wrong := [value for value in losses if not math.isfinite(value)]:
+                    raise EvaError(_not_finite("loss", wrong[0], step=self.state.global_step + 1))
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
