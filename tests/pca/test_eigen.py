@@ -127,3 +127,10 @@ def test_what_a_turned_eigenvector_misses_is_known_in_the_plane(angle):
     residual = torch.linalg.vector_norm(image - value * vector)
     missed = missed_variance(residual[None], value[None], torch.tensor(other, dtype=torch.float64))
     assert float(missed) == pytest.approx(float(largest - value), rel=1e-9)
+
+
+def test_matrices_of_one_width_start_from_the_same_columns():
+    eigen._random_columns.cache_clear()
+    for seed in (0, 1):
+        leading(matrix_with(harmonic(1.0), seed=seed)[0], K, tolerance=1e-12)
+    assert eigen._random_columns.cache_info().misses == 1, "drawing them takes as long as a round of iteration"

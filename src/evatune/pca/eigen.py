@@ -7,6 +7,8 @@ Reference: Zhou, Saad, Tiago and Chelikowsky (2006) for subspace iteration with 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,7 @@ def leading_eigenpairs(
     if n_features <= FULL_UP_TO or ITERATE_FROM * width > n_features:
         return (yield from _all_eigenpairs(matrix_dd))
     if near_dl is None or near_dl.shape[1] < width:
-        generator = torch.Generator().manual_seed(n_features)
-        random_dl = torch.randn(n_features, width, generator=generator, device="cpu")
-        near_dl = matrix_dd @ random_dl.to(matrix_dd, non_blocking=True)
+        near_dl = matrix_dd @ _random_columns(n_features, width).to(matrix_dd, non_blocking=True)
     basis_dl = yield from _basis_of(near_dl[:, :width].to(matrix_dd))
     zero = ZERO_ROUNDINGS * torch.finfo(matrix_dd.dtype).eps
     for n_done in range(MAX_ROUNDS):
@@ -92,6 +92,13 @@ def leading_eigenpairs(
                 return basis_dl[:, : int(seen)], values_l[: int(seen)]
         basis_dl = yield from _basis_of(_filtered(matrix_dd, basis_dl, image_dl, values_l))
     return (yield from _all_eigenpairs(matrix_dd))
+
+
+@functools.lru_cache(maxsize=8)
+def _random_columns(n_features: int, width: int) -> Tensor:
+    """Return Gaussian columns (d, l), on the CPU, which inputs of one width share: they must not be changed."""
+    generator = torch.Generator().manual_seed(n_features)
+    return torch.randn(n_features, width, generator=generator, device="cpu")
 
 
 def missed_variance(residual_k: Tensor, values_k: Tensor, beyond: Tensor) -> Tensor:
