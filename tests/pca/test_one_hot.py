@@ -86,3 +86,13 @@ def test_other_rows_are_refused_and_nothing_is_added(rows, message):
 def test_unequal_settings_do_not_merge():
     with pytest.raises(EvaError, match="n_features_in_ is 4 here and 5 there"):
         OneHotPCA(2, n_features=4).merge(OneHotPCA(2, n_features=5))
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_default_device_of_the_program_makes_no_difference(center):
+    one, other = (
+        OneHotPCA(2, n_features=5, center=center).partial_fit(torch.tensor([0, 0, 0, 3, 3, 1])) for _ in range(2)
+    )
+    with torch.device("meta"):
+        found = one.components_
+    assert torch.equal(found, other.components_)

@@ -256,7 +256,7 @@ def _leading(counts_v: Tensor, k: int, *, center: bool) -> Steps[tuple[Tensor, T
     start_u = size_u.cumsum(0) - size_u
     components_kv = torch.zeros(k, len(counts_v), dtype=torch.float64, device="cpu")
     if not center:
-        components_kv[torch.arange(k), order_v[:k]] = 1.0
+        components_kv[torch.arange(k, device="cpu"), order_v[:k]] = 1.0
         return components_kv, counts_v[order_v[:k]].double()
 
     d_u, size_double_u = distinct_u.double(), size_u.double()
@@ -274,4 +274,4 @@ def _leading(counts_v: Tensor, k: int, *, center: bool) -> Steps[tuple[Tensor, T
             tokens_m = order_v[start_u[group] : start_u[group] + j + 1]
             row_v[tokens_m[:j]], row_v[tokens_m[j]] = 1.0, -float(j)
             row_v /= (j * (j + 1)) ** 0.5
-    return components_kv, torch.tensor([value for value, _, _ in found[:k]], dtype=torch.float64)
+    return components_kv, torch.tensor([value for value, _, _ in found[:k]], dtype=torch.float64, device="cpu")
