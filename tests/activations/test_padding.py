@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import LongformerConfig, LongformerModel, MambaConfig, MambaForCausalLM
 
 from evatune import EvaError, EvaWarning, measure
+from evatune.activations.padding import fingerprint
 
 D = 8
 QUIET = {"progress": False, "tau": None, "min_gain": None, "n_components": 4}
@@ -281,3 +283,22 @@ def test_label_masks_follow_the_layout_without_any_padding():
     )
     spectra = measure(model, [batch | {"labels": labels}] * 2, target_modules=["a"], use_label_mask=True, **QUIET)
     assert spectra["a"].n_rows == 2 * 4 * 3
+
+
+def test_rows_are_compared_with_all_digits():
+    precisions = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if "matmul" in function.__name__:
+                precisions.append(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watch():
+            fingerprint(torch.ones(3, 8))
+        assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

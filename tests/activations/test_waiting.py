@@ -11,9 +11,11 @@ from tests import fake_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evatune
+from evatune.activations.layers.convolution import ConvolutionType
 from evatune.activations.processes.exchange import Processes
 from evatune.activations.run import Run
 from evatune.pca import StreamingPCA, many, widths
+from evatune.pca.moving import moved
 
 # Of random numbers, few components do not hold much.
 pytestmark = [
@@ -171,6 +173,22 @@ def test_inputs_are_judged_group_by_group(device, monkeypatch, backend, rules):
     for key, spectrum in by_one.inputs.items():
         assert spectrum.stopped is at_once.inputs[key].stopped and spectrum.n_rows == at_once.inputs[key].n_rows
         torch.testing.assert_close(spectrum.singular_values, at_once.inputs[key].singular_values, rtol=1e-5, atol=1e-5)
+
+
+def test_the_places_of_rows_are_copied_once_a_batch(device, monkeypatch):
+    copied = []
+    monkeypatch.setattr("evatune.activations.rows.moved", lambda *given: copied.append(given) or moved(*given))
+    n_waits(model_on(device, n_layers=2), 5)
+    assert len(copied) == 5
+
+
+def test_patches_are_taken_without_waiting(device):
+    mask = torch.ones(2, 9, dtype=torch.bool, device="cpu")
+    mask[0, 3:] = False
+    images = torch.randn(2, 4, 9, device="cpu").to(device)
+    fake_device.waits.clear()
+    (patches,) = ConvolutionType().rows(torch.nn.Conv1d(4, 6, 3, padding=1), images, [mask])
+    assert not fake_device.waits and patches.shape == (4 + 9, 12)
 
 
 def test_states_can_be_kept_on_the_cpu(device):

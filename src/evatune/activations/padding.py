@@ -23,10 +23,20 @@ import torch
 from torch import Tensor
 
 from evatune.activations.layer_type import TargetModule
-from evatune.activations.layouts import Learned, NotOfPositions, Seen, agreeing, is_not_filled_up, may_be_filled_up
+from evatune.activations.layouts import (
+    Layout,
+    Learned,
+    Marks,
+    NotOfPositions,
+    Seen,
+    agreeing,
+    is_not_filled_up,
+    may_be_filled_up,
+)
 from evatune.activations.positions import BatchPositions, Given
 from evatune.activations.sharing import SeenTensors
 from evatune.errors import EvaWarning
+from evatune.pca.products import unrounded
 
 Place = tuple[str, int, int]
 """One activation of a pass: a target, the number of the call, and the number of the tensor in it."""
@@ -96,7 +106,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(rows.shape[1])
     directions = torch.randn(rows.shape[1], N_DIRECTIONS, generator=generator, device="cpu")
     directions = directions.to(rows.device, non_blocking=True)
-    with torch.autocast(rows.device.type, enabled=False):
+    with unrounded(rows.device):  # rounded to TF32, a difference of 1e-6 may grow beyond the tolerance
         rows = rows.float()
         return torch.cat([rows @ directions, rows.norm(dim=1, keepdim=True)], dim=1)
 
@@ -129,6 +139,7 @@ class CountedRows:
         """Prepare for a batch, or for a part of one from which padding was removed."""
         self._positions, self._parted, self._takes_all = positions, parted, set[str]()
         self._may_be_filled_up: dict[torch.Size, bool] = {}
+        self._marks: dict[tuple[Layout, torch.Size], Marks | None] = {}
         self._begin_evidence(positions)
         self.open = set()
         for name in set(positions.unread) - self._unread:
@@ -271,13 +282,19 @@ class CountedRows:
                     return None
                 masks.append(None)
                 continue
-            marks = [layout.marks(self._positions, leading) for layout in learned or ()]
+            marks = [self._marked(layout, leading) for layout in learned or ()]
             found = [mark.counted for mark in marks if mark is not None]
             # Layouts that agreed until now differ here, so one of them must be chosen.
             if not found or len(found) < len(marks) or not all(torch.equal(mask, found[0]) for mask in found[1:]):
                 return None
             masks.append(found[0])
         return masks
+
+    def _marked(self, layout: Layout, leading: torch.Size) -> Marks | None:
+        """Return what a layout says of this batch; the same masks for all inputs, so that they are read only once."""
+        if (layout, leading) not in self._marks:
+            self._marks[layout, leading] = layout.marks(self._positions, leading)
+        return self._marks[layout, leading]
 
     def _learn(self, keys: set[str]) -> None:
         for place, plain in self._plain.of.items():

@@ -5,9 +5,14 @@ Shapes: L leading shape of an activation, d features, n rows.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from evatune.pca.moving import moved
+
+_PLACES = WeakTensorKeyDictionary()
+"""Which rows a mask keeps, (n,), by mask and device: inputs of a batch that have a mask in common share one copy."""
 
 
 def select(activation: Tensor, *masks: Tensor | None) -> Tensor:
@@ -27,6 +32,13 @@ def select(activation: Tensor, *masks: Tensor | None) -> Tensor:
     counted = given[0]
     for mask in given[1:]:
         counted = counted & mask.to(counted.device)
-    # Positions are found on the device of the mask, which for the batch of a loader is the CPU.
-    kept_n = counted.reshape(-1).nonzero().squeeze(1)
-    return rows_nd.index_select(0, moved(kept_n, rows_nd.device))
+    return rows_nd.index_select(0, _places(counted, rows_nd.device))
+
+
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    """Return which rows a mask keeps, (n,), on a device."""
+    known: dict[torch.device, Tensor] = _PLACES.setdefault(mask, {})
+    if device not in known:
+        # They are found on the device of the mask, which for the batch of a loader is the CPU.
+        known[device] = moved(mask.reshape(-1).nonzero().squeeze(1), device)
+    return known[device]

@@ -51,8 +51,8 @@ class ConvolutionType(LayerType):
         (activation,) = self.activations(module, entering)
         entering, counted_bo = activation.movedim(-1, 1), None
         if masks[0] is not None:
-            mask_b1t = moved(masks[0].unsqueeze(1), entering.device, torch.uint8)
-            patches = _unfold(F.pad(mask_b1t, _padding(module)), module)
+            # Counted on the device of the mask, which for the batch of a loader is the CPU.
+            patches = _unfold(F.pad(masks[0].unsqueeze(1).to(torch.uint8), _padding(module)), module)
             counted_bo = patches.flatten(len(module.kernel_size) + 1).bool().any(dim=-1)
         padded = F.pad(entering, _padding(module), mode=_PAD_MODES[module.padding_mode])
         patches = _unfold(padded, module)  # a view, (B, o..., C, kernel...)
@@ -65,7 +65,8 @@ class ConvolutionType(LayerType):
             for start_o in range(0, patches.shape[1], step_o):
                 piece = samples[:, start_o : start_o + step_o]
                 if counted_bo is not None:
-                    piece = piece[counted_bo[start : start + step, start_o : start_o + step_o]]
+                    counted = counted_bo[start : start + step, start_o : start_o + step_o].nonzero(as_tuple=True)
+                    piece = piece[tuple(moved(places, piece.device) for places in counted)]
                 yield piece.reshape(-1, width)
 
 
