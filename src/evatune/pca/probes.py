@@ -85,5 +85,5 @@ def judged(
     massive = is_massive(values_p, n_components=n_components, n_features=n_features, width=width)
     if missed_k is None:
         return (torch.stack([torch.zeros_like(massive), massive], dim=-1),)
-    share = worst_share(missed_k, values_p[..., : missed_k.shape[-1]])
+    share = worst_share(missed_k, values_p[..., : missed_k.shape[-1]].to(missed_k.device))
     return (torch.stack([share, massive.to(share)], dim=-1),)
