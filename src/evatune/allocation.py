@@ -280,17 +280,12 @@ def allocate(
     owner = np.repeat(np.arange(len(caps)), list(caps.values()))
     order = np.lexsort((owner, component, -scores))
     ranks = _spend(owner[order], costs, available=sum(base_ranks[name] * cost for name, cost in costs.items()))
-
-    explained = {}
-    for name, target in targets.items():
-        share = _ratio(target)[: ranks[name]].sum() if target.total_variance > 0 else 0.0
-        explained[name] = float(min(share, 1.0))
     power = 0.5 if settings.use_rslora else 1.0
     return RankPlan(
         ranks=ranks,
         alphas={name: float(base_alphas[name] * (ranks[name] / base_ranks[name]) ** power) for name in targets},
         base_ranks=base_ranks,
-        explained=explained,
+        explained={name: _explained(target, ranks[name]) for name, target in targets.items()},
         in_features={name: target.in_features for name, target in targets.items()},
         out_features={name: target.out_features for name, target in targets.items()},
         rho=rho,
@@ -322,6 +317,12 @@ def _scores(metric: str, target: ComponentVariances) -> Array:
         scores = np.nan_to_num(METRICS[metric](target), nan=0.0, posinf=0.0, neginf=0.0)
     # Despite rounding, a later component of a target must not score higher than an earlier one.
     return np.minimum.accumulate(np.maximum(scores, 0.0))
+
+
+def _explained(target: ComponentVariances, rank: int) -> float:
+    """Return the share of an input's variance that its leading components explain."""
+    share = _ratio(target)[:rank].sum() if target.total_variance > 0 else 0.0
+    return float(min(share, 1.0))
 
 
 def _per_target(value: Any, targets: Mapping[str, Any], what: str) -> dict[str, Any]:

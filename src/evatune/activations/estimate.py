@@ -191,13 +191,6 @@ def estimate(
     traced = trace is not None
     trace = trace or Trace()
     length_or_none = None if _takes_images(empty) else length
-    kinds: dict[tuple[Any, ...], list[TargetModule]] = {}
-    for target in targets:
-        first = trace.first_of.get(target.name, target.name)
-        if first == target.name:
-            sharing = sum(owner == first for owner in trace.first_of.values()) or 1
-            name = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", target.name)
-            kinds.setdefault((name, target.in_features, sharing), []).append(target)
     default_rows = batch_size * (length_or_none or 1)
     block_bytes, hidden_bytes = _blocks(empty, targets, trace, max_batches)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
@@ -214,13 +207,25 @@ def estimate(
                 n_rows=max(trace.n_rows.get(target.name, default_rows if not traced else 0) for target in members),
                 pca=members[0].layer.new_pca(members[0].module, settings.n_kept, pca_maker(settings)),
             )
-            for (name, _, sharing), members in kinds.items()
+            for (name, _, sharing), members in _alike(targets, trace).items()
         ],
         traced=traced,
         weights_bytes=sum(parameter.nbytes for name, parameter in empty.named_parameters() if name not in tied),
         block_bytes=block_bytes,
         hidden_bytes=hidden_bytes,
     )
+
+
+def _alike(targets: Sequence[TargetModule], trace: Trace) -> dict[tuple[str, int, int], list[TargetModule]]:
+    """Return the first target of each input, by the input's name without numbers, its width and how many share it."""
+    alike: dict[tuple[str, int, int], list[TargetModule]] = {}
+    for target in targets:
+        first = trace.first_of.get(target.name, target.name)
+        if first == target.name:
+            sharing = sum(owner == first for owner in trace.first_of.values()) or 1
+            name = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", target.name)
+            alike.setdefault((name, target.in_features, sharing), []).append(target)
+    return alike
 
 
 def _config(model: Any, *, head: str | None, revision: str | None, trust_remote_code: bool) -> Any:

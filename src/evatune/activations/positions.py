@@ -120,12 +120,7 @@ def read_positions(
         raise EvaError("use_label_mask=True needs batches with 'labels', and this batch has none.")
     is_per_position = isinstance(given, Tensor) and given.ndim >= 2 and not given.is_floating_point()
     labels: Tensor | None = given if is_per_position else None
-    kept = dict(_masks(entries))
-    for name in (*INPUTS, *(DECODER + name for name in INPUTS)):
-        if isinstance(value := entries.get(name), Tensor) and value.ndim >= 2:
-            prefix = DECODER if name.startswith(DECODER) else ""
-            dims = value.shape[: value.ndim - name.endswith("embeds")]
-            kept.setdefault(prefix, (torch.ones(dims, dtype=torch.bool, device="cpu"), ()))
+    kept = _kept(entries)
     owner = DECODER if encoder_decoder else ""
     if labels is not None and encoder_decoder:
         shown, masks = kept.get(DECODER, (None, ()))
@@ -164,6 +159,17 @@ def _marks_on_host(entries: Mapping[str, Any]) -> Mapping[str, Any]:
         name: value.cpu() if isinstance(value, Tensor) and name.endswith(endings) else value
         for name, value in entries.items()
     }
+
+
+def _kept(entries: Mapping[str, Any]) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """Return by prefix which positions are kept and by which masks; without a mask, the inputs keep all of theirs."""
+    kept = dict(_masks(entries))
+    for name in (*INPUTS, *(DECODER + name for name in INPUTS)):
+        if isinstance(value := entries.get(name), Tensor) and value.ndim >= 2:
+            prefix = DECODER if name.startswith(DECODER) else ""
+            dims = value.shape[: value.ndim - name.endswith("embeds")]
+            kept.setdefault(prefix, (torch.ones(dims, dtype=torch.bool, device="cpu"), ()))
+    return kept
 
 
 def _masks(entries: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Tensor, tuple[str, ...]]]]:

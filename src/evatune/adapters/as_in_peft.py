@@ -111,8 +111,30 @@ def initialize_lora_eva_weights(
 
 def _start_from(fresh: Fresh, matrices: Mapping[str, Tensor], eva_config: EvaConfig) -> RankPlan:
     """Start an adapter from the rows of A that PEFT has saved."""
+    down, ranks = _down_of(fresh, matrices), fresh.ranks
+    new = {name: len(matrix) for name, matrix in down.items()}
+    power = 0.0 if not eva_config.adjust_scaling_factors else 0.5 if fresh.config.use_rslora else 1.0
+    plan = RankPlan(
+        ranks=new,
+        alphas={name: float(fresh.alphas[name] * (rank / ranks[name]) ** power) for name, rank in new.items()},
+        base_ranks={name: ranks[name] for name in new},
+        explained={},
+        in_features={name: fresh.widths[name] for name in new},
+        out_features=fresh.out_features,
+        rho=float(eva_config.rho),
+        metric="ratio",
+        use_rslora=fresh.config.use_rslora,
+        train_a=fresh.trains_a,
+    )
+    with all_or_nothing(fresh.model):
+        apply_plan(fresh.model, plan, down=down, adapter_name=fresh.name)
+    return plan
+
+
+def _down_of(fresh: Fresh, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rows of A of this adapter's layers, after a warning that names what is missing."""
     named = {name.removeprefix(_PREFIX): matrix for name, matrix in matrices.items()}
-    widths, ranks = fresh.widths, fresh.ranks
+    widths = fresh.widths
     down = {name: named[name] for name in widths if name in named}
     if not down:
         raise EvaError(
@@ -131,25 +153,9 @@ def _start_from(fresh: Fresh, matrices: Mapping[str, Tensor], eva_config: EvaCon
             f"{len(without)} of {len(widths)} layers are not in the eva_state_dict and start as LoRA does, with its "
             f"rank and a random A, the first is {without[0]!r}.",
             EvaWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    new = {name: len(matrix) for name, matrix in down.items()}
-    power = 0.0 if not eva_config.adjust_scaling_factors else 0.5 if fresh.config.use_rslora else 1.0
-    plan = RankPlan(
-        ranks=new,
-        alphas={name: float(fresh.alphas[name] * (rank / ranks[name]) ** power) for name, rank in new.items()},
-        base_ranks={name: ranks[name] for name in new},
-        explained={},
-        in_features={name: widths[name] for name in new},
-        out_features=fresh.out_features,
-        rho=float(eva_config.rho),
-        metric="ratio",
-        use_rslora=fresh.config.use_rslora,
-        train_a=fresh.trains_a,
-    )
-    with all_or_nothing(fresh.model):
-        apply_plan(fresh.model, plan, down=down, adapter_name=fresh.name)
-    return plan
+    return down
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -98,6 +98,11 @@ def _main(words: list[str]) -> int:
     if not words:
         parser.print_help(sys.stderr)
         return 2
+    return _run(_parsed(parser, words))
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Return what the words mean; wrong usage ends the program and names what may have been meant."""
     if words[0] == "help":
         words = [*words[1:2], "--help"]
     if not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -113,6 +118,11 @@ def _main(words: list[str]) -> int:
             args.parser.error(f"unknown argument {unknown[0]!r} (did you mean {meant!r}?)")
         known = [option for option in args.parser._option_string_actions if option.startswith("--")]
         args.parser.error(f"unknown argument {unknown[0]!r}{near_misses(option, known)}")
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command and return the exit code; what went wrong is said in one sentence."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -198,16 +198,7 @@ def convert(value: Any, kind: Any, name: str, *, splits_names: bool = False, amo
     if origin in _LISTS:
         return _list(value, typing.get_args(kind)[0], wrong)
     if origin is Mapping:
-        if isinstance(value, str) or _is_list(value):  # as the command line writes it
-            items = [value] if isinstance(value, str) else list(value)
-            if not all(isinstance(item, str) and "=" in item for item in items):
-                raise EvaError(f"{name} is {value!r}, but must be {wanted}: on the command line NAME=VALUE.")
-            value = dict(item.split("=", 1) for item in items)
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise wrong
-        item_kind = typing.get_args(kind)[1]
-        read = {key: str(item) if item_kind is str and type(item) is int else item for key, item in value.items()}
-        return {key: convert(item, item_kind, f"{name} of {key!r}") for key, item in read.items()}
+        return _mapping(value, typing.get_args(kind)[1], name, wanted)
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
         return value.lower() in ("true", "yes")
     if kind in (int, float):
@@ -246,6 +237,18 @@ def _list(value: Any, kind: Any, wrong: EvaError) -> tuple[Any, ...]:
             raise wrong
         return tuple(items)
     return tuple(_number(item, kind, wrong) for item in items)
+
+
+def _mapping(value: Any, kind: Any, name: str, wanted: str) -> dict[str, Any]:
+    if isinstance(value, str) or _is_list(value):  # as the command line writes it
+        items = [value] if isinstance(value, str) else list(value)
+        if not all(isinstance(item, str) and "=" in item for item in items):
+            raise EvaError(f"{name} is {value!r}, but must be {wanted}: on the command line NAME=VALUE.")
+        value = dict(item.split("=", 1) for item in items)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise EvaError(f"{name} is {value!r}, but must be {wanted}.")
+    read = {key: str(item) if kind is str and type(item) is int else item for key, item in value.items()}
+    return {key: convert(item, kind, f"{name} of {key!r}") for key, item in read.items()}
 
 
 def _number(value: Any, kind: Any, wrong: EvaError) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from evatune.activations import estimate
+from evatune.activations.layers.targets import TargetModule
 from evatune.adapters.four_bits import quantized_bytes
 from evatune.adapters.prepare import adapter_shapes
 from evatune.errors import EvaError
@@ -225,12 +227,7 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
         measuring=measuring,
         sample=f"{examples} x {outline.sample}",
     )
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    unpacked = 0
-    if adapter.choice.in_four_bits:
-        held: list[Any] = [target.module.weight for target in targets]
-        weights -= sum(weight.nbytes - quantized_bytes(weight.numel()) for weight in held)
-        unpacked = max(weight.nbytes for weight in held)
+    weights, unpacked = _held(model, targets if adapter.choice.in_four_bits else [])
     try:
         cost = step_cost(
             model,
@@ -246,6 +243,14 @@ def _with_model(told: DryRun, recipe: Recipe, task: Task, outline: Outline) -> D
     kept = gradients if settings.gradient_accumulation > 1 else 0
     memory = Memory(weights=weights, optimizer=2 * gradients, step=cost.peak_bytes + kept + unpacked)
     return dataclasses.replace(told, memory=memory, flops_a_step=cost.flops * settings.gradient_accumulation)
+
+
+def _held(model: Any, in_four_bits: Sequence[TargetModule]) -> tuple[int, int]:
+    """Return the bytes of all weights as they are held, and those of the largest one that a step unpacks."""
+    packed: list[Any] = [target.module.weight for target in in_four_bits]
+    saved = sum(weight.nbytes - quantized_bytes(weight.numel()) for weight in packed)
+    held = sum(parameter.nbytes for parameter in model.parameters()) - saved
+    return held, max((weight.nbytes for weight in packed), default=0)
 
 
 def _measuring(recipe: Recipe, model: Any, *, without: Any) -> int | None:

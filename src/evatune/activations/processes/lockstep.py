@@ -132,7 +132,7 @@ def measure_in_lockstep(
             _raise_failure(member.failure, [facts.failed for facts in everyone])
             if together:
                 n_steps = max(facts.n_passed for facts in everyone)
-            stopped, all_done = None, False
+            all_done = False
             is_interrupted = any(facts.interrupted for facts in everyone)
             if is_check(n_steps, per_doubling=1) and n_steps > n_met and not is_interrupted:
                 n_met = n_steps
@@ -140,20 +140,11 @@ def measure_in_lockstep(
                 all_done = all(is_done for (is_done,) in processes.gather_numbers(run.is_done))
             if is_interrupted and not any(facts.n_passed for facts in everyone):
                 raise KeyboardInterrupt
-            if is_interrupted:
-                stopped = Reason.INTERRUPTED
-            elif n_steps >= max_batches or all_done:
-                stopped = Reason.BATCH_CAP
-            elif not any(facts.running for facts in everyone):
-                stopped = Reason.EXHAUSTED
+            stopped = _reason(everyone, is_full=n_steps >= max_batches or all_done)
             if stopped is not None:
                 return _exchange(run.learned(), processes), stopped
-            lacking = [number for number, facts in enumerate(everyone) if not facts.can_pass]
-            if together and lacking:
-                raise EvaError(
-                    f"process {lacking[0]} has no batch, but every pass of a sharded model needs all processes; give "
-                    "each of them at least one batch."
-                )
+            if together:
+                _check_all_can_pass(everyone)
         if together:
             member.attempt(passes.run if passes.loaded else passes.idle)
         elif member.running:
@@ -169,6 +160,24 @@ def _raise_failure(failure: Exception | None, failed: Sequence[int]) -> None:
     if any(failed):
         number = next(number for number, has_failed in enumerate(failed) if has_failed)
         raise EvaError(f"process {number} failed while measuring, so all end; its own message says why.")
+
+
+def _reason(everyone: Sequence[_Facts], *, is_full: bool) -> Reason | None:
+    """Return why measuring ends here, if it does; `is_full` says that enough batches have passed."""
+    if any(facts.interrupted for facts in everyone):
+        return Reason.INTERRUPTED
+    if is_full:
+        return Reason.BATCH_CAP
+    return None if any(facts.running for facts in everyone) else Reason.EXHAUSTED
+
+
+def _check_all_can_pass(everyone: Sequence[_Facts]) -> None:
+    lacking = [number for number, facts in enumerate(everyone) if not facts.can_pass]
+    if lacking:
+        raise EvaError(
+            f"process {lacking[0]} has no batch, but every pass of a sharded model needs all processes; give each of "
+            "them at least one batch."
+        )
 
 
 def _check(run: Run, processes: Processes) -> None:
