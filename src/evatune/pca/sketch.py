@@ -154,7 +154,7 @@ class SketchState(State):
         pairs = yield from self._eigenpairs()
         first, self._first = self._first, None
         width = self.width
-        share, is_massive = yield from self._judged(*pairs)
+        share, is_massive = yield from self._judged(*pairs, is_asked=self.wanted.tolerance is not None)
         excess = share / self._allowed
         if excess > 1:
             if width < widest_sketch(self.n_components, self.n_features):
@@ -172,7 +172,7 @@ class SketchState(State):
         """Make the leading eigenvectors of the rows so far the test matrix."""
         if not self._is_refreshed:
             pairs = yield from self._eigenpairs()
-            is_massive = yield from self._massive(pairs[1])
+            _, is_massive = yield from self._judged(*pairs, is_asked=False)
             yield from self._restart(pairs, width=self.width, needs_full_precision=is_massive)
 
     @property
@@ -203,18 +203,12 @@ class SketchState(State):
         few = SETTLED * self.n_components**2 / self.moments.n_rows if self.n_rows_refreshed else 0.0
         return self.wanted.tolerance / SAFETY * max(1.0, few)
 
-    def _judged(self, vectors_dp: Tensor, values_p: Tensor) -> Steps[tuple[float, bool]]:
+    def _judged(self, vectors_dp: Tensor, values_p: Tensor, *, is_asked: bool) -> Steps[tuple[float, bool]]:
         """Return the share that the components seem to miss, zero if nobody asks, and `needs_full_precision`."""
-        if self.wanted.tolerance is None or not len(values_p):
-            return 0.0, (yield from self._massive(values_p))
-        missed_k = yield from self._missed(vectors_dp, values_p)
-        (found,) = yield batched(probes.judged, values_p, missed_k, **self._sizes)
+        missed = [(yield from self._missed(vectors_dp, values_p))] if is_asked and len(values_p) else []
+        (found,) = yield batched(probes.judged, values_p, *missed, **self._sizes)
         share, is_massive = yield Host(found)
         return share, bool(is_massive)
-
-    def _massive(self, values_p: Tensor) -> Steps[bool]:
-        (is_massive,) = yield Host(probes.is_massive(values_p, **self._sizes))
-        return bool(is_massive)
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -287,8 +281,9 @@ class SketchState(State):
         sums_dm = torch.cat([wider.sums_dm[:, : wider.width].to(self.sums_dm), images_ds.to(self.sums_dm)], dim=1)
         state = type(self)(self.wanted, moments, wider.columns_dm, sums_dm)
         vectors_dp, values_p = merge_eigenpairs(self, other)
-        is_massive = alone(state._massive(values_p[: wider.width].to(sums_dm)))
-        alone(state._restart((vectors_dp, values_p), width=wider.width, needs_full_precision=is_massive))
+        pairs = vectors_dp, values_p[: wider.width].to(sums_dm)
+        _, is_massive = alone(state._judged(*pairs, is_asked=False))
+        alone(state._restart(pairs, width=wider.width, needs_full_precision=is_massive))
         return state
 
     def condensed(self) -> State:
