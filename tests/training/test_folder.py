@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from evatune.errors import EvaError
-from evatune.files import write_checksums
+from evatune.files import write_checksums, write_text
 from evatune.recipe import Recipe, all_settings
-from evatune.training.folder import CHECKPOINTS, check_same_recipe, last_checkpoint, start_folder
+from evatune.training.folder import CHECKPOINTS, check_output, check_same_recipe, last_checkpoint, start_folder
 
 
 def write_checkpoint(folder, step):
@@ -18,6 +18,17 @@ def write_checkpoint(folder, step):
     (path / "trainer_state.json").write_text("{}")
     write_checksums(path)
     return path
+
+
+def test_an_output_folder_that_takes_no_files_is_told_though_it_is_empty_or_a_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    check_output(folder, overwrite=False)
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    for overwrite in (False, True):
+        with pytest.raises(EvaError, match=r"cannot write .*run: .*run is not a writable folder; choose another"):
+            check_output(folder, overwrite=overwrite)
+        write_text(folder / "recipe.yaml", "")
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import EvaError
-from evatune.files import check_writable, damaged_files, write_failure, write_text, writing
+from evatune.files import check_takes_files, check_writable, damaged_files, write_failure, write_text, writing
 from evatune.recipe import Recipe, TrainSettings, load_recipe
 
 RECIPE, SPECTRA, PLAN, LOG, RECORD = "recipe.yaml", "spectra", "plan.json", "log.jsonl", "run.json"
@@ -25,9 +25,9 @@ LENGTH = {"train.steps", "train.epochs"}
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """Check the output folder before any long work; an empty one counts as new, and only a run is overwritten."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    check_writable(folder, overwrite=overwrite, holds=RECIPE)
+    if not folder.is_dir() or any(folder.iterdir()):
+        check_writable(folder, overwrite=overwrite, holds=RECIPE)
+    check_takes_files(folder)
 
 
 def start_folder(folder: Path, recipe: Recipe) -> None:

@@ -141,6 +141,16 @@ def test_a_video_is_written(
         assert (video.n_frames, video.size) == (3, (200, 160))
 
 
+def test_a_place_that_takes_no_video_is_told_before_the_model_acts(
+    reach_episodes: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evatune.tasks.control.task.roll_out", lambda *a, **o: pytest.fail("the model acted"))
+    (tmp_path / "file").write_text("")
+    task = control(model_folder, train=[str(reach_episodes)], video=str(tmp_path / "file"))
+    with pytest.raises(EvaError, match=r"cannot write .*file: .*file is not a writable folder; choose another output"):
+        task.evaluate(task.load_model(), progress=False)
+
+
 def test_the_preview_shows_windows_and_a_filmstrip(reach_episodes: Path, model_folder: Path) -> None:
     preview = control(model_folder, train=[str(reach_episodes)]).preview(2)
     assert preview.text.count("── example") == 2

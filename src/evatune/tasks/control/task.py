@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evatune.errors import EvaError
-from evatune.files import user_cache
+from evatune.files import check_takes_files, user_cache
 from evatune.hardware import autocast
 from evatune.models import load_config, load_model
 from evatune.tables import text_table
@@ -200,6 +200,8 @@ class Control:
 
     def evaluate(self, model: Any, *, limit: int | None = None, bf16: bool = False, progress: bool = True) -> Scores:
         """Let a model act."""
+        if self.data.video:
+            check_takes_files(self.data.video)
         started = time.perf_counter()
         chosen = self.held_out[:limit]
         seeds: dict[str, list[int]] = {}
