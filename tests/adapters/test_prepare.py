@@ -77,6 +77,15 @@ def test_start_save_load_merge_and_take_off(llama, batches, outputs, tmp_path, m
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bare.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_what_is_taken_out_of_the_base_has_all_digits_under_autocast(llama, batches, outputs, method):
+    base = llama()
+    expected = outputs(base, batches[0])
+    with torch.autocast(base.device.type, torch.bfloat16):
+        model = evatune.prepare(base, **settings(method, batches)).eval()
+    torch.testing.assert_close(outputs(model, batches[0]), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", CHANGES_BASE)
 def test_what_is_saved_is_plain_lora_of_twice_the_rank_for_the_untouched_base(llama, batches, tmp_path, method):
     model = evatune.prepare(llama(), **settings(method, batches))

@@ -23,6 +23,7 @@ from evatune.adapters.all_or_nothing import all_or_nothing
 from evatune.adapters.lora import down_up, find_adapter
 from evatune.adapters.unloading import remember, trained_names
 from evatune.methods import METHODS
+from evatune.pca.products import unrounded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +53,8 @@ def take_out(peft_model: PeftModel, originals: Mapping[str, Tensor], *, method: 
         A, B = (matrix.weight.detach().clone() for matrix in down_up(layer, "default"))
         original = originals[f"{name}.weight"]
         wide = torch.promote_types(original.dtype, torch.float32)
-        product = layer.scaling["default"] * (B.to(wide) @ A.to(wide))
+        with unrounded(B.device):
+            product = layer.scaling["default"] * (B.to(wide) @ A.to(wide))
         product = product.T if layer.fan_in_fan_out else product  # type: ignore[attr-defined]
         base.weight.data = (original.to(product) - product).to(base.weight)
         starts[name] = (A, B)
