@@ -100,8 +100,7 @@ class SketchState(State):
         """Return the state of no rows, with a random test matrix."""
         like_d = moments.shift_d
         width = sketch_width(min(wanted.n_components, len(like_d)), len(like_d))
-        random_dm = _random_columns(len(like_d), width + N_PROBES, seed=wanted.seed)
-        columns_dm = random_dm.to(like_d.device, copy=True, non_blocking=True)
+        columns_dm = _new_columns(len(like_d), width + N_PROBES, seed=wanted.seed, device=like_d.device)
         return cls(wanted, moments, columns_dm, torch.zeros_like(columns_dm, dtype=like_d.dtype))
 
     @property
@@ -333,7 +332,7 @@ class SketchState(State):
                 needs_full_precision=bool(full),
             )
         probed_ds = tensors["probed"]
-        columns_dm = _random_columns(len(probed_ds), width + N_PROBES, seed=seed).to(probed_ds.device, copy=True)
+        columns_dm = _new_columns(len(probed_ds), width + N_PROBES, seed=seed, device=probed_ds.device)
         sums_dm = torch.cat([probed_ds.new_zeros(len(probed_ds), width), probed_ds], dim=1)
         state = cls(wanted, moments, columns_dm, sums_dm)
         pairs = (tensors["vectors"], tensors["values"])
@@ -358,17 +357,24 @@ class SketchState(State):
         )
 
 
+def _new_columns(n_features: int, n_columns: int, *, seed: int, device: torch.device) -> Tensor:
+    """Return random columns (d, m); the last are the probes, the same in all sketches so that these merge."""
+    random_dm = _random_columns(n_features, n_columns, seed=seed, is_pinned=device.type == "cuda")
+    return random_dm.to(device, copy=True, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=8)
-def _random_columns(n_features: int, n_columns: int, *, seed: int) -> Tensor:
+def _random_columns(n_features: int, n_columns: int, *, seed: int, is_pinned: bool) -> Tensor:
     """Return Gaussian columns (d, m), on the CPU, which inputs of one width share: they must not be changed.
 
-    The last are the probes, the same in all sketches so that these merge.
+    With `is_pinned` the host does not wait for copies of them.
     """
     generator = torch.Generator().manual_seed(PROBE_SEED)
     probes_ds = torch.randn(n_features, N_PROBES, generator=generator, device="cpu")
     generator.manual_seed(seed)
     test_dl = torch.randn(n_features, n_columns - N_PROBES, generator=generator, device="cpu")
-    return torch.cat([test_dl, probes_ds], dim=1).to(torch.bfloat16)
+    random_dm = torch.cat([test_dl, probes_ds], dim=1).to(torch.bfloat16)
+    return random_dm.pin_memory() if is_pinned else random_dm
 
 
 def _about_mean(sum_d: Tensor, columns_dm: Tensor, sums_dm: Tensor, *, n_rows: int) -> tuple[Tensor, Tensor]:
