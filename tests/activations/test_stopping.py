@@ -11,7 +11,7 @@ from torch import nn
 from evatune import EvaError, EvaWarning, StreamingPCA, measure
 from evatune.activations.input_state import InputState
 from evatune.activations.run import Run
-from evatune.activations.stopping import begin, decide, find, is_check, weigh
+from evatune.activations.stopping import Finding, begin, decide, find, is_check, weigh
 from evatune.settings import Stopping
 
 D = 12
@@ -137,6 +137,17 @@ def test_the_gain_that_is_foretold_is_the_one_that_more_data_bring(backend, seed
     gain = 1 - captured[12] / captured[24]
     assert gain > 0.004
     assert 0.7 * gain < foretold[12] < 1.4 * gain
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 5])
+def test_several_processes_gain_less_by_their_number(n_processes):
+    """The states are merged at the end: p processes have p times the rows, and the next doubling gains 1 / p of it."""
+    state, rule = InputState(pca=StreamingPCA(4)), Stopping(min_gain=0.004)
+    energies_2 = torch.tensor([100.0, 96.0], dtype=torch.float64)
+    found = Finding(energies_2=energies_2, n_rows=3000, n_rows_before=3000, n_processes=n_processes)
+    decide({"input": state}, {"input": found}, rule)
+    assert state.gain == pytest.approx(0.04 * 3000 / (2 * 6000) / n_processes)
+    assert (state.reason == "accurate") == (n_processes > 2)
 
 
 def test_no_new_rows_are_no_sign_of_having_settled(linear):

@@ -308,11 +308,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], list[Any]]] = {
             ("found.n_rows >= ENOUGH_ROWS", "found.n_rows >= 0"),
             ("(now - then) / now if now > 0 else 0.0", "(now - then) if now > 0 else 0.0"),
             ("state.gain < rule.min_gain:", "state.gain > rule.min_gain:"),
-            (
-                "/ found.n_processes",
-                "",
-                "Of one process it is a division by one; several are tested in processes of their own.",
-            ),
+            ("/ found.n_processes", ""),
         ],
     ),
     "activations/layers/convolution.py": (
