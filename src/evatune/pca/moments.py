@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatune.pca.products import rounded
+
 SLICE = 2048
 """A CPU squares this many rows at a time, so that the squares of a large batch take less memory than it does."""
 
@@ -28,11 +30,6 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def rounded(shift_d: Tensor) -> Tensor:
-    """Return a shift without the digits that bfloat16 has not, in its dtype."""
-    return shift_d.to(torch.bfloat16).to(shift_d.dtype)
-
-
 def _sums(rows_nd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of rows and of their squares, each (d,), summed in float32 at least."""
     dtype = torch.promote_types(rows_nd.dtype, torch.float32)
@@ -43,7 +40,7 @@ def _sums(rows_nd: Tensor) -> tuple[Tensor, Tensor]:
     return rows_nd.sum(dim=0, dtype=dtype), torch.linalg.vector_norm(rows_nd, dim=0, dtype=dtype).square()
 
 
-def variances(sum_d: Tensor, squares_d: Tensor, *, n_rows: int, dtype: torch.dtype, center: bool) -> Tensor:
+def feature_variances(sum_d: Tensor, squares_d: Tensor, *, n_rows: int, dtype: torch.dtype, center: bool) -> Tensor:
     """Return the variance of each feature, (d,), or of a stack; see `Moments.variance_d`.
 
     A difference of sums that is no more than their rounding errors (`ROUNDINGS`) is no variance.
@@ -64,8 +61,8 @@ def variances(sum_d: Tensor, squares_d: Tensor, *, n_rows: int, dtype: torch.dty
 
 
 def with_total_variance(numbers_k: Tensor, sum_d: Tensor, squares_d: Tensor, **facts: Any) -> tuple[Tensor]:
-    """Return numbers and after them the sum of `variances`, (k + 1,), or those of a stack."""
-    total = variances(sum_d, squares_d, **facts).sum(dim=-1, keepdim=True)
+    """Return numbers and after them the sum of `feature_variances`, (k + 1,), or those of a stack."""
+    total = feature_variances(sum_d, squares_d, **facts).sum(dim=-1, keepdim=True)
     return (torch.cat([numbers_k.to(total), total], dim=-1),)
 
 
@@ -140,11 +137,11 @@ class Moments:
 
     def variance_d(self, *, center: bool) -> Tensor:
         """Variance of each feature, (d,), with n - 1 in the denominator; about zero if `center` is false."""
-        return variances(self.sum_d, self.squares_d, **self.facts, center=center)
+        return feature_variances(self.sum_d, self.squares_d, **self.facts, center=center)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `variances` needs to know beside the sums."""
+        """What `feature_variances` needs to know beside the sums."""
         return {"n_rows": self.n_rows, "dtype": self.shift_d.dtype}
 
     def rebased(self, shift_d: Tensor) -> Moments:

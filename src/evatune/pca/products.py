@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 
 
+def rounded(tensor: Tensor) -> Tensor:
+    """Return a tensor without the digits that bfloat16 has not, in its own dtype."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype)
+
+
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total` in place, in the dtype of the operands, without waiting for the device."""
     if left.dtype == total.dtype:

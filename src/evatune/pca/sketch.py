@@ -8,6 +8,10 @@ approximated from the sketch by the Nyström formula Y (QᵀY)⁺ Yᵀ, its l le
 restarts from what that approximation knows of the past. So the test matrix takes one step of subspace iteration at
 each doubling of the data. A refresh costs five products of O(d l²); their number grows with the logarithm of the data.
 
+Columns are rounded to bfloat16, so that half-precision products use exactly the same columns as the formulas do. It
+also keeps columns out of the null space of the rows: rounding adds a part along the large directions, so that qᵀS q is
+far above the rounding errors. Without it the Nyström formula would divide rounding errors by each other.
+
 A fixed random Q would collapse on slowly decaying spectra; the leading eigenvectors of the rows so far do not. They
 still lose the part of past rows that lies outside of the sketch. A few more columns, the probes, estimate this loss
 (`evatune.pca.probes`). If the components seem to miss more than the tolerance, the sketch gets wider, or the exact
@@ -35,7 +39,7 @@ from evatune.pca.exact import ExactState
 from evatune.pca.moments import Moments
 from evatune.pca.nystrom import nystrom_eigenpairs
 from evatune.pca.parking import Parkable
-from evatune.pca.products import accumulate_product
+from evatune.pca.products import accumulate_product, rounded
 from evatune.pca.subspace import complete_basis, own, plus_outer, row_times, solver_copy, told_apart
 from evatune.pca.together import Host, Steps, alone, batched
 from evatune.pca.widths import N_PROBES, is_narrow, sketch_width, wider_sketch, widest_sketch
@@ -68,7 +72,7 @@ class SketchState(State):
         wanted: what is asked for. Its tolerance holds for all components, and a tenth of it for the first half of them;
             with few rows both are larger (`SETTLED`).
         moments: count, mean and variance of the rows.
-        columns_dm: test matrix and probes, (d, m) with m = l + s, in bfloat16: they were rounded to it (`_rounded`).
+        columns_dm: test matrix and probes, (d, m) with m = l + s, in bfloat16, which they were rounded to.
         sums_dm: their products with S, (d, m).
         n_rows_refreshed: how many rows there were at the last refresh.
         needs_full_precision: whether bfloat16 rounding errors would hide directions of small variance.
@@ -124,7 +128,7 @@ class SketchState(State):
         if is_first:
             test_dl = self.columns_dm[:, : self.width].to(shifted_nd)
             for _ in range(FIRST_BATCH_ITERATIONS):
-                test_dl = _rounded(told_apart(shifted_nd.T @ (shifted_nd @ test_dl)))
+                test_dl = rounded(told_apart(shifted_nd.T @ (shifted_nd @ test_dl)))
             self.columns_dm[:, : self.width] = test_dl
         self._known = None
         self._first = (shifted_nd, product_dtype) if is_first and self._may_turn_exact else None
@@ -397,7 +401,7 @@ def _restarted(
 
     With `n_rows`, S is V Λ Vᵀ + n o oᵀ: the offset o of the mean from the shift counts.
     """
-    test_dl = _rounded(test_dl)
+    test_dl = rounded(test_dl)
     sketch_dl = vectors_dp @ (values_p[..., None] * (vectors_dp.mT @ test_dl))
     if n_rows:
         offset_d = (sum_d / n_rows).to(test_dl)
@@ -412,12 +416,3 @@ def _straightened(vectors_dp: Tensor, values_p: Tensor, *, n_components: int) ->
     eye_kk = torch.eye(leading_dk.shape[-1], dtype=leading_dk.dtype, device=leading_dk.device)
     leading_dk -= leading_dk @ (leading_dk.mT @ leading_dk - eye_kk) / 2
     return vectors_dp, solver_copy(values_p)
-
-
-def _rounded(columns_dm: Tensor) -> Tensor:
-    """Round columns to bfloat16, so that half-precision products use exactly the same columns as the formulas do.
-
-    It also keeps columns out of the null space of the rows: rounding adds a part along the large directions, so that
-    qᵀS q is far above the rounding errors. Without it the Nyström formula would divide rounding errors by each other.
-    """
-    return columns_dm.to(torch.bfloat16).to(columns_dm.dtype)
